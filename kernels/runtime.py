@@ -1,0 +1,233 @@
+"""The only file that asks about the machine, and the only launcher.
+
+Everything else decides from what it is told here: is Triton interpreted, which architecture is the target, how many
+multiprocessors it has, may this op run as a Triton kernel on these tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import triton
+import triton.language as tl
+
+IMPLS = ("auto", "triton", "reference")
+
+#: Fixed when the kernels are decorated, that is, now: ``TRITON_INTERPRET=1`` must be set before the first import.
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+
+HALF = (torch.float16, torch.bfloat16)
+_ACC_TYPES = {torch.float16: tl.float32, torch.bfloat16: tl.float32, torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+# ---- what the machine is ---------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _capability(index: int) -> int:
+    if not torch.cuda.is_available():  # a fake CUDA tensor on a machine without a GPU counts as a recent GPU
+        return 90
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+@functools.cache
+def _num_sms(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count if torch.cuda.is_available() else 132
+
+
+@torch.compiler.assume_constant_result
+def arch(device: torch.device) -> int:
+    """Compute capability times ten (80, 89, 90 …) of the target; 0 when the kernels are interpreted."""
+    if _compile_only is not None:
+        return _compile_only.arch
+    if INTERPRETED:
+        return 0
+    return _capability(device.index or 0)
+
+
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors of the target; a small number when interpreted, so that loops over work are exercised."""
+    if _compile_only is not None:
+        return 132
+    return 3 if INTERPRETED else _num_sms(device.index or 0)
+
+
+def acc_type(dtype: torch.dtype) -> tl.dtype:
+    """Accumulator and statistics type of a kernel: fp32, or fp64 for fp64 tensors (interpreted only)."""
+    return _ACC_TYPES[dtype]
+
+
+def precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of every dot: IEEE, or tf32 for fp32 tensors exactly when PyTorch allows its matmuls that."""
+    return "tf32" if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+# ---- which path an op takes ------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The path one call of an op took, and why."""
+
+    op: str
+    path: str
+    reason: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+_recorder: list[Choice] | None = None
+
+
+@contextlib.contextmanager
+def record_choices() -> Iterator[list[Choice]]:
+    """Collects a `Choice` for every op called inside the ``with`` block."""
+    global _recorder
+    previous, _recorder = _recorder, []
+    try:
+        yield _recorder
+    finally:
+        _recorder = previous
+
+
+def _why_not_triton(tensors: Sequence[torch.Tensor]) -> str | None:
+    x = tensors[0]
+    if forward_ad._current_level >= 0:
+        return "forward-mode AD is not defined for the Triton kernels; use impl='reference'"
+    if x.dtype not in _ACC_TYPES or (x.dtype is torch.float64 and not INTERPRETED):
+        return f"dtype {x.dtype} is not supported by the Triton kernels; use float32, float16 or bfloat16"
+    if INTERPRETED:
+        if any(t.dtype is torch.bfloat16 for t in tensors) and not _interpreter_has_bf16():
+            return "Triton's interpreter computes wrong bfloat16 results; use float32, or the strict interpreter of tests/"
+        return None
+    if x.device.type != "cuda" and _compile_only is None:
+        return (
+            f"Triton kernels need CUDA tensors, got {x.device.type}; move the tensors to an NVIDIA GPU, use "
+            "impl='reference', or set TRITON_INTERPRET=1 before importing vit to interpret the kernels on the CPU"
+        )
+    if arch(x.device) < 80:
+        return f"Triton kernels need compute capability 8.0 or newer, this GPU has {arch(x.device) / 10:.1f}"
+    return None
+
+
+def _interpreter_has_bf16() -> bool:
+    from triton.runtime import interpreter
+
+    return getattr(interpreter, "bf16_is_exact", False)
+
+
+def use_triton(op: str, impl: str, tensors: Sequence[torch.Tensor | None], unsupported: str | None = None) -> bool:
+    """Decides whether this call of ``op`` runs its Triton kernels (True) or the eager reference (False).
+
+    Args:
+        op: public name of the op, for messages and `vit.explain`.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``.
+        tensors: tensor arguments, the main one first; ``None`` entries are skipped.
+        unsupported: why the op's kernels cannot take these shapes, if they cannot.
+
+    Raises:
+        ValueError: unknown ``impl``, or tensors on different devices.
+        RuntimeError: ``impl="triton"`` where the kernels cannot run. An explicit request never falls back.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"{op}: impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
+    present = [t for t in tensors if t is not None]
+    x = present[0]
+    for t in present[1:]:
+        if t.device != x.device:
+            raise ValueError(f"{op}: all tensors must be on one device, got {x.device} and {t.device}")
+
+    if impl == "reference":
+        triton_, reason = False, "asked for with impl='reference'"
+    else:
+        why_not = _why_not_triton(present) or unsupported
+        if impl == "triton" and why_not is not None:
+            raise RuntimeError(f"{op}: impl='triton' cannot run: {why_not}")
+        if impl == "triton":
+            triton_, reason = True, "asked for with impl='triton'" + (", interpreted" if INTERPRETED else "")
+        elif x.device.type != "cuda":
+            triton_, reason = False, f"auto: a {x.device.type} tensor runs the eager reference"
+        else:
+            triton_, reason = why_not is None, f"auto: {why_not or 'supported on this GPU'}"
+    if _recorder is not None:
+        _recorder.append(Choice(op, "triton" if triton_ else "reference", reason, tuple(x.shape), x.dtype))
+    return triton_
+
+
+def check_floating(op: str, **tensors: torch.Tensor | None) -> None:
+    """Raises TypeError unless every given tensor is a floating-point tensor of the first one's dtype."""
+    first: tuple[str, torch.dtype] | None = None
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(t).__name__}")
+        if not t.is_floating_point():
+            raise TypeError(f"{op}: {name} must be a floating-point tensor, got {t.dtype}; convert it first")
+        if first is None:
+            first = (name, t.dtype)
+        elif t.dtype != first[1]:
+            raise TypeError(f"{op}: {name} is {t.dtype} but {first[0]} is {first[1]}; give both the same dtype")
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd will ask for a gradient of any of these, so that the forward must save for it."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+# ---- the launcher ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class CompileOnly:
+    """Compiles instead of launching: ``on_compiled(kernel, grid, options, compiled)`` is called for each launch."""
+
+    arch: int
+    on_compiled: Callable[[Any, tuple[int, ...], dict[str, int], Any], None]
+
+
+_compile_only: CompileOnly | None = None
+
+
+@contextlib.contextmanager
+def compile_only(target: CompileOnly) -> Iterator[None]:
+    """Makes `launch` compile for ``target.arch`` through the real JIT path and run nothing. Outputs stay unwritten."""
+    global _compile_only
+    previous, _compile_only = _compile_only, target
+    try:
+        yield
+    finally:
+        _compile_only = previous
+
+
+def launch(kernel: Any, grid: int | tuple[int, ...], *, num_warps: int, num_stages: int, **args: Any) -> None:
+    """Launches a Triton kernel on the device of its first tensor argument; the grid may be empty.
+
+    Raises:
+        ValueError: the grid exceeds what CUDA can launch (2³¹−1 on x, 65,535 on y and z).
+    """
+    grid = (grid,) if isinstance(grid, int) else grid
+    if 0 in grid:
+        return
+    if grid[0] > 2**31 - 1 or any(g > 65_535 for g in grid[1:]):
+        raise ValueError(f"{kernel.__name__}: a grid of {grid} exceeds what CUDA can launch")
+    # Explicit, because Triton's default has changed between versions and it changes results.
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    if _compile_only is not None:
+        _compile_only.on_compiled(kernel, grid, options, kernel.warmup(grid=grid, **args, **options))
+        return
+    device = next(a.device for a in map(_tensor_of, args.values()) if a is not None)
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](**args, **options)
+
+
+def _tensor_of(arg: Any) -> torch.Tensor | None:
+    arg = getattr(arg, "base", arg)  # a TensorDescriptor carries its tensor
+    return arg if isinstance(arg, torch.Tensor) else None

@@ -1,0 +1,105 @@
+"""One test body serves the interpreter and the GPU: the ``device`` fixture decides which.
+
+Without a GPU the kernels are interpreted, under the strict interpreter of `strict.py`. Whether a kernel is interpreted is
+fixed when it is decorated, so the variable is set here, before anything imports vit.
+"""
+
+import os
+import time
+from collections import defaultdict
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist runs one process a core
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import strict
+
+from vit.kernels import runtime
+
+# Which layer of verification a file belongs to, for the summary.
+LAYERS = {
+    "test_strict": "strict interpreter",
+    "test_compare": "tolerance policy",
+    "test_patch_embed": "kernels",
+    "test_layer_norm": "kernels",
+    "test_linear": "kernels",
+    "test_mlp": "kernels",
+    "test_attention": "kernels",
+    "test_lock": "compile-only lock",
+    "test_reference_model": "reference model",
+    "test_vit": "model",
+    "test_peers": "model",
+    "test_bad_inputs": "bad inputs",
+    "test_mutants": "seeded bugs",
+}
+_started = time.time()
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernels run: a GPU, or the CPU through the interpreter; skips where neither is possible."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if not runtime.INTERPRETED:
+        pytest.skip("no GPU, and TRITON_INTERPRET is not set")
+    return torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _strict_interpreter():
+    if runtime.INTERPRETED:
+        strict.install()
+    yield
+
+
+@pytest.fixture(params=DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def randn(device):
+    """``randn(*shape)``: the same fp32 normal numbers on every device, a new draw at each call."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(shape, generator=generator).to(device)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; skipped without one")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter):
+    rows: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            stem = report.nodeid.split("::")[0].rsplit("/", 1)[-1].removesuffix(".py")
+            row = rows[LAYERS.get(stem, stem)]
+            row[outcome] += 1
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if hasattr(report, "duration"):
+                stem = report.nodeid.split("::")[0].rsplit("/", 1)[-1].removesuffix(".py")
+                rows[LAYERS.get(stem, stem)]["seconds"] += report.duration
+    if not rows:
+        return
+    terminalreporter.section("layers")
+    terminalreporter.write_line(f"{'layer':<22}{'cases':>7}{'failed':>8}{'skipped':>9}{'cpu seconds':>13}")
+    for layer, row in sorted(rows.items()):
+        cases = row["passed"] + row["failed"] + row["error"]
+        failed = row["failed"] + row["error"]
+        terminalreporter.write_line(f"{layer:<22}{cases:>7.0f}{failed:>8.0f}{row['skipped']:>9.0f}{row['seconds']:>13.1f}")
+    terminalreporter.write_line(f"{'wall clock':<46}{time.time() - _started:>13.1f}")
