@@ -1,0 +1,97 @@
+"""Libraries that results are compared with, and how; a test skips where one is not installed."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import pathlib
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+_declared = []  # a Library undeclares its operators when it is collected
+
+
+def import_timm() -> ModuleType:
+    """timm, or skips."""
+    return _import("timm")
+
+
+def import_transformers() -> ModuleType:
+    """transformers, or skips."""
+    return _import("transformers")
+
+
+def _import(name: str) -> ModuleType:
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+    _make_torchvision_importable()
+    return importlib.import_module(name)
+
+
+@functools.cache
+def _make_torchvision_importable() -> None:
+    """Declares the operators that torchvision asks for on import, where its own library cannot be loaded.
+
+    That is the case for a GPU build of torchvision beside a CPU build of torch. A working torchvision is left alone.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or "torchvision" in sys.modules:
+        return
+    libraries = [p for folder in spec.submodule_search_locations for p in pathlib.Path(folder).glob("_C*.so")]
+    try:
+        for library in libraries:
+            torch.ops.load_library(str(library))
+        loaded = bool(libraries)
+    except OSError:
+        loaded = False
+    if not loaded:
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _declared.append(library)
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> None:
+    """Weights large enough for every part of the model to matter: the initial ones leave cls_token at 1e-6."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            noise = torch.randn(param.shape, generator=generator)
+            if param.ndim > 1 and name.endswith("weight"):
+                noise *= param[0].numel() ** -0.5
+            scale = 1 + 0.3 * noise if name.endswith("weight") and param.ndim == 1 else noise
+            param.copy_(scale)
+
+
+def outputs_and_gradients(model, run, image, names=lambda name: name) -> dict[str, torch.Tensor]:
+    """``run(image)`` and the gradients of the image and of every parameter, for one random cotangent."""
+    image = image.clone().requires_grad_()
+    out = run(image)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out.dtype)
+    params = {name: p for name, p in model.named_parameters()}
+    grads = torch.autograd.grad(out, [image, *params.values()], cotangent)
+    return {"output": out, "image": grads[0]} | {names(k): g for k, g in zip(params, grads[1:], strict=True)}
+
+
+def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], limit: float) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, want in theirs.items():
+        assert ours[name].shape == want.shape, name
+        error = (ours[name] - want).abs().max().item() / want.abs().max().item()
+        assert error <= limit, f"{name}: {error:.2e} of its largest element"  # fails for NaN, too
+
+
+def timm_twin(config) -> torch.nn.Module:
+    """timm's model of the same architecture, with an attention written out instead of PyTorch's fused one."""
+    timm = import_timm()
+    fields = vars(config) | {"norm_layer": lambda dim, **kw: torch.nn.LayerNorm(dim, eps=config.norm_eps, **kw)}
+    for ours_only in ("norm_eps", "interpolation", "impl"):
+        fields.pop(ours_only)
+    model = timm.models.VisionTransformer(**fields)
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    return model

@@ -1,0 +1,184 @@
+"""The Vision Transformer in plain PyTorch: the specification that the fast model is tested against.
+
+It shares no code with `vit.kernels`, `vit.layers` or `vit.model`, so that it can disagree with them. Its state-dict
+keys are timm's. Shapes: B images, N = prefix + patch tokens, D = embed_dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vit.config import ViTConfig
+from vit.init import init_weights
+
+
+def interpolate_pos_embed(
+    pos: Tensor, grid: tuple[int, int], new_grid: tuple[int, int], interpolation: str = "bicubic_offset"
+) -> Tensor:
+    """Resizes the position embedding of a patch grid; what precedes the grid (class, registers) stays as it is.
+
+    Args:
+        pos: ``[1, prefix + gh·gw, D]``; the prefix length follows from the shapes. 16-bit values are resized in fp32.
+        grid: ``(gh, gw)`` of ``pos``.
+        new_grid: the grid wanted, at least ``(1, 1)``.
+        interpolation: ``"bicubic_offset"`` or ``"bicubic"``, see `ViTConfig`.
+
+    Returns:
+        ``[1, prefix + new_gh·new_gw, D]``; ``pos`` itself where the grid does not change.
+
+    Raises:
+        ValueError: ``pos`` has fewer rows than the grid, or the interpolation is unknown.
+    """
+    prefix = pos.shape[1] - grid[0] * grid[1]
+    if prefix < 0:
+        raise ValueError(f"pos has {pos.shape[1]} rows, fewer than its grid {grid[0]}*{grid[1]}")
+    if tuple(grid) == tuple(new_grid):
+        return pos
+    if interpolation == "bicubic_offset":
+        # Without the 0.1 the rounding of the scale factor can cost a row. It also moves the sampling points.
+        target = {"scale_factor": tuple((new + 0.1) / old for new, old in zip(new_grid, grid, strict=True))}
+    elif interpolation == "bicubic":
+        target = {"size": tuple(new_grid)}
+    else:
+        raise ValueError(f'interpolation={interpolation!r} is unknown; use "bicubic_offset" or "bicubic"')
+    image = pos[:, prefix:].reshape(1, *grid, -1).permute(0, 3, 1, 2)  # [1, D, gh, gw]
+    wide = image if pos.dtype in (torch.float32, torch.float64) else image.float()
+    resized = F.interpolate(wide, mode="bicubic", align_corners=False, **target).to(pos.dtype)
+    assert resized.shape[-2:] == tuple(new_grid), f"interpolated to {tuple(resized.shape[-2:])}, wanted {new_grid}"
+    return torch.cat([pos[:, :prefix], resized.flatten(2).transpose(1, 2)], dim=1)
+
+
+class PatchEmbed(nn.Module):
+    """Splits ``[B, C, H, W]`` into patches and projects them: ``[B, num_patches, D]``."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        patch = config.patch_size
+        self.proj = nn.Conv2d(config.in_chans, config.embed_dim, kernel_size=patch, stride=patch)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.proj(image).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim, bias=config.qkv_bias)
+        self.proj = nn.Linear(config.embed_dim, config.embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # [B, N, 3, HEADS, HEAD_DIM]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, HEADS, N, HEAD_DIM] each
+        o = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(o.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.approximate = "tanh" if config.act_layer == "gelu_tanh" else "none"
+        self.fc1 = nn.Linear(config.embed_dim, config.mlp_hidden_dim)
+        self.fc2 = nn.Linear(config.mlp_hidden_dim, config.embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
+
+
+class LayerScale(nn.Module):
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.empty(config.embed_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """One pre-LN encoder block on ``[B, N, D]``."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        scaled = config.init_values is not None
+        self.norm1 = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
+        self.attn = Attention(config)
+        self.ls1 = LayerScale(config) if scaled else nn.Identity()
+        self.norm2 = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
+        self.mlp = Mlp(config)
+        self.ls2 = LayerScale(config) if scaled else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class VisionTransformer(nn.Module):
+    """The reference model; ``config.impl`` has no effect on it.
+
+    Args:
+        config: the architecture.
+        seed: of the initial weights, see `vit.init.init_weights`.
+    """
+
+    def __init__(self, config: ViTConfig, seed: int | None = None) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.embed_dim
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if config.class_token else None
+        self.reg_token = nn.Parameter(torch.empty(1, config.reg_tokens, dim)) if config.reg_tokens else None
+        self.pos_embed = nn.Parameter(torch.empty(1, config.pos_embed_len, dim))
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.Sequential(*[Block(config) for _ in range(config.depth)])
+        self.norm = nn.Identity() if config.use_fc_norm else nn.LayerNorm(dim, eps=config.norm_eps)
+        self.fc_norm = nn.LayerNorm(dim, eps=config.norm_eps) if config.use_fc_norm else nn.Identity()
+        self.head = nn.Linear(dim, config.num_classes) if config.num_classes else nn.Identity()
+        init_weights(self, seed)
+
+    def forward(self, image: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        """Classifies images.
+
+        Args:
+            image: ``[B, in_chans, H, W]``, floating point, in the dtype of the parameters.
+            interpolate_pos_encoding: allow any H and W that are multiples of the patch.
+
+        Returns:
+            ``[B, num_classes]``, or ``[B, N, num_classes]`` where ``global_pool=""``; D columns without a head.
+
+        Raises:
+            TypeError: the image is not floating point.
+            ValueError: its rank, channels or size do not fit the model.
+        """
+        return self.forward_head(self.forward_features(image, interpolate_pos_encoding))
+
+    def forward_features(self, image: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        """All tokens ``[B, N, D]`` after the last block (and ``norm``, unless there is an ``fc_norm``)."""
+        config = self.config
+        grid = config.check_image(image, interpolate_pos_encoding)
+        pos = interpolate_pos_embed(self.pos_embed, config.grid_size, grid, config.interpolation)
+        x = self.patch_embed(image)  # [B, num_patches, D]
+        prefix = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+        x = torch.cat([*prefix, x + pos], dim=1) if config.no_embed_class else torch.cat([*prefix, x], dim=1) + pos
+        return self.norm(self.blocks(x))  # [B, N, D]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pools tokens ``[B, N, D]`` and classifies them; ``pre_logits`` stops before the last projection."""
+        if self.config.global_pool == "token":
+            x = x[:, 0]
+        elif self.config.global_pool == "avg":
+            x = x[:, self.config.num_prefix_tokens :].mean(dim=1)
+        x = self.fc_norm(x)
+        return x if pre_logits else self.head(x)
+
+    @torch.no_grad()
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replaces the head by a zero-initialised one for fine-tuning, or by none for ``num_classes=0``."""
+        self.config = dataclasses.replace(self.config, num_classes=num_classes)
+        like = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
+        self.head = nn.Linear(self.config.embed_dim, num_classes, **like) if num_classes else nn.Identity()
+        self.head.train(self.training)
+        for param in self.head.parameters():
+            param.zero_()
