@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -17,6 +19,7 @@ class Config:
     block_m: int = 0
     block_n: int = 0
     block_k: int = 0
+    group_m: int = 0
     num_warps: int = 4
     num_stages: int = 1
 
@@ -30,3 +33,65 @@ def layer_norm(arch: int, width: int) -> Config:
     block_d = next_power_of_2(width)
     num_warps = min(max(block_d // 512, 4), 16)
     return Config(block_m=2 if arch == 0 else max(1, 4096 // block_d), block_n=block_d, num_warps=num_warps)
+
+
+def gemm_provider(impl: str, epilogue: str | None) -> str:
+    """"triton" or "cublas" for one matrix product of an op called with ``impl``.
+
+    ``epilogue`` is None for a plain product (with or without bias), "gelu" or "dgelu". An explicit ``impl="triton"``
+    means our kernel for every product. Otherwise plain products go to cuBLAS, and those with GELU or its derivative to
+    our kernel, which saves a pass over the widest activation; both until measured.
+    """
+    return "triton" if impl == "triton" or epilogue is not None else "cublas"
+
+
+def has_tma(arch: int) -> bool:
+    """Whether the hardware reads through tensor descriptors, so that the host makes them; before, they are notation."""
+    return arch == 0 or arch >= 90
+
+
+def gemm(arch: int, dtype: torch.dtype, precision: str) -> Config:
+    """Tile of the GEMM, whatever its epilogue."""
+    if arch == 0:
+        return Config(block_m=32, block_n=64, block_k=32, group_m=2)
+    if dtype is torch.float32 and precision == "ieee":  # no tensor cores: each thread multiplies for its own elements
+        return Config(block_m=128, block_n=64, block_k=16, group_m=8, num_warps=8, num_stages=3)
+    if dtype is torch.float32:
+        return Config(block_m=128, block_n=128, block_k=32, group_m=8, num_warps=8, num_stages=3)
+    if arch < 90:
+        return Config(block_m=128, block_n=128, block_k=32, group_m=8, num_warps=8, num_stages=4)
+    return Config(block_m=128, block_n=128, block_k=64, group_m=8, num_warps=8, num_stages=3)
+
+
+def attention_fwd(arch: int, n: int, head_dim: int, dtype: torch.dtype) -> Config:
+    """Tile of block_m queries against block_n keys at a time; n is the number of keys."""
+    if arch == 0:
+        return Config(block_m=32, block_n=32)
+    if dtype is torch.float32:
+        return Config(block_m=32, block_n=32, num_warps=8, num_stages=2)
+    wide = arch >= 90 and head_dim <= 64
+    return Config(block_m=128 if wide else 64, block_n=64, num_warps=4, num_stages=2)
+
+
+def attention_bwd(arch: int, n: int, head_dim: int, dtype: torch.dtype) -> Config:
+    """A program owns block_m keys (or queries) and walks the queries (or keys) block_n at a time; n is the longer."""
+    if arch == 0:
+        return Config(block_m=32, block_n=16)
+    if dtype is torch.float32:
+        return Config(block_m=32, block_n=32, num_warps=8, num_stages=2)
+    return Config(block_m=64, block_n=32, num_warps=4 if head_dim <= 80 else 8, num_stages=2)
+
+
+def patch_embed(arch: int, role: str, dtype: torch.dtype, precision: str) -> Config:
+    """Tile of an implicit GEMM: block_m patches, block_n channels, block_k pixels of a patch.
+
+    ``role`` says which of the three is summed over and is therefore the short side: "fwd" pixels, "dw" patches,
+    "dimage" channels.
+    """
+    if arch == 0:
+        side, short, num_warps, num_stages = 32, 32, 4, 1
+    else:
+        side, num_warps = (64, 4) if dtype is torch.float32 and precision == "ieee" else (128, 8)
+        short, num_stages = 32 if dtype is torch.float32 else 64, 3
+    blocks = {"fwd": (side, side, short), "dw": (short, side, side), "dimage": (side, short, side)}[role]
+    return Config(*blocks, group_m=8, num_warps=num_warps, num_stages=num_stages)

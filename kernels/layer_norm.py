@@ -216,7 +216,7 @@ def _rows_per_scale(M: int, row_scale: Tensor | None) -> int:
 
 
 def _setup_context(ctx, inputs, output):
-    x, branch, gamma, row_scale, weight, bias, eps, save = inputs
+    x, branch, gamma, row_scale, weight, bias, _eps, _save = inputs
     stream, _, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd, *([stream] if branch is None else []))
@@ -319,7 +319,8 @@ def residual_layer_norm(
     op = "residual_layer_norm"
     _check(op, residual, weight, bias, eps)
     if branch.shape != residual.shape:
-        raise ValueError(f"{op}: branch must have the shape of residual {tuple(residual.shape)}, got {tuple(branch.shape)}")
+        shapes = f"{tuple(residual.shape)}, got {tuple(branch.shape)}"
+        raise ValueError(f"{op}: branch must have the shape of residual {shapes}")
     if residual.dtype is not torch.float32 or branch.dtype not in runtime.HALF:
         runtime.check_floating(op, residual=residual, branch=branch)
     dtype_of_weight = next((t.dtype for t in (weight, bias) if t is not None), branch.dtype)

@@ -16,13 +16,13 @@ def patch_embed(
 ) -> Tensor:
     """Non-overlapping patches times weight, plus bias; prefix tokens in front; plus position embedding.
 
-    image [B, C, H, W], weight [D, C, PH, PW], bias [D], prefix [1, R, D], pos_embed [1, R + N, D] or [1, N, D] (then the
-    prefix tokens get none) -> [B, R + N, D], patches in row-major order of the grid.
+    image [B, C, H, W], weight [D, C, PH, PW], bias [D], prefix [1, R, D], pos_embed [1, R + N, D] or [1, N, D] (then
+    the prefix tokens get none) -> [B, R + N, D], patches in row-major order of the grid.
     """
     batch, channels, height, width = image.shape
     dim, _, ph, pw = weight.shape
     patches = image.reshape(batch, channels, height // ph, ph, width // pw, pw)
-    patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * ph * pw)  # [B, N, C·PH·PW]
+    patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [B, N, C·PH·PW]
     tokens = F.linear(patches, weight.reshape(dim, -1), bias)
     if pos_embed is not None and pos_embed.shape[1] == tokens.shape[1]:
         tokens = tokens + pos_embed
@@ -62,7 +62,7 @@ def residual_layer_norm(
 
 
 def gelu(x: Tensor, activation: str) -> Tensor:
-    """"gelu" is exact, x·Φ(x); "gelu_tanh" is the tanh approximation of Hendrycks & Gimpel (2016)."""
+    """x·Φ(x), exact for "gelu"; the tanh approximation of Hendrycks & Gimpel (2016) for "gelu_tanh"."""
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
@@ -87,8 +87,8 @@ def mlp(
 def attention_qkv(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """softmax(scale · q kᵀ) v per head, bidirectional.
 
-    q [B, NQ, H, E], k and v [B, NK, H, E] -> output [B, NQ, H·E] and the natural-log logsumexp [B, H, NQ] (fp32, or fp64
-    for fp64 inputs). scale defaults to 1/sqrt(E).
+    q [B, NQ, H, E], k and v [B, NK, H, E] -> output [B, NQ, H·E] and the natural-log logsumexp [B, H, NQ] (fp32, or
+    fp64 for fp64 inputs). scale defaults to 1/sqrt(E).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     logits = torch.einsum("bqhe,bkhe->bhqk", q, k) * scale

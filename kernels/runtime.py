@@ -23,7 +23,12 @@ IMPLS = ("auto", "triton", "reference")
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
 HALF = (torch.float16, torch.bfloat16)
-_ACC_TYPES = {torch.float16: tl.float32, torch.bfloat16: tl.float32, torch.float32: tl.float32, torch.float64: tl.float64}
+_ACC_TYPES = {
+    torch.float16: tl.float32,
+    torch.bfloat16: tl.float32,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
 
 
 # ---- what the machine is ---------------------------------------------------------------------------------------------
@@ -105,7 +110,9 @@ def _why_not_triton(tensors: Sequence[torch.Tensor]) -> str | None:
         return f"dtype {x.dtype} is not supported by the Triton kernels; use float32, float16 or bfloat16"
     if INTERPRETED:
         if any(t.dtype is torch.bfloat16 for t in tensors) and not _interpreter_has_bf16():
-            return "Triton's interpreter computes wrong bfloat16 results; use float32, or the strict interpreter of tests/"
+            return (
+                "Triton's interpreter computes wrong bfloat16 results; use float32, or the strict interpreter of tests/"
+            )
         return None
     if x.device.type != "cuda" and _compile_only is None:
         return (

@@ -23,11 +23,160 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def row_stats(x, mask, D, eps):
-    """Mean and 1/sqrt(variance + eps) of each row of x; two passes over registers, so no cancellation.
+    """Mean and 1/sqrt(variance + eps) of each row of x, from registers.
+
+    The mean is corrected by the mean of what it leaves: rows that are constant or far from zero then come out as exactly
+    as with Welford's algorithm, where the plain mean's last bit would be multiplied by up to 1/sqrt(eps).
 
     x: [BLOCK_M, BLOCK_D] with zeros where mask is false; D: number of valid columns.
     """
     mean = tl.sum(x, axis=1) / D
     centred = tl.where(mask, x - mean[:, None], 0.0)
-    variance = tl.sum(centred * centred, axis=1) / D
-    return mean, 1.0 / tl.sqrt(variance + eps)
+    shift = tl.sum(centred, axis=1) / D
+    variance = tl.sum(centred * centred, axis=1) / D - shift * shift
+    return mean + shift, 1.0 / tl.sqrt(variance + eps)
+
+
+@triton.jit
+def grouped_tile(pid, TILES_M, TILES_N, GROUP_M: tl.constexpr):
+    """(tile row, tile column) of a program: GROUP_M tile rows go column by column, so that operands stay in L2."""
+    first_m = pid // (GROUP_M * TILES_N) * GROUP_M
+    rows = tl.minimum(TILES_M - first_m, GROUP_M)
+    in_group = pid % (GROUP_M * TILES_N)
+    return first_m + in_group % rows, in_group // rows
+
+
+@triton.jit
+def gelu_and_grad(x, ACTIVATION: tl.constexpr, CHEAP: tl.constexpr):
+    """gelu(x) and gelu'(x); whichever is not used costs nothing.
+
+    ACTIVATION "gelu": x·Φ(x) and Φ(x) + x·φ(x). CHEAP replaces erf (more than 30 instructions) for results that will be
+    rounded to 16 bits: Φ(−|x|) = ½ erfc(|x|/√2) by Abramowitz & Stegun 7.1.26, which shares its exponential with φ.
+    ACTIVATION "gelu_tanh": x·σ and σ + x·σ'(2u)·2u', with u = √(2/π)·(x + 0.044715·x³) and ½(1 + tanh u) = σ(2u) = σ.
+    """
+    if ACTIVATION == "gelu":
+        exp = tl.exp(-0.5 * x * x)
+        if CHEAP:
+            t = 1.0 / (1.0 + 0.2316418882663604 * tl.abs(x))
+            tail = 0.5307027145 * t - 0.7265760135
+            tail = tail * t + 0.7107068705
+            tail = tail * t - 0.142248368
+            tail = tail * t + 0.127414796
+            tail *= t * exp
+            cdf = tl.where(x < 0.0, tail, 1.0 - tail)
+        else:
+            cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        return x * cdf, cdf + x * (exp * 0.3989422804014327)
+    else:
+        tl.static_assert(ACTIVATION == "gelu_tanh", "unknown activation")
+        square = tl.minimum(x * x, 1e6)  # finite, so that 0 · u' below is 0; σ is 0 or 1 long before
+        two_u = x * (1.5957691216057308 + 0.07135481627260025 * square)
+        # From the exponential that cannot overflow; 1 − σ would cancel.
+        exp = tl.exp(-tl.abs(two_u))
+        small = 1.0 / (1.0 + exp)
+        cdf = tl.where(two_u < 0.0, exp * small, small)
+        slope = 1.5957691216057308 + 0.21406444881780076 * square
+        return x * cdf, cdf + x * (exp * small * small * slope)
+
+
+# Attention works on the rows of one head, [BLOCK, head_dim], as a tuple of tiles with power-of-two widths. PARTS gives
+# (first column, width, valid columns) of each. Rows are (pointer to the head's first, stride between them).
+
+
+@triton.jit
+def head_rows(ptr, stride, b, h, ALIGN: tl.constexpr):
+    """Rows of head h of sample b. stride: (batch, token, head), all multiples of ALIGN."""
+    offset = b * stride[0] + h * stride[2]
+    if ALIGN > 1:
+        offset = tl.multiple_of(offset, ALIGN)
+    return ptr + offset, stride[1]
+
+
+@triton.jit
+def _row_ptrs(rows, offs, ALIGN: tl.constexpr):
+    offsets = offs.to(tl.int64) * rows[1]
+    if ALIGN > 1:
+        offsets = tl.multiple_of(offsets, ALIGN)
+    return rows[0] + offsets[:, None]
+
+
+@triton.jit
+def load_parts(rows, offs, mask, PARTS: tl.constexpr, ALIGN: tl.constexpr):
+    """Rows offs, zeros where mask is false and in invalid columns."""
+    ptrs = _row_ptrs(rows, offs, ALIGN)
+    x = ()
+    for i in tl.static_range(len(PARTS)):
+        offs_d = tl.arange(0, PARTS[i][1])
+        valid = mask[:, None]
+        if PARTS[i][2] < PARTS[i][1]:
+            valid = valid & (offs_d < PARTS[i][2])[None, :]
+        x += (tl.load(ptrs + (PARTS[i][0] + offs_d)[None, :], mask=valid, other=0.0),)
+    return x
+
+
+@triton.jit
+def store_parts(rows, x, offs, mask, PARTS: tl.constexpr, ALIGN: tl.constexpr):
+    """Writes x to rows offs where mask is true, rounded to their type."""
+    ptrs = _row_ptrs(rows, offs, ALIGN)
+    for i in tl.static_range(len(PARTS)):
+        offs_d = tl.arange(0, PARTS[i][1])
+        valid = mask[:, None]
+        if PARTS[i][2] < PARTS[i][1]:
+            valid = valid & (offs_d < PARTS[i][2])[None, :]
+        tl.store(ptrs + (PARTS[i][0] + offs_d)[None, :], x[i].to(rows[0].dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def zero_parts(BLOCK: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr):
+    x = ()
+    for i in tl.static_range(len(PARTS)):
+        x += (tl.full([BLOCK, PARTS[i][1]], 0.0, dtype=ACC),)
+    return x
+
+
+@triton.jit
+def scale_parts(x, factor):
+    y = ()
+    for i in tl.static_range(len(x)):
+        y += (x[i] * factor,)
+    return y
+
+
+@triton.jit
+def row_dot_parts(a, b, ACC: tl.constexpr):
+    """Σ_columns a · b of each row."""
+    total = tl.sum(a[0].to(ACC) * b[0].to(ACC), axis=1)
+    for i in tl.static_range(1, len(a)):
+        total += tl.sum(a[i].to(ACC) * b[i].to(ACC), axis=1)
+    return total
+
+
+@triton.jit
+def dot_parts(a, b, PRECISION: tl.constexpr, ACC: tl.constexpr):
+    """a @ bᵀ, [rows of a, rows of b]."""
+    acc = tl.full([a[0].shape[0], b[0].shape[0]], 0.0, dtype=ACC)
+    for i in tl.static_range(len(a)):
+        acc = dot(a[i], b[i].T, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def dot_into_parts(p, x, acc, PRECISION: tl.constexpr):
+    """acc + p @ x; p is rounded to the type of x."""
+    y = ()
+    for i in tl.static_range(len(x)):
+        y += (dot(p.to(x[i].dtype), x[i], acc[i], PRECISION),)
+    return y
+
+
+@triton.jit
+def attn_logits(a, b, mask, SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
+    """scale · a @ bᵀ · log2(e), so that exp is exp2; −inf where mask is false. The scale multiplies in the accumulator."""
+    logits = dot_parts(a, b, PRECISION, ACC) * (SCALE * 1.4426950408889634)
+    return tl.where(mask, logits, float("-inf"))
+
+
+@triton.jit
+def attn_probs(logits, lse):
+    """exp(s − lse) of the logits from `attn_logits` and a natural-log lse."""
+    return tl.exp2(logits - lse * 1.4426950408889634)

@@ -1,7 +1,7 @@
 """One test body serves the interpreter and the GPU: the ``device`` fixture decides which.
 
-Without a GPU the kernels are interpreted, under the strict interpreter of `strict.py`. Whether a kernel is interpreted is
-fixed when it is decorated, so the variable is set here, before anything imports vit.
+Without a GPU the kernels are interpreted, under the strict interpreter of `strict.py`. Whether a kernel is
+interpreted is fixed when it is decorated, so the variable is set here, before anything imports vit.
 """
 
 import os
@@ -34,6 +34,9 @@ LAYERS = {
     "test_vit": "model",
     "test_peers": "model",
     "test_bad_inputs": "bad inputs",
+    "test_packaging": "packaging",
+    "test_demo": "demo",
+    "test_gpu_script": "GPU script, rehearsed",
     "test_mutants": "seeded bugs",
 }
 _started = time.time()
@@ -72,14 +75,15 @@ def randn(device):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; skipped without one")
+    config.addinivalue_line("markers", "interpreted: needs interpreted kernels (fp64); skipped on a GPU")
 
 
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(skip)
+    missing = "interpreted" if torch.cuda.is_available() else "gpu"
+    reason = {"interpreted": "fp64 kernels run interpreted only", "gpu": "needs an NVIDIA GPU"}[missing]
+    for item in items:
+        if missing in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -101,5 +105,16 @@ def pytest_terminal_summary(terminalreporter):
     for layer, row in sorted(rows.items()):
         cases = row["passed"] + row["failed"] + row["error"]
         failed = row["failed"] + row["error"]
-        terminalreporter.write_line(f"{layer:<22}{cases:>7.0f}{failed:>8.0f}{row['skipped']:>9.0f}{row['seconds']:>13.1f}")
+        terminalreporter.write_line(
+            f"{layer:<22}{cases:>7.0f}{failed:>8.0f}{row['skipped']:>9.0f}{row['seconds']:>13.1f}"
+        )
     terminalreporter.write_line(f"{'wall clock':<46}{time.time() - _started:>13.1f}")
+
+
+@pytest.fixture(autouse=True)
+def _nan_filled_outputs():
+    """Fills what torch.empty returns with NaN, so that an element that a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -2,17 +2,30 @@
 
 import pytest
 import torch
-from compare import check_op
+from views import nan_padded
 
-from vit.kernels import layer_norm, reference, residual_layer_norm
+from vit.kernels import configs, layer_norm, reference, residual_layer_norm
+from vit.kernels.layer_norm import layer_norm_bwd, layer_norm_fwd
+from vit.testing import check, check_op
 
-WIDTHS = [1, 48, 100, 192, 257]
+
+def ours_layer_norm(**inputs):
+    return layer_norm(**inputs, impl="triton")
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+def ours_residual(**inputs):
+    return residual_layer_norm(**inputs, impl="triton")
+
+
+@pytest.mark.parametrize("width", [1, 48, 100, 192, 257])
 def test_layer_norm(randn, dtype, width):
     inputs = {"x": randn(3, 17, width) * 2 + 1, "weight": randn(width) + 1, "bias": randn(width)}
-    check_op(lambda **a: layer_norm(**a, impl="triton"), reference.layer_norm, inputs, dtype)
+    check_op(ours_layer_norm, reference.layer_norm, inputs, dtype)
+
+
+def test_layer_norm_without_weight_or_bias(randn, dtype):
+    check_op(ours_layer_norm, reference.layer_norm, {"x": randn(5, 192), "weight": None, "bias": None}, dtype)
+    check_op(ours_layer_norm, reference.layer_norm, {"x": randn(5, 192), "weight": randn(192), "bias": None}, dtype)
 
 
 @pytest.mark.parametrize("gamma", [False, True])
@@ -25,12 +38,215 @@ def test_residual_layer_norm(randn, dtype, gamma, scaled):
     }  # fmt: skip
     row_scale = torch.tensor([0.0, 1.25, 1.25]).to(inputs["residual"].device) if scaled else None
 
-    def ours(**a):
-        scale = None if row_scale is None else row_scale.to(a["residual"].dtype)
-        return residual_layer_norm(**a, row_scale=scale, impl="triton")
+    def scale_like(t):
+        return None if row_scale is None else row_scale.to(t.dtype)
 
-    def ref(**a):
-        scale = None if row_scale is None else row_scale.to(a["residual"].dtype)
-        return reference.residual_layer_norm(**a, row_scale=scale)
+    check_op(
+        lambda **a: residual_layer_norm(**a, row_scale=scale_like(a["residual"]), impl="triton"),
+        lambda **a: reference.residual_layer_norm(**a, row_scale=scale_like(a["residual"])),
+        inputs,
+        dtype,
+    )
 
-    check_op(ours, ref, inputs, dtype)
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_fp32_stream_with_16_bit_branch(randn, half):
+    """The stream stays fp32, y and the gradient of the branch have the branch's dtype."""
+    B, N, D = 2, 17, 192
+    residual, cotangent = randn(B, N, D), randn(B, N, D)
+    branch, weight, bias = randn(B, N, D).to(half), (randn(D) + 1).to(half), randn(D).to(half)
+
+    def run(fn, wide: bool):
+        leaves = [t.double() if wide else t.clone() for t in (residual, branch, weight, bias)]
+        leaves = [t.detach().requires_grad_() for t in leaves]
+        stream, y = fn(*leaves)
+        dstream, dy = cotangent.to(stream.dtype), cotangent.to(half).to(y.dtype)
+        return [stream, y, *torch.autograd.grad([stream, y], leaves, [dstream, dy])]
+
+    ours = run(lambda *a: residual_layer_norm(*a, impl="triton"), wide=False)
+    eager, exact = run(reference.residual_layer_norm, wide=False), run(reference.residual_layer_norm, wide=True)
+    assert [t.dtype for t in ours] == [torch.float32, half, torch.float32, half, half, half]
+    names = ["stream", "y", "dresidual", "dbranch", "dweight", "dbias"]
+    for name, a, b, c in zip(names, ours, eager, exact, strict=True):
+        check(a, b, c, name=name)
+
+
+@pytest.mark.parametrize("kind", ["constant rows", "large offset", "subnormal", "one spike a row"])
+def test_extreme_rows(randn, dtype, kind):
+    x = randn(6, 100)
+    if kind == "constant rows":
+        x = x[:, :1].expand(6, 100).contiguous()
+    elif kind == "large offset":
+        x = x + 300.0
+    elif kind == "subnormal":
+        x = x * 1e-40
+    else:
+        x[range(6), [7, 20, 33, 46, 59, 72]] = 1000.0
+    check_op(ours_layer_norm, reference.layer_norm, {"x": x, "weight": randn(100), "bias": randn(100)}, dtype)
+
+
+def test_sums_over_many_rows(randn, monkeypatch):
+    """dγ, dβ over 16k rows: accumulating them in bf16 would be off by far more than eager."""
+    monkeypatch.setattr(configs, "layer_norm", lambda arch, width: configs.Config(block_m=256, block_n=16))
+    inputs = {"x": randn(16_500, 16), "weight": randn(16), "bias": randn(16)}
+    check_op(ours_layer_norm, reference.layer_norm, inputs, torch.bfloat16)
+
+
+@pytest.mark.interpreted
+def test_gradcheck(randn):
+    B, N, D = 2, 5, 12
+    x, branch, weight, bias, gamma = (
+        randn(*s).double().requires_grad_() for s in [(B, N, D), (B, N, D), (D,), (D,), (D,)]
+    )
+    row_scale = torch.tensor([0.0, 1.5], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda *a: layer_norm(*a, impl="triton"), (x, weight, bias))
+    assert torch.autograd.gradcheck(lambda *a: residual_layer_norm(*a, impl="triton"), (x, branch, weight, bias))
+    assert torch.autograd.gradcheck(
+        lambda *a: residual_layer_norm(*a[:4], gamma=a[4], row_scale=row_scale, impl="triton"),
+        (x, branch, weight, bias, gamma),
+    )
+    for unused in (0, 1):  # one of the two outputs goes nowhere
+        assert torch.autograd.gradcheck(
+            lambda *a, i=unused: residual_layer_norm(*a, impl="triton")[i], (x, branch, weight, bias)
+        )
+
+
+@pytest.mark.parametrize("with_branch", [False, True])
+def test_opcheck(randn, with_branch):
+    B, N, D = 2, 3, 20
+    x, branch, row_scale = randn(B, N, D).requires_grad_(), randn(B, N, D).requires_grad_(), randn(B).abs()
+    weight, bias, gamma = (randn(D).requires_grad_() for _ in range(3))
+    extra = (branch, gamma, row_scale) if with_branch else (None, None, None)
+    torch.library.opcheck(layer_norm_fwd, (x, *extra, weight, bias, 1e-6, True))
+    s, mean, rstd = x.detach(), randn(B * N), randn(B * N).abs()
+    extra = tuple(None if t is None else t.detach() for t in extra)
+    needs = (with_branch, True, True, with_branch)
+    torch.library.opcheck(layer_norm_bwd, (randn(B, N, D), s, s, mean, rstd, weight.detach(), *extra, *needs))
+
+
+def _grads(x, branch, weight, bias, gamma, cotangents):
+    leaves = [t.detach().requires_grad_() for t in (x, branch, weight, bias, gamma)]
+    outs = residual_layer_norm(*leaves[:4], gamma=leaves[4], impl="triton")
+    return [*outs, *torch.autograd.grad(outs, leaves, cotangents)]
+
+
+def test_same_bits(randn, dtype):
+    """Run to run, strided or not, NaN around the buffers or not, incoming gradients of any strides."""
+    B, N, D = 3, 7, 48
+    x, branch, dy, ds = (randn(B, N, D).to(dtype) for _ in range(4))
+    weight, bias, gamma = (randn(D).to(dtype) for _ in range(3))
+    first = _grads(x, branch, weight, bias, gamma, (ds, dy))
+
+    def transposed(t):
+        return t.transpose(0, 1).contiguous().transpose(0, 1)
+
+    variants = {
+        "again": (x, branch, weight, bias, gamma, (ds, dy)),
+        "transposed": (transposed(x), transposed(branch), weight, bias, gamma, (transposed(ds), transposed(dy))),
+        "padded": (*map(nan_padded, (x, branch, weight, bias, gamma)), (nan_padded(ds), nan_padded(dy))),
+        "column-major": (x.mT.contiguous().mT, branch, weight, bias, gamma, (ds.mT.contiguous().mT, dy)),
+    }
+    for name, variant in variants.items():
+        for a, b in zip(first, _grads(*variant), strict=True):
+            assert torch.equal(a, b), name
+    expanded = torch.ones((), dtype=dtype, device=x.device).expand(B, N, D)  # what .sum().backward() hands over
+    dense = _grads(x, branch, weight, bias, gamma, (expanded.contiguous(), expanded.contiguous()))
+    for a, b in zip(dense, _grads(x, branch, weight, bias, gamma, (expanded, expanded)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("block_m", [1, 2, 4, 16])
+def test_every_tile_is_right(randn, monkeypatch, block_m):
+    monkeypatch.setattr(configs, "layer_norm", lambda arch, width: configs.Config(block_m=block_m, block_n=128))
+    shape = (5, 5, 100)
+    inputs = {"residual": randn(*shape), "branch": randn(*shape), "weight": randn(100), "bias": randn(100)}
+    check_op(ours_residual, reference.residual_layer_norm, inputs, torch.float16)
+
+
+def test_empty_batch(randn):
+    x = randn(0, 5, 16).requires_grad_()
+    weight, bias = randn(16).requires_grad_(), randn(16).requires_grad_()
+    stream, y = residual_layer_norm(x, x, weight, bias, impl="triton")
+    grads = torch.autograd.grad(stream.sum() + y.sum(), [x, weight, bias])
+    assert y.shape == x.shape
+    assert grads[0].shape == x.shape
+    assert not grads[1].any() and not grads[2].any()
+
+
+def test_frozen_parameters_and_no_grad(randn):
+    x, weight, bias = randn(4, 16), randn(16), randn(16).requires_grad_()
+    layer_norm(x, weight, bias, impl="triton").sum().backward()
+    assert torch.equal(bias.grad, torch.full_like(bias, 4.0))
+    assert weight.grad is None and x.grad is None
+    assert not layer_norm(x, weight, impl="triton").requires_grad
+    with torch.inference_mode():
+        inferred = layer_norm(x, weight, bias, impl="triton")
+    assert torch.equal(inferred, layer_norm(x, weight, bias, impl="triton"))
+
+
+def test_compile_fullgraph(randn):
+    args = [randn(2, 5, 48), randn(2, 5, 48), randn(48), randn(48)]
+    leaves = [t.requires_grad_() for t in args]
+
+    def fn(*a):
+        return residual_layer_norm(*a, impl="triton")
+
+    direct, compiled = fn(*leaves), torch.compile(fn, fullgraph=True, backend="aot_eager")(*leaves)
+    for a, b in zip(direct, compiled, strict=True):
+        assert torch.equal(a, b)
+    cotangents = [randn(2, 5, 48), randn(2, 5, 48)]
+    for a, b in zip(
+        torch.autograd.grad(direct, leaves, cotangents), torch.autograd.grad(compiled, leaves, cotangents), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_double_backward_raises(randn):
+    x = randn(4, 16).requires_grad_()
+    (dx,) = torch.autograd.grad(layer_norm(x, impl="triton").square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        dx.sum().backward()
+
+
+def test_forward_mode_raises_and_auto_is_right(randn):
+    x, tangent = randn(4, 16), randn(4, 16)
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(lambda t: layer_norm(t, impl="triton"), (x,), (tangent,))
+    _, ours = torch.func.jvp(layer_norm, (x,), (tangent,))
+    _, torchs = torch.func.jvp(lambda t: torch.nn.functional.layer_norm(t, (16,), eps=1e-6), (x,), (tangent,))
+    torch.testing.assert_close(ours, torchs)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"weight": torch.ones(15)}, ValueError, r"weight must have shape \(16,\), got \(15,\)"),
+        ({"eps": -1e-6}, ValueError, "eps must not be negative"),
+        ({"x": torch.ones(4, 16, dtype=torch.int32)}, TypeError, "x must be a floating-point tensor, got torch.int32"),
+        ({"weight": torch.ones(16, dtype=torch.float16)}, TypeError, "weight is torch.float16 but x is torch.float32"),
+        ({"impl": "cuda"}, ValueError, "impl must be one of"),
+        ({"x": torch.tensor(1.0)}, ValueError, "last dimension"),
+    ],
+)
+def test_bad_input(change, error, message):
+    args = {"x": torch.ones(4, 16), "weight": torch.ones(16), "bias": torch.zeros(16)} | change
+    with pytest.raises(error, match=message):
+        layer_norm(**args)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"branch": torch.ones(2, 4, 8)}, ValueError, "branch must have the shape of residual"),
+        ({"gamma": torch.ones(4)}, ValueError, "gamma must have shape"),
+        ({"row_scale": torch.ones(4)}, ValueError, r"row_scale must have shape \(2,\)"),
+        ({"row_scale": torch.ones(2, requires_grad=True)}, ValueError, "carries no gradient"),
+        ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\)"),
+        ({"dropout_p": 0.1}, NotImplementedError, "dropout_p > 0"),
+        ({"branch": torch.ones(2, 4, 16, dtype=torch.float64)}, TypeError, "branch is torch.float64"),
+    ],
+)
+def test_bad_residual_input(change, error, message):
+    args = {"residual": torch.ones(2, 4, 16), "branch": torch.ones(2, 4, 16), "weight": torch.ones(16)} | change
+    with pytest.raises(error, match=message):
+        residual_layer_norm(**args)
