@@ -23,7 +23,7 @@ from vit.kernels import runtime
 # Which layer of verification a file belongs to, for the summary.
 LAYERS = {
     "test_strict": "strict interpreter",
-    "test_compare": "tolerance policy",
+    "test_tolerances": "tolerance policy",
     "test_patch_embed": "kernels",
     "test_layer_norm": "kernels",
     "test_linear": "kernels",

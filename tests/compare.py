@@ -1,1 +1,0 @@
-from vit.testing import *  # noqa: F403

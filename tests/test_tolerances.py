@@ -1,0 +1,106 @@
+"""The tolerance policy: what each factor catches, and that right results pass."""
+
+import pytest
+import torch
+
+from vit.testing import check, measure
+
+
+def results(dtype, shape=(64, 96)):
+    """fp64 values, and two right roundings of them to ``dtype`` that differ in how they got there."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(shape[0], 256, generator=generator).to(dtype)
+    b = torch.randn(256, shape[1], generator=generator).to(dtype)
+    exact = a.double() @ b.double()
+    ours = (a[:, :128].float() @ b[:128].float() + a[:, 128:].float() @ b[128:].float()).to(dtype)
+    return ours, (a @ b).to(dtype), exact
+
+
+@pytest.mark.parametrize("scope", ["op", "model"])
+def test_right_results_pass(dtype, scope):
+    ours, eager, exact = results(dtype)
+    check(ours, eager, exact, scope=scope)
+    check(eager, ours, exact, scope=scope)
+
+
+def stale_row(ours, exact):
+    ours[3] = ours[4]
+    return ours
+
+
+def truncated(ours, exact):
+    """Rounds towards zero instead of to nearest."""
+    unit = torch.finfo(ours.dtype).eps * 2.0 ** exact.abs().log2().floor()
+    return ((exact / unit).trunc() * unit).to(ours.dtype)
+
+
+def accumulated_in_low_precision(ours, exact):
+    total = torch.zeros_like(ours)
+    for _ in range(16):
+        total = total + (exact / 16).to(ours.dtype)
+    return total
+
+
+def one_wrong_element(ours, exact):
+    ours[5, 7] = ours[5, 7] * 1.1
+    return ours
+
+
+def scaled_by_a_third_of_a_percent(ours, exact):
+    return (exact * 1.003).to(ours.dtype)
+
+
+def nan(ours, exact):
+    ours[0, 0] = float("nan")
+    return ours
+
+
+HALF = [torch.float16, torch.bfloat16]
+BUGS = {
+    stale_row: [*HALF, torch.float32],
+    truncated: HALF,
+    accumulated_in_low_precision: HALF,
+    one_wrong_element: [*HALF, torch.float32],
+    scaled_by_a_third_of_a_percent: [*HALF, torch.float32],
+    nan: [*HALF, torch.float32],
+}
+
+
+@pytest.mark.parametrize(("bug", "dtype"), [(b, d) for b, ds in BUGS.items() for d in ds])
+@pytest.mark.parametrize("scope", ["op", "model"])
+def test_bug_is_caught(bug, dtype, scope):
+    ours, eager, exact = results(dtype)
+    with pytest.raises(AssertionError, match="rms"):
+        check(bug(ours.clone(), exact), eager, exact, scope=scope)
+
+
+def test_the_rms_factor_alone_catches_noise_spread_evenly(dtype):
+    """1.3 times eager's error in fp16 and bf16, 2.5 times in fp32, without one element that stands out."""
+    _, eager, exact = results(torch.float32)
+    factor = 2.5 if dtype is torch.float32 else 1.3
+    unit = exact.abs().max().item() * torch.finfo(dtype).eps
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(exact.shape, generator=generator, dtype=torch.float64).clamp(-2, 2)
+    eager = (exact + 8 * unit * noise).to(dtype)
+    ours = (exact + factor * 8 * unit * noise.flip(0)).to(dtype)
+    report = measure(ours, eager, exact)
+    assert report.rms > report.rms_limit
+
+
+def test_a_floor_never_hides_a_16_bit_rms():
+    """14 times eager's error of a small tensor is below the floor of 0.3, and must still fail."""
+    exact = torch.linspace(1e-3, 2e-3, 5000, dtype=torch.float64)
+    eager = exact.to(torch.bfloat16)
+    noise = torch.randn(5000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ours = (exact + 14 * 2e-6 * noise).to(torch.bfloat16)
+    assert not measure(ours, eager, exact).ok
+
+
+def test_shapes_and_dtypes_must_agree():
+    ours, eager, exact = results(torch.float32)
+    with pytest.raises(AssertionError, match="shape"):
+        measure(ours[:1], eager, exact)
+    with pytest.raises(AssertionError, match="fp64"):
+        measure(ours, eager, exact.float())
+    with pytest.raises(AssertionError, match="dtype"):
+        measure(ours.half(), eager, exact)

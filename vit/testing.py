@@ -1,0 +1,129 @@
+"""The tolerance policy: one helper, one table, never loosened to pass.
+
+Every error is taken against an fp64 reference of the same rounded inputs, and judged beside the error of eager PyTorch
+in the same dtype on the same device. See CONTRIBUTING.md for the policy and `tests/test_tolerances.py` for the bug that
+each factor catches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+__all__ = ["FACTORS", "Report", "check", "check_op", "measure", "rounding_floor"]
+
+# (rms factor, max factor): how much worse than eager a result may be.
+FACTORS = {
+    ("op", torch.float16): (1.10, 1.5),
+    ("op", torch.bfloat16): (1.10, 1.5),
+    ("op", torch.float32): (2.0, 4.0),
+    ("model", torch.float16): (1.25, 2.0),
+    ("model", torch.bfloat16): (1.25, 2.0),
+    ("model", torch.float32): (1.5, 4.0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Errors of one tensor against fp64, ours beside eager's, and what they may be."""
+
+    name: str
+    rms: float
+    rms_eager: float
+    rms_limit: float
+    max: float
+    max_eager: float
+    max_limit: float
+    bias: float
+    bias_limit: float
+
+    @property
+    def ok(self) -> bool:
+        # Written so that NaN fails.
+        return self.rms <= self.rms_limit and self.max <= self.max_limit and self.bias <= self.bias_limit
+
+    @property
+    def share(self) -> float:
+        """The largest part of a limit that is used up; above 1 where the report is not ok."""
+        pairs = ((self.rms, self.rms_limit), (self.max, self.max_limit), (self.bias, self.bias_limit))
+        return max(value / limit if limit else (float("inf") if value else 0.0) for value, limit in pairs)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: rms {self.rms:.3e} (eager {self.rms_eager:.3e}, limit {self.rms_limit:.3e}), "
+            f"max {self.max:.3e} (eager {self.max_eager:.3e}, limit {self.max_limit:.3e}), "
+            f"signed bias {self.bias:.3e} (limit {self.bias_limit:.3e})"
+        )
+
+
+def rounding_floor(exact: Tensor, dtype: torch.dtype) -> float:
+    """2·max|(r + 0.3 − 0.3) − r| in ``dtype``: two roundings of a value of this size."""
+    r = exact.to(dtype)
+    return 2.0 * (((r + 0.3) - 0.3).double() - r.double()).abs().max().item() if r.numel() else 0.0
+
+
+def measure(ours: Tensor, eager: Tensor, exact: Tensor, *, scope: str = "op", name: str = "output") -> Report:
+    """Errors of ``ours`` and of ``eager`` against ``exact`` (fp64), and the limits of the policy (TOL-A)."""
+    assert exact.dtype is torch.float64, f"{name}: the reference must be fp64"
+    assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, reference {tuple(exact.shape)}"
+    assert ours.dtype == eager.dtype, f"{name}: dtype {ours.dtype}, eager {eager.dtype}"
+    if exact.numel() == 0:
+        return Report(name, 0, 0, 0, 0, 0, 0, 0, 0)
+    dtype, n = ours.dtype, exact.numel()
+    rms_factor, max_factor = FACTORS[scope, dtype]
+    # Two right results of n elements differ in rms by about 1/sqrt(n) of it, through their different roundings.
+    rms_factor *= 1.0 + n**-0.5
+    floor = rounding_floor(exact, dtype)
+    e_ours, e_eager = ours.detach().double() - exact, eager.detach().double() - exact
+    rms, rms_eager = e_ours.square().mean().sqrt().item(), e_eager.square().mean().sqrt().item()
+    peak, peak_eager = e_ours.abs().max().item(), e_eager.abs().max().item()
+    # Truncation instead of rounding shifts every value towards zero, by about the rms of a right rounding's error. The
+    # mean of right errors is near zero, but not 1/sqrt(n) near: elements of one row share what was rounded before them.
+    sign = exact.sign()
+    bias, bias_eager = (e_ours * sign).mean().abs().item(), (e_eager * sign).mean().abs().item()
+    narrow = dtype in (torch.float16, torch.bfloat16)
+    return Report(
+        name,
+        rms, rms_eager, rms_factor * rms_eager + (0.0 if narrow else floor),
+        peak, peak_eager, max_factor * peak_eager + floor,
+        bias, 1.5 * bias_eager + max(0.25, 5.0 * n**-0.5) * rms_eager + floor,
+    )  # fmt: skip
+
+
+def check(ours: Tensor, eager: Tensor, exact: Tensor, *, scope: str = "op", name: str = "output") -> Report:
+    """`measure`, and raises AssertionError unless every limit holds."""
+    report = measure(ours, eager, exact, scope=scope, name=name)
+    if not report.ok:  # not an assert statement, which python -O would drop
+        raise AssertionError(str(report))
+    return report
+
+
+def check_op(ours_fn, reference_fn, inputs: dict[str, Tensor | None], dtype: torch.dtype, *, seed: int = 0) -> None:
+    """TOL-A for an op: its outputs and the gradient of every input, beside the eager reference and fp64.
+
+    Args:
+        ours_fn, reference_fn: called with ``inputs`` as keywords; return a tensor or a tuple of tensors.
+        inputs: fp32 or fp64 values; rounded to ``dtype`` here, so that all three computations see the same numbers.
+        dtype: fp16, bf16 or fp32.
+        seed: of the random cotangents.
+    """
+    rounded = {k: None if t is None else t.detach().to(dtype) for k, t in inputs.items()}
+
+    def run(fn, to: torch.dtype):
+        leaves = {k: None if t is None else t.to(to).requires_grad_() for k, t in rounded.items()}
+        out = fn(**leaves)
+        outs = out if isinstance(out, tuple) else (out,)
+        generator = torch.Generator().manual_seed(seed)
+        cotangents = [torch.randn(o.shape, generator=generator).to(o.device, dtype).to(to) for o in outs]
+        present = {k: t for k, t in leaves.items() if t is not None}
+        grads = torch.autograd.grad(outs, list(present.values()), cotangents)
+        results = {f"output {i}": o for i, o in enumerate(outs)}
+        return results | {f"grad {k}": g for k, g in zip(present, grads, strict=True)}
+
+    ours, eager, exact = run(ours_fn, dtype), run(reference_fn, dtype), run(reference_fn, torch.float64)
+    reports = [measure(ours[k], eager[k], exact[k], name=k) for k in exact]
+    failed = [str(r) for r in reports if not r.ok]
+    if failed:
+        raise AssertionError("\n".join(failed))
