@@ -1,1 +1,25 @@
-"""fused-vit"""
+"""Vision Transformers in PyTorch on fused Triton kernels, forward and backward.
+
+    import vit
+    model = vit.create_model("vit_base_patch16_224", num_classes=10)
+    logits = model(image)
+
+``vit.kernels`` has the ops, `vit.reference` the same network in plain PyTorch. Importing touches no GPU.
+"""
+
+from vit import kernels, reference
+from vit.config import ViTConfig, get_config, list_models
+from vit.explain import explain
+from vit.model import VisionTransformer, create_model
+
+__version__ = "0.1.0"
+__all__ = [
+    "ViTConfig",
+    "VisionTransformer",
+    "create_model",
+    "explain",
+    "get_config",
+    "kernels",
+    "list_models",
+    "reference",
+]

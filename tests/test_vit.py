@@ -1,0 +1,188 @@
+"""The whole model against the independent reference: outputs, every gradient, training, options."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+import vit
+from vit.reference import VisionTransformer as Reference
+from vit.testing import measure
+
+SMALL = vit.ViTConfig(img_size=(32, 48), patch_size=8, num_classes=10, embed_dim=64, depth=2, num_heads=2)
+
+# One option at a time, and those that interact.
+VARIANTS = {
+    "plain": {},
+    "avg pool": {"global_pool": "avg"},
+    "avg pool, norm before": {"global_pool": "avg", "fc_norm": False},
+    "token pool, fc_norm": {"fc_norm": True},
+    "no pool": {"global_pool": ""},
+    "no class token": {"class_token": False, "global_pool": "avg"},
+    "registers": {"reg_tokens": 4},
+    "registers, patches embedded only": {"reg_tokens": 4, "no_embed_class": True},
+    "LayerScale": {"init_values": 0.1},
+    "no qkv bias": {"qkv_bias": False},
+    "tanh GELU": {"act_layer": "gelu_tanh"},
+    "rectangular patch": {"patch_size": (8, 16), "img_size": (40, 32)},
+    "four channels": {"in_chans": 4},
+    "head_dim 80": {"embed_dim": 160},
+    "wide MLP of odd width": {"mlp_ratio": 2.7},
+    "no head": {"num_classes": 0},
+}
+
+
+def three_models(config: vit.ViTConfig, dtype: torch.dtype, device: torch.device | str = "cpu"):
+    """Ours, the reference in the same dtype, the reference in fp64: one set of weights, all of them non-trivial."""
+    torch.manual_seed(0)
+    exact = Reference(config).double()
+    with torch.no_grad():
+        for name, p in exact.named_parameters():
+            p.copy_(p + torch.randn_like(p) * (0.2 if "bias" in name or "token" in name else 0.05))
+    eager = copy.deepcopy(exact).to(device, dtype)
+    ours = vit.VisionTransformer(config).to(device, dtype)
+    ours.load_state_dict(eager.state_dict(), strict=True)
+    return ours, eager, copy.deepcopy(eager).double()
+
+
+def gradients(model, image, cotangent, **kwargs):
+    image = image.detach().to(next(model.parameters()).dtype).requires_grad_()
+    out = model(image, **kwargs)
+    params = dict(model.named_parameters())
+    grads = torch.autograd.grad(out, [image, *params.values()], cotangent.to(out.dtype))
+    return {"logits": out.detach(), "image": grads[0]} | dict(zip(params, grads[1:], strict=True))
+
+
+def assert_parity(config, dtype, device, *, batch=2, size=None, **kwargs):
+    ours, eager, exact = three_models(config, dtype, device)
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randn(batch, config.in_chans, *(size or config.img_size), generator=generator).to(device, dtype)
+    cotangent = torch.randn(exact(image.double(), **kwargs).shape, generator=generator).to(device, dtype)
+    results = [gradients(m, image, cotangent, **kwargs) for m in (ours, eager, exact)]
+    reports = [measure(*(r[k] for r in results), scope="model", name=k) for k in results[0]]
+    failed = [str(r) for r in reports if not r.ok]
+    assert not failed, "\n".join(failed)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cpu_path(variant):
+    config = dataclasses.replace(SMALL, **VARIANTS[variant])
+    assert_parity(config, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_kernels_fp32(variant, device):
+    small = {"depth": 1} | VARIANTS[variant]
+    assert_parity(dataclasses.replace(SMALL, impl="triton", **small), torch.float32, device)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("variant", ["plain", "LayerScale", "head_dim 80"])
+def test_kernels_16_bit(variant, half, device):
+    assert_parity(dataclasses.replace(SMALL, impl="triton", **VARIANTS[variant]), half, device)
+
+
+@pytest.mark.parametrize("size", [(48, 32), (56, 24), (32, 56)])
+@pytest.mark.parametrize("change", [{}, {"interpolation": "bicubic"}, {"reg_tokens": 2, "no_embed_class": True}])
+def test_position_embedding_is_resized(size, change):
+    config = dataclasses.replace(SMALL, **change)
+    assert_parity(config, torch.float32, "cpu", size=size, interpolate_pos_encoding=True)
+
+
+def test_position_embedding_is_resized_with_kernels(device):
+    config = dataclasses.replace(SMALL, depth=1, impl="triton")
+    assert_parity(config, torch.float32, device, size=(48, 24), interpolate_pos_encoding=True)
+
+
+def train(model, images, labels, steps=3):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+    losses = []
+    for i in range(steps):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(images[i].to(next(model.parameters()).dtype)), labels[i])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_three_training_steps(impl, device):
+    where = device if impl == "triton" else "cpu"
+    config = dataclasses.replace(SMALL, impl=impl, init_values=0.1)
+    ours, eager, exact = three_models(config, torch.float32, where)
+    images, labels = torch.randn(3, 2, 3, 32, 48).to(where), torch.randint(10, (3, 2)).to(where)
+    losses = [train(m, images, labels) for m in (ours, eager, exact)]
+    assert losses[2][0] != losses[2][2]
+    torch.testing.assert_close(losses[0], losses[2], rtol=1e-5, atol=1e-5)
+    # Adam divides by the gradient's size, so where the true gradient is zero (the key bias) its sign is noise.
+    dim = config.embed_dim
+    for (name, a), b, c in zip(ours.named_parameters(), eager.parameters(), exact.parameters(), strict=True):
+        a, b, c = (t.detach() for t in (a, b, c))
+        if name.endswith("qkv.bias"):
+            a, b, c = (torch.cat([t[:dim], t[2 * dim :]]) for t in (a, b, c))
+        error, error_eager = ((t.double() - c).abs().max().item() for t in (a, b))
+        assert error <= 4 * error_eager + 1e-6, f"{name}: {error:.2e}, eager {error_eager:.2e}"
+
+
+def test_model_runs_to_the_same_bits(device):
+    ours, _, _ = three_models(dataclasses.replace(SMALL, depth=1, impl="triton"), torch.float32, device)
+    image, cotangent = torch.randn(2, 3, 32, 48).to(device), torch.randn(2, 10).to(device)
+    first = gradients(ours, image, cotangent)
+    again = gradients(ours, image.to(memory_format=torch.channels_last), cotangent)
+    assert all(torch.equal(first[k], again[k]) for k in first)
+
+
+def test_explain_names_every_op(device):
+    model = vit.create_model("vit_tiny_patch16_224", img_size=32, depth=2, impl="triton").to(device)
+    paths = vit.explain(model, torch.randn(1, 3, 32, 32).to(device))
+    assert {p.op: (p.path, p.calls) for p in paths} == {
+        "patch_embed": ("triton", 1),
+        "layer_norm": ("triton", 1),
+        "linear": ("triton", 5),
+        "attention": ("triton", 2),
+        "residual_layer_norm": ("triton", 4),
+        "mlp": ("triton", 2),
+    }
+    cpu = vit.explain(vit.create_model("vit_tiny_patch16_224", img_size=32, depth=1), torch.randn(1, 3, 32, 32))
+    assert all(p.path == "reference" and "cpu tensor" in p.reason for p in cpu)
+    assert "layer_norm" in str(cpu)
+
+
+def test_features_head_and_reset_classifier():
+    model = vit.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=7, seed=0)
+    image = torch.randn(2, 3, 32, 32)
+    features = model.forward_features(image)
+    torch.testing.assert_close(model.forward_head(features), model(image), rtol=0, atol=0)
+    torch.testing.assert_close(model.forward_head(features, pre_logits=True), features[:, 0], rtol=0, atol=0)
+    model.reset_classifier(3)
+    assert model(image).shape == (2, 3)
+    assert not model(image).any(), "the fine-tuning head starts at zero"
+    assert model.config.num_classes == 3 and model.get_classifier() is model.head
+    model.reset_classifier(0)
+    torch.testing.assert_close(model(image), features[:, 0], rtol=0, atol=0)
+
+
+def test_create_model():
+    assert sum(p.numel() for p in vit.create_model("vit_base_patch16_224", device="meta").parameters()) == 86_567_656
+    a, b = (vit.create_model("vit_tiny_patch16_224", depth=1, seed=3) for _ in range(2))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    model = vit.create_model("vit_tiny_patch16_224", depth=1, img_size=(96, 80), dtype=torch.bfloat16)
+    assert model.config.grid_size == (6, 5) and model.head.weight.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="did you mean 'vit_base_patch16_224'"):
+        vit.create_model("vit_base_patch16_225")
+    with pytest.raises(TypeError, match="did you mean 'embed_dim'"):
+        vit.create_model("vit_base_patch16_224", embed_dims=3)
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_compile_fullgraph(impl, device):
+    config = dataclasses.replace(SMALL, depth=1, impl=impl)
+    ours, _, _ = three_models(config, torch.float32, device if impl == "triton" else "cpu")
+    image = torch.randn(2, 3, 32, 48).to(next(ours.parameters()).device)
+    cotangent = torch.randn(2, 10).to(image.device)
+    direct = gradients(ours, image, cotangent)
+    compiled = gradients(torch.compile(ours, fullgraph=True, backend="aot_eager"), image, cotangent)
+    for name, value in direct.items():
+        assert torch.equal(value, compiled[name if name in compiled else f"_orig_mod.{name}"]), name
