@@ -1,0 +1,106 @@
+"""The `vit` command; `python -m vit` is the same."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code: 0 success, 1 a check failed, 2 it could not start."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except BrokenPipeError:  # `vit info | head`; Python flushes once more as it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vit", description="Vision Transformers on fused Triton kernels.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    demo = commands.add_parser(
+        "demo",
+        help="a photograph through a ViT, forward and backward, checked against plain PyTorch",
+        description="A photograph through a ViT, forward and backward, with the path of every op, the errors against "
+        "fp64 beside eager PyTorch's, times, and a picture of the attention. ViT-B/16 in bf16 on an NVIDIA GPU; "
+        "without one ViT-S/16 on the CPU and a small ViT on interpreted kernels. The exit code is 1 if a check fails.",
+    )
+    demo.add_argument(
+        "--out", type=Path, default=Path("vit-attention.png"), metavar="PATH", help="the picture (default: %(default)s)"
+    )
+    demo.add_argument(
+        "--interpreted", action="store_true", help=argparse.SUPPRESS
+    )  # how the demo starts its second part
+    demo.set_defaults(run=_demo)
+
+    info = commands.add_parser(
+        "info", help="versions, GPU, models", description="Versions, the GPU or that there is none, and the models."
+    )
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _demo(args: argparse.Namespace) -> int:
+    if importlib.util.find_spec("PIL") is None:
+        return _fail("demo", "Pillow is missing, which reads and writes the pictures; pip install Pillow")
+    if args.interpreted:
+        from vit.kernels import runtime
+
+        if not runtime.INTERPRETED:
+            return _fail("demo", "--interpreted needs TRITON_INTERPRET=1 in the environment")
+    else:
+        try:  # before a minute of work, not after it
+            new = not args.out.exists()
+            args.out.open("ab").close()
+            if new:
+                args.out.unlink()
+        except OSError as error:
+            return _fail("demo", f"cannot write {args.out}: {error.strerror}; choose another --out")
+    from vit import demo
+
+    return 0 if (demo.demo_interpreted() if args.interpreted else demo.demo(args.out)) else 1
+
+
+def _info(args: argparse.Namespace) -> int:
+    import numpy
+    import torch
+    import triton
+
+    import vit
+    from vit.kernels import runtime
+
+    if torch.cuda.is_available():
+        g = torch.cuda.get_device_properties(torch.cuda.current_device())
+        gpu = f"{g.name}, compute capability {g.major}.{g.minor}, {g.total_memory / 2**30:.0f} GiB"
+    else:
+        gpu = "none: CPU tensors run the eager PyTorch path"
+    if runtime.INTERPRETED:
+        kernels = "interpreted on the CPU: TRITON_INTERPRET is set"
+    elif torch.cuda.is_available():
+        kernels = "compiled for the GPU at their first call"
+    else:
+        kernels = "cannot run here: they need a GPU, or TRITON_INTERPRET=1 from the start of the process"
+    rows = {
+        "fused-vit": vit.__version__,
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "numpy": numpy.__version__,
+        "GPU": gpu,
+        "kernels": kernels,
+        "models": "\n          ".join(vit.list_models()),
+    }
+    print("\n".join(f"{name:<10}{value}" for name, value in rows.items()))
+    return 0
+
+
+def _fail(command: str, message: str) -> int:
+    print(f"vit {command}: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,235 @@
+"""`vit demo`: a photograph through a ViT, forward and backward, checked against plain PyTorch in front of a person.
+
+With an NVIDIA GPU: ViT-B/16 in bf16 on the compiled kernels. Without one: ViT-S/16 on the CPU path, then, in a process
+of its own, a small ViT on the interpreted kernels. Shapes: B images, N tokens, D = embed_dim.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from vit.config import ViTConfig, get_config
+from vit.explain import explain
+from vit.kernels import runtime
+from vit.parity import Models, make_models, parity, results, table
+
+CPU = torch.device("cpu")
+# Small enough for the interpreter; its 17 tokens fill no tile evenly.
+SMALL = ViTConfig((48, 64), 16, num_classes=10, embed_dim=64, depth=2, num_heads=2, reg_tokens=4, init_values=0.5)
+EYE = (138, 91, 202, 139)  # left, upper, right, lower: pixels of the photograph, as many as SMALL takes
+PANEL = 448  # pixels, the side of each half of the picture
+
+SHOWN_GPU = """\
+Shown: each op of ViT-B/16 took the path listed above on this GPU, and the logits and every gradient are judged by how
+near they are to fp64 beside eager PyTorch in bf16 (the policy is in vit/testing.py). Times are of one call at a time,
+launch cost included, against vit.reference with PyTorch's own fused attention.
+Not shown: recognition. The weights are random, so the picture shows where the class token looks, not what it knows:
+other random weights light up other patches."""
+SHOWN_CPU = """\
+Shown: on the CPU this package computes what plain PyTorch computes; and the Triton kernels' own code, interpreted in
+fp32, is judged on the logits and every gradient of a small ViT beside eager PyTorch (the policy is in vit/testing.py).
+Not shown: anything compiled. No kernel was compiled or ran on a GPU, bf16 was not tried, and no speed of a kernel was
+seen: both columns of times are eager PyTorch on this CPU. To see the rest, run `make demo` on a machine with an NVIDIA
+GPU of compute capability 8.0 or newer.
+Nor recognition: the weights are random, so the picture shows where the class token looks, not what it knows: other
+random weights light up other patches."""
+
+
+def demo(out: Path) -> bool:
+    """Runs everything, prints it, writes the picture to ``out``; whether every check passed."""
+    gpu, why_not = find_gpu()
+    if gpu is None:
+        say(f"{why_not}: ViT-S/16 runs on the CPU, then a small ViT on interpreted kernels.")
+        say("\n== 1 of 2: ViT-S/16, 224 x 224 pixels, fp32, on the CPU: the package's eager PyTorch path ==")
+        name, batch, dtype = "vit_small_patch16_224", 1, torch.float32
+    else:
+        say(f"{torch.cuda.get_device_name(gpu)}: ViT-B/16 runs on the compiled Triton kernels.")
+        say("\n== ViT-B/16, 224 x 224 pixels, bf16, compiled kernels; the first call of each kernel compiles it ==")
+        name, batch, dtype = "vit_base_patch16_224", 8, torch.bfloat16
+    images = load_batch(224, batch).to(gpu or CPU, dtype)
+    models, passed = check_model(get_config(name), images)
+    models.exact = None  # so that its memory is free
+    show_times(models, images)
+    show_attention(models.fast, images[:1], out)
+    if gpu is None:
+        say("\n== 2 of 2: the Triton kernels, interpreted: their code runs on the CPU, one program after another ==")
+        command = [sys.executable, "-m", "vit", "demo", "--interpreted"]
+        code = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode
+        if code not in (0, 1):
+            say(f"  the interpreted part stopped with exit code {code}")
+        passed = passed and code == 0
+    say(f"\n== What this showed ==\n{SHOWN_CPU if gpu is None else SHOWN_GPU}")
+    say(f"\n{'PASS: every check passed' if passed else 'FAIL: see the lines marked FAIL above'}. Picture: {out}")
+    return passed
+
+
+def demo_interpreted() -> bool:
+    """The part with interpreted kernels; needs TRITON_INTERPRET=1 from the start of the process."""
+    say("  2 blocks, 64 wide, 2 heads, registers, LayerScale; 64 x 48 pixels of the photograph, patch 16, fp32")
+    eye = load_photo().crop(EYE)
+    return check_model(dataclasses.replace(SMALL, impl="triton"), to_tensor([eye, ImageOps.mirror(eye)]))[1]
+
+
+def find_gpu() -> tuple[torch.device | None, str]:
+    """The GPU that compiled kernels can run on, or None and why not."""
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        return None, "No NVIDIA GPU was found"
+    if runtime.INTERPRETED:
+        return None, "TRITON_INTERPRET is set, so no kernel can be compiled here"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return None, f"{torch.cuda.get_device_name()} is older than compute capability 8.0, which the kernels need"
+    return torch.device("cuda"), ""
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+@contextlib.contextmanager
+def step(text: str) -> Iterator[None]:
+    """Prints ``text``, a dot every two seconds of the work, and how long it took."""
+    done = threading.Event()
+
+    def tick() -> None:
+        while not done.wait(2):
+            print(".", end="", flush=True)
+
+    print(f"  {text} ...", end="", flush=True)
+    start, ticker = time.perf_counter(), threading.Thread(target=tick, daemon=True)
+    ticker.start()
+    try:
+        yield
+    finally:
+        done.set()
+        ticker.join()
+        say(f" {time.perf_counter() - start:.1f} s")
+
+
+def load_photo() -> Image.Image:
+    with resources.files("vit").joinpath("assets/chelsea.jpg").open("rb") as file:
+        return Image.open(file).convert("RGB")
+
+
+def to_tensor(photos: list[Image.Image]) -> Tensor:
+    """[B, 3, H, W], normalised with mean and standard deviation 0.5."""
+    return torch.from_numpy(np.stack([np.array(p) for p in photos])).movedim(3, 1) / 127.5 - 1.0
+
+
+def load_batch(size: int, batch: int) -> Tensor:
+    """[batch, 3, size, size]: the centre of the photograph, the odd ones mirrored, each pair closer than the last."""
+    crops = [ImageOps.fit(load_photo(), (size, size), bleed=0.02 * (i // 2)) for i in range(batch)]
+    return to_tensor([ImageOps.mirror(crop) if i % 2 else crop for i, crop in enumerate(crops)])
+
+
+def check_model(config: ViTConfig, images: Tensor) -> tuple[Models, bool]:
+    """Builds the models, prints the path of each op and the parity table; the models, and whether parity holds."""
+    with step("making random weights"):
+        models = make_models(config, images)
+    with step("a first forward, to see which path each op takes"):
+        paths = str(explain(models.fast, images))
+    say("  Path of each op, and why (the backward of an op takes the path of its forward):")
+    say("    " + paths.replace("\n", "\n    "))
+    reports = parity(models, images, progress=step)
+    say("  " + table(reports).replace("\n", "\n  "))
+    return models, all(report.ok for report in reports)
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
+def peak_memory(call: Callable[[], object], device: torch.device) -> str:
+    """What a call adds at most to the memory in use."""
+    if device.type != "cuda":
+        return "not measured"
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    return f"{(torch.cuda.max_memory_allocated(device) - before) / 2**20:.0f} MiB"
+
+
+def show_times(models: Models, images: Tensor) -> None:
+    """Prints median times of runs in which both models alternate, and the peak memory of each."""
+    device, batch = images.device, len(images)
+    calls: dict[str, list[Callable[[], object]]] = {"forward": [], "forward and backward": []}
+    for model in (models.fast, models.eager):
+        calls["forward"].append(torch.no_grad()(lambda m=model: m(images)))
+        calls["forward and backward"].append(lambda m=model: results(m, images, models.direction))
+    runs: dict[str, list[list[float]]] = {label: [] for label in calls}
+    stop = time.perf_counter() + 8  # seconds, so that a slow or busy machine makes fewer rounds
+    with step("timing"):
+        for _ in range(20):
+            for label, both in calls.items():
+                runs[label].append([seconds(call, device) for call in both])
+            if time.perf_counter() > stop:
+                break
+    where = "on this GPU" if device.type == "cuda" else "CPU times, eager PyTorch in both columns"
+    say(f"  Time per image in batches of {batch}, median of {len(runs['forward'])} rounds ({where}):")
+    for label, rounds in runs.items():
+        ours, eager = (1000 * statistics.median(column) / batch for column in zip(*rounds, strict=True))
+        say(f"    {label:<22}ours {ours:8.2f} ms    eager {eager:8.2f} ms    eager/ours {eager / ours:.2f}")
+    ours, eager = (peak_memory(call, device) for call in calls["forward and backward"])
+    say(f"  Peak memory of forward and backward, weights not counted: ours {ours}, eager {eager}")
+
+
+@torch.no_grad()
+def attention_probs(model: nn.Module, image: Tensor) -> Tensor:
+    """[depth, N, N]: each block's attention on one image, mean over heads, from the block's own q and k."""
+    inputs: list[Tensor] = []
+    hooks = [b.attn.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for b in model.blocks]
+    try:
+        model(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    maps = []
+    for block, y in zip(model.blocks, inputs, strict=True):
+        qkv = F.linear(y[0], block.attn.qkv.weight, block.attn.qkv.bias).float()  # [N, 3·D]
+        q, k, _ = qkv.unflatten(1, (3, block.attn.num_heads, -1)).permute(1, 2, 0, 3)  # [HEADS, N, HEAD_DIM] each
+        maps.append((q @ k.transpose(1, 2) * q.shape[2] ** -0.5).softmax(-1).mean(0))
+    return torch.stack(maps)
+
+
+def show_attention(model: nn.Module, image: Tensor, out: Path) -> None:
+    """Writes the photograph beside itself under a map of the class token's attention."""
+    config = model.config
+    with step("drawing where the class token looks"):
+        share = attention_probs(model, image).mean(0)[0, config.num_prefix_tokens :].cpu()  # [num_patches]
+        low, high = share.min().item(), share.max().item()
+        grid = share.reshape(1, 1, *config.grid_size)
+        smooth = F.interpolate(grid, size=(PANEL, PANEL), mode="bicubic", align_corners=False)[0, 0].numpy()
+        level = np.clip((smooth - low) / (high - low), 0, 1)  # [PANEL, PANEL]
+        stops = np.array([(10, 6, 40), (84, 16, 110), (187, 55, 84), (249, 142, 8), (252, 255, 164)])  # dark to bright
+        colour = np.stack([np.interp(level, np.linspace(0, 1, len(stops)), s) for s in stops.T], axis=2)
+        photo = np.asarray(ImageOps.fit(load_photo(), (PANEL, PANEL)), dtype=float)
+        opacity = 0.45 + 0.35 * level[..., None]
+        panels = [photo, np.full((PANEL, 8, 3), 255.0), (1 - opacity) * photo + opacity * colour]
+        Image.fromarray(np.concatenate(panels, axis=1).round().astype(np.uint8)).save(out, format="PNG")
+    low, high = low * config.num_tokens, high * config.num_tokens
+    say(f"  Mean over heads and blocks: a patch gets {low:.2f} to {high:.2f} times an equal share of the class token's")
+    say(f"  attention; the picture stretches that range from dark to bright. Written to {out}")
