@@ -36,7 +36,7 @@ def layer_norm(arch: int, width: int) -> Config:
 
 
 def gemm_provider(impl: str, epilogue: str | None) -> str:
-    """"triton" or "cublas" for one matrix product of an op called with ``impl``.
+    """Who runs one matrix product of an op called with ``impl``: "triton" or "cublas".
 
     ``epilogue`` is None for a plain product (with or without bias), "gelu" or "dgelu". An explicit ``impl="triton"``
     means our kernel for every product. Otherwise plain products go to cuBLAS, and those with GELU or its derivative to
@@ -68,30 +68,37 @@ def attention_fwd(arch: int, n: int, head_dim: int, dtype: torch.dtype) -> Confi
     if arch == 0:
         return Config(block_m=32, block_n=32)
     if dtype is torch.float32:
-        return Config(block_m=32, block_n=32, num_warps=8, num_stages=2)
-    wide = arch >= 90 and head_dim <= 64
-    return Config(block_m=128 if wide else 64, block_n=64, num_warps=4, num_stages=2)
+        return Config(block_m=32, block_n=16, num_warps=8, num_stages=2)
+    if head_dim > 64:
+        return Config(block_m=64, block_n=64, num_warps=4, num_stages=2)
+    return Config(block_m=128 if arch >= 90 else 64, block_n=64, num_warps=4, num_stages=2 if arch >= 90 else 3)
 
 
 def attention_bwd(arch: int, n: int, head_dim: int, dtype: torch.dtype) -> Config:
     """A program owns block_m keys (or queries) and walks the queries (or keys) block_n at a time; n is the longer."""
     if arch == 0:
-        return Config(block_m=32, block_n=16)
+        return Config(block_m=32, block_n=32)
     if dtype is torch.float32:
-        return Config(block_m=32, block_n=32, num_warps=8, num_stages=2)
-    return Config(block_m=64, block_n=32, num_warps=4 if head_dim <= 80 else 8, num_stages=2)
+        blocks = (32, 32) if head_dim > 112 else (64, 16) if arch >= 90 else (32, 16)
+        return Config(*blocks, num_warps=8, num_stages=2)
+    return Config(block_m=64, block_n=32, num_warps=4 if head_dim <= (80 if arch >= 90 else 64) else 8, num_stages=2)
 
 
 def patch_embed(arch: int, role: str, dtype: torch.dtype, precision: str) -> Config:
     """Tile of an implicit GEMM: block_m patches, block_n channels, block_k pixels of a patch.
 
-    ``role`` says which of the three is summed over and is therefore the short side: "fwd" pixels, "dw" patches,
-    "dimage" channels.
+    ``role`` says which of the three is summed over: "fwd" pixels, "dw" patches, "dimage" channels. Pixels stay few,
+    because a layout that allows no wide loads keeps an address in registers for each of them.
     """
     if arch == 0:
-        side, short, num_warps, num_stages = 32, 32, 4, 1
+        return Config(*{"fwd": (32, 64, 32), "dw": (32, 64, 32), "dimage": (32, 32, 32)}[role], group_m=2)
+    num_warps, num_stages = 8, 3
+    if dtype is not torch.float32:
+        blocks = {"fwd": (128, 128, 64), "dw": (64, 128, 64), "dimage": (128, 64, 64)}[role]
+        if role == "fwd" and arch < 90:
+            blocks, num_stages = (128, 128, 32), 4
+    elif precision == "tf32":
+        blocks = {"fwd": (128, 64, 32), "dw": (64 if arch >= 90 else 32, 128, 64), "dimage": (128, 32, 64)}[role]
     else:
-        side, num_warps = (64, 4) if dtype is torch.float32 and precision == "ieee" else (128, 8)
-        short, num_stages = 32 if dtype is torch.float32 else 64, 3
-    blocks = {"fwd": (side, side, short), "dw": (short, side, side), "dimage": (side, short, side)}[role]
+        blocks, num_warps = {"fwd": (64, 64, 32), "dw": (32, 64, 32), "dimage": (64, 32, 32)}[role], 4
     return Config(*blocks, group_m=8, num_warps=num_warps, num_stages=num_stages)

@@ -12,8 +12,8 @@ _INTERPRETED = tl.constexpr(runtime.INTERPRETED)
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b in the accumulator's type; the only way to a matrix unit here.
 
-    The interpreter multiplies 16-bit operands by their bit patterns, so interpreted operands are widened first; compiled
-    code keeps its 16-bit tensor-core instruction.
+    The interpreter multiplies 16-bit operands by their bit patterns, so interpreted operands are widened first;
+    compiled code keeps its 16-bit tensor-core instruction.
     """
     if _INTERPRETED:
         a = a.to(acc.dtype)
@@ -25,8 +25,8 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 def row_stats(x, mask, D, eps):
     """Mean and 1/sqrt(variance + eps) of each row of x, from registers.
 
-    The mean is corrected by the mean of what it leaves: rows that are constant or far from zero then come out as exactly
-    as with Welford's algorithm, where the plain mean's last bit would be multiplied by up to 1/sqrt(eps).
+    The mean is corrected by the mean of what it leaves: rows that are constant or far from zero then come out as
+    exactly as with Welford's algorithm, where the plain mean's last bit would be multiplied by up to 1/sqrt(eps).
 
     x: [BLOCK_M, BLOCK_D] with zeros where mask is false; D: number of valid columns.
     """
@@ -170,13 +170,18 @@ def dot_into_parts(p, x, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def attn_logits(a, b, mask, SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
-    """scale · a @ bᵀ · log2(e), so that exp is exp2; −inf where mask is false. The scale multiplies in the accumulator."""
-    logits = dot_parts(a, b, PRECISION, ACC) * (SCALE * 1.4426950408889634)
-    return tl.where(mask, logits, float("-inf"))
+def attn_logits(a, b, mask, PRECISION: tl.constexpr, ACC: tl.constexpr):
+    """a @ bᵀ, not yet scaled; −inf where mask is false."""
+    return tl.where(mask, dot_parts(a, b, PRECISION, ACC), float("-inf"))
 
 
 @triton.jit
-def attn_probs(logits, lse):
-    """exp(s − lse) of the logits from `attn_logits` and a natural-log lse."""
-    return tl.exp2(logits - lse * 1.4426950408889634)
+def exp_scaled(x, SCALE: tl.constexpr):
+    """exp(SCALE · x). Differences of logits come here, not logits: what multiplies them then rounds little."""
+    return tl.exp2(x * (SCALE * 1.4426950408889634))
+
+
+@triton.jit
+def attn_probs(logits, m, log_l, SCALE: tl.constexpr):
+    """exp(SCALE · (logits − m)) / l, as the forward computed it."""
+    return tl.exp2((logits - m) * (SCALE * 1.4426950408889634) - log_l * 1.4426950408889634)

@@ -1,0 +1,290 @@
+"""Linear layer with an optional GELU, and the one GEMM kernel that `linear` and `mlp` run on.
+
+The kernel computes out [M, N] = epilogue(op(A) [M, K] @ op(B) [K, N]) with op the identity or the transpose, so that
+the forward (x·Wᵀ), the gradient of the input (dy·W) and that of the weight (dyᵀ·x) are the same code. Epilogues, in
+the accumulator's type:
+    acc + bias
+    h = acc + bias, out = gelu(h), and h itself as a second output if the backward will need it
+    out = acc · gelu'(h), and gelu(h) as a second output, so that the forward need not save it
+
+Forward:  y = x·Wᵀ + b, or h = x·Wᵀ + b and y = gelu(h).
+Backward: dh = dy (dy · gelu'(h) with an activation: no product precedes it here, so it is one elementwise pass),
+    dx = dh·W,  dW = dhᵀ·x,  db = Σ_rows dh
+Saved: x if W wants a gradient, W if x does, h with an activation.
+
+Every sum has one fixed order: a program walks K alone, from front to back, and db is one reduction over rows. Operands
+are read through tensor descriptors, which pad with zeros beyond the edges.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import configs, reference, runtime, tile
+
+ACTIVATIONS = ("gelu", "gelu_tanh")
+
+
+@triton.jit
+def _describe(x, stride, ROWS, COLS, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, TRANS: tl.constexpr):
+    """The descriptor of an operand [ROWS, COLS] that is stored so, or transposed; without a stride x is one already."""
+    if stride is None:
+        return x
+    elif TRANS:
+        return tl.make_tensor_descriptor(x, [COLS, ROWS], [stride, 1], [BLOCK_COLS, BLOCK_ROWS])
+    else:
+        return tl.make_tensor_descriptor(x, [ROWS, COLS], [stride, 1], [BLOCK_ROWS, BLOCK_COLS])
+
+
+@triton.jit
+def _load(desc, row, col, TRANS: tl.constexpr):
+    return desc.load([col, row]).T if TRANS else desc.load([row, col])
+
+
+@triton.jit
+def _gemm_kernel(
+    a_ptr, b_ptr, bias_ptr, pre_ptr, out_ptr, second_ptr,
+    M, N, K,
+    stride_a, stride_b,
+    TRANS_A: tl.constexpr, TRANS_B: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    pid_m, pid_n = tile.grouped_tile(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    start_m = (pid_m * BLOCK_M).to(tl.int32)  # descriptors take 32-bit coordinates
+    start_n = (pid_n * BLOCK_N).to(tl.int32)
+
+    a_desc = _describe(a_ptr, stride_a, M, K, BLOCK_M, BLOCK_K, TRANS_A)
+    b_desc = _describe(b_ptr, stride_b, K, N, BLOCK_K, BLOCK_N, TRANS_B)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
+    for start_k in range(0, K, BLOCK_K):
+        a = _load(a_desc, start_m, start_k, TRANS_A)
+        b = _load(b_desc, start_k, start_n, TRANS_B)
+        acc = tile.dot(a, b, acc, PRECISION)
+
+    # Half the columns at a time: a whole tile beside GELU's temporaries spills registers.
+    left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+    _epilogue(left, pid_m, start_n, bias_ptr, pre_ptr, out_ptr, second_ptr, M, N, ACTIVATION)
+    _epilogue(right, pid_m, start_n + BLOCK_N // 2, bias_ptr, pre_ptr, out_ptr, second_ptr, M, N, ACTIVATION)
+
+
+@triton.jit
+def _epilogue(acc, pid_m, start_n, bias_ptr, pre_ptr, out_ptr, second_ptr, M, N, ACTIVATION: tl.constexpr):
+    """Bias and activation for the rows of tile row pid_m and the columns from start_n, and the stores."""
+    BLOCK_M: tl.constexpr = acc.shape[0]
+    first_row = pid_m * BLOCK_M  # 64-bit; the offsets from there on are not, which halves their registers
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = start_n + tl.arange(0, acc.shape[1])
+    mask_n = offs_n < N
+    mask = (first_row + offs_m < M)[:, None] & mask_n[None, :]
+    offs_out = offs_m[:, None] * N + offs_n[None, :]
+
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(acc.dtype)[None, :]
+    if ACTIVATION is not None:
+        CHEAP: tl.constexpr = out_ptr.dtype.element_ty.primitive_bitwidth == 16
+        if pre_ptr is not None:
+            pre = tl.load(pre_ptr + first_row * N + offs_out, mask=mask, other=0.0).to(acc.dtype)
+            second, factor = tile.gelu_and_grad(pre, ACTIVATION, CHEAP)
+            acc *= factor
+        else:
+            second = acc
+            acc, _ = tile.gelu_and_grad(acc, ACTIVATION, CHEAP)
+        if second_ptr is not None:
+            tl.store(second_ptr + first_row * N + offs_out, second.to(second_ptr.dtype.element_ty), mask=mask)
+
+    tl.store(out_ptr + first_row * N + offs_out, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _operand(x: Tensor) -> Tensor:
+    """The matrix x, or a copy of it, such that a tensor descriptor can describe it.
+
+    That takes contiguous rows, and a base address and row stride that are multiples of 16 bytes. Where x has other
+    strides, an odd offset or an odd width (10 classes, 588 pixels a patch), the copy lives in a buffer of padded rows,
+    whose padding is never read.
+    """
+    per_16_bytes = 16 // x.element_size()
+    height, width = x.shape
+    if x.stride(1) == 1 and x.stride(0) >= width and x.stride(0) % per_16_bytes == 0 and x.data_ptr() % 16 == 0:
+        return x
+    padded = x.new_empty(height, triton.cdiv(width, per_16_bytes) * per_16_bytes)[:, :width]
+    return padded.copy_(x)
+
+
+def gemm(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    pre: Tensor | None = None,
+    *,
+    trans_a: bool = False,
+    trans_b: bool = False,
+    second: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Launches the kernel: (out, second), second empty unless wanted.
+
+    a is [M, K], or [K, M] with ``trans_a``; b is [K, N], or [N, K] with ``trans_b``; any strides. With ``activation``
+    out is gelu(acc + bias) and second the argument of that gelu; with ``pre`` [M, N] as well, out is acc · gelu'(pre)
+    and second is gelu(pre). bias and pre are contiguous.
+    """
+    M, K = a.shape[::-1] if trans_a else a.shape
+    N = b.shape[0] if trans_b else b.shape[1]
+    arch, precision = runtime.arch(a.device), runtime.precision(a.dtype)
+    config = configs.gemm(arch, a.dtype, precision)
+    block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
+    if max(M, K, N * block_m) > 2**31 - block_k:
+        raise ValueError(f"a product of [{M}, {K}] and [{K}, {N}] has a side too long for 32-bit tile coordinates")
+    out, extra = a.new_empty(M, N), a.new_empty((M, N) if second else 0)
+    if M == 0 or N == 0:
+        return out, extra
+    if K == 0:  # a descriptor has no empty dimension, but a product over nothing is one over a zero
+        K, a, b = 1, a.new_zeros((1, M) if trans_a else (M, 1)), b.new_zeros((N, 1) if trans_b else (1, N))
+    a, b = _operand(a), _operand(b)
+    host = configs.has_tma(arch)
+    runtime.launch(
+        _gemm_kernel, triton.cdiv(M, block_m) * triton.cdiv(N, block_n),
+        a_ptr=TensorDescriptor.from_tensor(a, [block_k, block_m] if trans_a else [block_m, block_k]) if host else a,
+        b_ptr=TensorDescriptor.from_tensor(b, [block_n, block_k] if trans_b else [block_k, block_n]) if host else b,
+        bias_ptr=bias, pre_ptr=pre, out_ptr=out, second_ptr=extra if second else None,
+        M=M, N=N, K=K,
+        stride_a=None if host else a.stride(0), stride_b=None if host else b.stride(0),
+        TRANS_A=trans_a, TRANS_B=trans_b, ACTIVATION=activation, PRECISION=precision, ACC=runtime.acc_type(a.dtype),
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=config.group_m,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return out, extra
+
+
+def matmul(
+    a: Tensor, b: Tensor, bias: Tensor | None = None, *, trans_a: bool = False, trans_b: bool = False, impl: str
+) -> Tensor:
+    """A plain product, plus bias: by our kernel or by cuBLAS, as `configs.gemm_provider` says. Shapes as for `gemm`."""
+    if configs.gemm_provider(impl, None) == "triton":
+        return gemm(a, b, bias, trans_a=trans_a, trans_b=trans_b)[0]
+    a, b = a.t() if trans_a else a, b.t() if trans_b else b
+    return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+
+
+def rows(x: Tensor) -> Tensor:
+    """x [..., D] as a matrix [M, D], also where M or D is 0."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def column_sum(dy: Tensor) -> Tensor:
+    """Σ_rows of a contiguous matrix, accumulated in fp32 or wider in one fixed order."""
+    return dy.sum(dim=0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(dy.dtype)
+
+
+@torch.library.custom_op("vit::linear_fwd", mutates_args=())
+def linear_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, save: bool, impl: str
+) -> tuple[Tensor, Tensor]:
+    """(y, h); h is empty unless there is an activation and ``save``."""
+    shape = (*x.shape[:-1], weight.shape[0])
+    if activation is None:
+        return matmul(rows(x), weight, bias, trans_b=True, impl=impl).view(shape), x.new_empty(0)
+    y, pre = gemm(rows(x), weight, bias, activation, trans_b=True, second=save)
+    return y.view(shape), pre.view(shape) if save else pre
+
+
+@linear_fwd.register_fake
+def _linear_fwd_fake(x, weight, bias, activation, save, impl):
+    shape = (*x.shape[:-1], weight.shape[0])
+    return x.new_empty(shape), x.new_empty(shape if activation is not None and save else 0)
+
+
+@torch.library.custom_op("vit::linear_bwd", mutates_args=())
+def linear_bwd(
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, pre: Tensor | None,
+    activation: str | None, need_db: bool, impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dx, dw, db). dx needs weight and dw needs x: without them, as without ``need_db``, the gradient is empty."""
+    dh = rows(dy).contiguous()
+    if activation is not None:
+        approximate = "tanh" if activation == "gelu_tanh" else "none"
+        dh = torch.ops.aten.gelu_backward(dh, rows(pre), approximate=approximate)
+    dx = matmul(dh, weight, impl=impl).view(*dy.shape[:-1], weight.shape[1]) if weight is not None else dy.new_empty(0)
+    dw = matmul(dh, rows(x), trans_a=True, impl=impl) if x is not None else dy.new_empty(0)
+    return dx, dw, column_sum(dh) if need_db else dy.new_empty(0)
+
+
+@linear_bwd.register_fake
+def _linear_bwd_fake(dy, x, weight, pre, activation, need_db, impl):
+    N = dy.shape[-1]
+    return (
+        dy.new_empty(0 if weight is None else (*dy.shape[:-1], weight.shape[1])),
+        dy.new_empty(0 if x is None else (N, x.shape[-1])),
+        dy.new_empty(N if need_db else 0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, _, activation, _, impl = inputs
+    _, pre = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(pre)
+    need_dx, need_dw = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if need_dw else None, weight if need_dx else None, None if activation is None else pre)
+    ctx.activation, ctx.impl = activation, impl
+
+
+def _backward(ctx, dy, _dpre):
+    need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
+    if dy is None:
+        return (None,) * 6
+    dx, dw, db = linear_bwd(dy, *ctx.saved_tensors, ctx.activation, need_db, ctx.impl)
+    return dx if need_dx else None, dw if need_dw else None, db if need_db else None, None, None, None
+
+
+linear_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, *, impl: str = "auto"
+) -> Tensor:
+    """x @ weightᵀ + bias, then an optional GELU in the product's epilogue.
+
+    With ``impl="auto"`` and no activation this is `torch.nn.functional.linear`: cuBLAS.
+
+    Args:
+        x: [..., K], any strides; fp32, fp16 or bf16. fp32 products are IEEE unless PyTorch's matmuls may use tf32.
+        weight: [N, K]. bias: [N] or None.
+        activation: None, "gelu" (exact, by erf) or "gelu_tanh".
+        impl: "auto", "triton" or "reference".
+
+    Returns:
+        [..., N] in the dtype of ``x``, contiguous.
+
+    Raises:
+        ValueError: shapes that do not fit, unknown activation or impl. TypeError: dtypes that do not fit.
+        RuntimeError: ``impl="triton"`` where the kernels cannot run.
+    """
+    runtime.check_floating("linear", x=x, weight=weight, bias=bias)
+    if x.dim() == 0:
+        raise ValueError("linear: x must have shape [..., K], got a scalar")
+    check_layer("linear", "the last dimension of x", x.shape[-1], weight, bias)
+    if activation is not None:
+        check_activation("linear", activation)
+    cublas = configs.gemm_provider(impl, activation and "gelu") == "cublas"
+    if not runtime.use_triton("linear", impl, [x, weight, bias], "a plain product runs in cuBLAS" if cublas else None):
+        return reference.linear(x, weight, bias, activation)
+    bias = None if bias is None else bias.contiguous()
+    save = runtime.needs_grad(x, weight, bias)
+    return linear_fwd(x, weight, bias, activation, save, impl)[0]
+
+
+def check_layer(op: str, source: str, width: int, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
+    if weight.dim() != 2 or weight.shape[1] != width:
+        raise ValueError(f"{op}: {prefix}weight must have shape [N, {width}] ({source}), got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: {prefix}bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+
+
+def check_activation(op: str, activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")

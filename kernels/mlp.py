@@ -1,0 +1,148 @@
+"""MLP block fc2(gelu(fc1(x))) as one autograd op, on the GEMM of `linear`.
+
+Forward:  h = x·W1ᵀ + b1 and a = gelu(h) from one epilogue,  y = a·W2ᵀ + b2
+Backward: dh = (dy·W2) · gelu'(h) and a = gelu(h) again from one epilogue,
+    dx = dh·W1,  dW1 = dhᵀ·x,  db1 = Σ_rows dh,  dW2 = dyᵀ·a,  db2 = Σ_rows dy
+Saved: x, h, W1 and W2, each only if a wanted gradient reads it. a is as wide as h and is not saved. Without gradients
+h is not written at all.
+
+Fused, by our kernel: bias and GELU behind fc1, GELU' behind the gradient of fc2's input. The other products are plain:
+cuBLAS, or our kernel with ``impl="triton"`` (`configs.gemm_provider`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import configs, reference, runtime
+from .linear import check_activation, check_layer, column_sum, gemm, matmul, rows
+
+
+@torch.library.custom_op("vit::mlp_fwd", mutates_args=())
+def mlp_fwd(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None,
+    activation: str, save: bool, impl: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y, h); h is empty unless ``save``."""
+    act, pre = gemm(rows(x), fc1_weight, fc1_bias, activation, trans_b=True, second=save)
+    y = matmul(act, fc2_weight, fc2_bias, trans_b=True, impl=impl)
+    batch = x.shape[:-1]
+    return y.view(*batch, fc2_weight.shape[0]), pre.view(*batch, fc1_weight.shape[0]) if save else pre
+
+
+@mlp_fwd.register_fake
+def _mlp_fwd_fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, save, impl):
+    batch = x.shape[:-1]
+    return x.new_empty(*batch, fc2_weight.shape[0]), x.new_empty((*batch, fc1_weight.shape[0]) if save else 0)
+
+
+@torch.library.custom_op("vit::mlp_bwd", mutates_args=())
+def mlp_bwd(
+    dy: Tensor, x: Tensor | None, pre: Tensor | None, fc1_weight: Tensor | None, fc2_weight: Tensor | None,
+    activation: str, need_db1: bool, need_dw2: bool, need_db2: bool, impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dx, dw1, db1, dw2, db2), empty where not wanted.
+
+    dx comes with fc1_weight and dw1 with x; these two and db1 need fc2_weight.
+    """
+    dx, dw1, db1, dw2, db2 = (dy.new_empty(0) for _ in range(5))
+    dy_rows = rows(dy).contiguous()
+    act = dpre = None
+    if fc2_weight is not None:
+        dpre, act = gemm(dy_rows, fc2_weight, None, activation, rows(pre).contiguous(), second=need_dw2)
+    elif need_dw2:  # nothing before fc2 learns
+        act = reference.gelu(rows(pre), activation)
+    if fc1_weight is not None:
+        dx = matmul(dpre, fc1_weight, impl=impl).view(*dy.shape[:-1], fc1_weight.shape[1])
+    if x is not None:
+        dw1 = matmul(dpre, rows(x), trans_a=True, impl=impl)
+    if need_db1:
+        db1 = column_sum(dpre)
+    if need_dw2:
+        dw2 = matmul(dy_rows, act, trans_a=True, impl=impl)
+    if need_db2:
+        db2 = column_sum(dy_rows)
+    return dx, dw1, db1, dw2, db2
+
+
+@mlp_bwd.register_fake
+def _mlp_bwd_fake(dy, x, pre, fc1_weight, fc2_weight, activation, need_db1, need_dw2, need_db2, impl):
+    out_width, hidden = dy.shape[-1], 0 if pre is None else pre.shape[-1]
+    return (
+        dy.new_empty(0 if fc1_weight is None else (*dy.shape[:-1], fc1_weight.shape[1])),
+        dy.new_empty(0 if x is None else (hidden, x.shape[-1])),
+        dy.new_empty(hidden if need_db1 else 0),
+        dy.new_empty((out_width, hidden) if need_dw2 else 0),
+        dy.new_empty(out_width if need_db2 else 0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, fc1_weight, _, fc2_weight, _, activation, _, impl = inputs
+    _, pre = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(pre)
+    need_dx, need_dw1, need_db1, need_dw2 = ctx.needs_input_grad[:4]
+    need_dpre = need_dx or need_dw1 or need_db1
+    ctx.save_for_backward(
+        x if need_dw1 else None,
+        pre if need_dpre or need_dw2 else None,
+        fc1_weight if need_dx else None,
+        fc2_weight if need_dpre else None,
+    )
+    ctx.activation, ctx.impl = activation, impl
+
+
+def _backward(ctx, dy, _dpre):
+    if dy is None:
+        return (None,) * 8
+    needs = ctx.needs_input_grad[:5]
+    _, _, need_db1, need_dw2, need_db2 = needs
+    grads = mlp_bwd(dy, *ctx.saved_tensors, ctx.activation, need_db1, need_dw2, need_db2, ctx.impl)
+    return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), None, None, None
+
+
+mlp_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def mlp(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    activation: str = "gelu",
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """The MLP of a ViT block: gelu(x @ fc1_weightᵀ + fc1_bias) @ fc2_weightᵀ + fc2_bias.
+
+    Args:
+        x: [..., D], any strides; fp32, fp16 or bf16.
+        fc1_weight: [HIDDEN, D]. fc1_bias: [HIDDEN] or None.
+        fc2_weight: [OUT, HIDDEN]. fc2_bias: [OUT] or None.
+        activation: "gelu" (exact, by erf) or "gelu_tanh".
+        impl: "auto", "triton" or "reference".
+
+    Returns:
+        [..., OUT] in the dtype of ``x``, contiguous.
+
+    Raises:
+        ValueError: shapes that do not fit, unknown activation or impl. TypeError: dtypes that do not fit.
+        RuntimeError: ``impl="triton"`` where the kernels cannot run.
+    """
+    params = {"fc1_weight": fc1_weight, "fc1_bias": fc1_bias, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
+    runtime.check_floating("mlp", x=x, **params)
+    if x.dim() == 0:
+        raise ValueError("mlp: x must have shape [..., D], got a scalar")
+    check_layer("mlp", "the last dimension of x", x.shape[-1], fc1_weight, fc1_bias, "fc1_")
+    check_layer("mlp", "the rows of fc1_weight", fc1_weight.shape[0], fc2_weight, fc2_bias, "fc2_")
+    check_activation("mlp", activation)
+    cublas = "cublas" in (configs.gemm_provider(impl, "gelu"), configs.gemm_provider(impl, "dgelu"))
+    if not runtime.use_triton("mlp", impl, [x, *params.values()], "its products run in cuBLAS" if cublas else None):
+        return reference.mlp(x, *params.values(), activation)
+    fc1_bias, fc2_bias = (None if b is None else b.contiguous() for b in (fc1_bias, fc2_bias))
+    # Only fc2's bias can do without the pre-activation.
+    save = runtime.needs_grad(x, fc1_weight, fc1_bias, fc2_weight)
+    return mlp_fwd(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, save, impl)[0]

@@ -1,0 +1,397 @@
+"""linear, the GEMM under it and gelu_and_grad: accuracy, gradients, layouts, edges, which product runs where."""
+
+import importlib
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from views import nan_padded
+
+from vit.kernels import configs, linear, reference, runtime, tile
+from vit.kernels.linear import gemm, linear_bwd, linear_fwd
+from vit.testing import check_op
+
+linear_module = importlib.import_module("vit.kernels.linear")  # vit.kernels.linear is the function
+
+ACTIVATIONS = [None, "gelu", "gelu_tanh"]
+# Tiny, ragged in every direction, several tiles in every direction; K = 100 and N = 10 are no 16-bit descriptor's.
+SHAPES = [((16,), 10), ((1, 48), 40), ((5, 24), 136), ((65, 100), 136), ((2, 3, 11, 72), 40), ((4, 1), 1)]
+
+
+def ours(activation=None):
+    return lambda **a: linear(**a, activation=activation, impl="triton")
+
+
+def ref(activation=None):
+    return lambda **a: reference.linear(**a, activation=activation)
+
+
+def layer(randn, shape, N):
+    K = shape[-1]
+    return {"x": randn(*shape), "weight": randn(N, K) * K**-0.5, "bias": randn(N)}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("shape", "N"), SHAPES)
+def test_linear(randn, dtype, shape, N, activation):
+    check_op(ours(activation), ref(activation), layer(randn, shape, N), dtype)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_linear_without_bias(randn, dtype, activation):
+    check_op(ours(activation), ref(activation), layer(randn, (33, 40), 72) | {"bias": None}, dtype)
+
+
+def test_sums_over_many_rows(randn, monkeypatch):
+    """dW, db over 16k rows: accumulating them in bf16 would be off by far more than eager."""
+    big = configs.Config(block_m=512, block_n=32, block_k=512, group_m=8)
+    monkeypatch.setattr(configs, "gemm", lambda *_: big)
+    check_op(ours("gelu"), ref("gelu"), layer(randn, (16_500, 16), 10), torch.bfloat16)
+
+
+def shipped_tiles():
+    kinds = [(torch.float32, "ieee"), (torch.float32, "tf32"), (torch.float16, "ieee")]
+    found = {configs.gemm(arch, *kind) for arch in (80, 86, 89, 90, 100, 120) for kind in kinds}
+    return sorted(found, key=str)
+
+
+@pytest.mark.parametrize("config", shipped_tiles(), ids=lambda c: f"{c.block_m}x{c.block_n}x{c.block_k}")
+def test_every_tile_is_right(randn, monkeypatch, config):
+    monkeypatch.setattr(configs, "gemm", lambda *_: config)
+    check_op(ours("gelu"), ref("gelu"), layer(randn, (139, 72), 200), torch.float16)
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90, 100])
+@pytest.mark.parametrize(
+    "dtype_precision", [(torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee")]
+)
+def test_tiles_fit_the_tensor_cores(arch, dtype_precision):
+    config = configs.gemm(arch, *dtype_precision)
+    assert config.block_m >= 64 and config.block_m % 64 == 0  # what wgmma takes
+    assert config.block_k * dtype_precision[0].itemsize <= 128  # one swizzled row of a descriptor's block
+    assert config.group_m > 0
+
+
+@pytest.mark.interpreted
+def test_descriptors_made_in_the_kernel(randn, monkeypatch):
+    """Before compute capability 9.0 the kernel makes them from pointers: the same bits."""
+    x, weight, dy = randn(37, 72).half(), randn(40, 72).half(), randn(37, 40).half()
+    products = [
+        lambda: gemm(x, weight, trans_b=True),
+        lambda: gemm(dy, weight),
+        lambda: gemm(dy, x, trans_a=True),
+        lambda: gemm(x.t(), weight, trans_a=True, trans_b=True),
+    ]
+    host = [product()[0] for product in products]
+    monkeypatch.setattr(configs, "has_tma", lambda arch: False)
+    for a, product in zip(host, products, strict=True):
+        assert torch.equal(a, product()[0])
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradcheck(randn, activation):
+    x, weight, bias = (randn(*s).double().requires_grad_() for s in [(1, 3, 4), (2, 4), (2,)])
+    assert torch.autograd.gradcheck(lambda *a: linear(*a, activation, impl="triton"), (x, weight, bias))
+
+
+@pytest.mark.parametrize("impl", ["triton", "auto"])
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_opcheck(randn, activation, impl):
+    x, weight, bias = (randn(*s).requires_grad_() for s in [(2, 3, 20), (12, 20), (12,)])
+    torch.library.opcheck(linear_fwd, (x, weight, bias, activation, True, impl))
+    torch.library.opcheck(linear_fwd, (x, weight, None, activation, False, impl), test_utils="test_faketensor")
+    x, weight, dy = x.detach(), weight.detach(), randn(2, 3, 12)
+    pre = None if activation is None else randn(2, 3, 12)
+    torch.library.opcheck(linear_bwd, (dy, x, weight, pre, activation, True, impl))
+    torch.library.opcheck(linear_bwd, (dy, None, None, pre, activation, False, impl))
+
+
+def padded_rows(t):
+    """t as a view that a descriptor takes as it is, with NaN between its rows."""
+    buffer = torch.full((*t.shape[:-1], t.shape[-1] + 32), float("nan"), dtype=t.dtype, device=t.device)
+    view = buffer[..., 16 : 16 + t.shape[-1]]
+    view.copy_(t)
+    return view
+
+
+def grads(x, weight, bias, dy, activation):
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    y = linear(*leaves, activation, impl="triton")
+    return [y, *torch.autograd.grad(y, leaves, dy)]
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize(("K", "N"), [(48, 72), (50, 10)])
+def test_same_bits(randn, dtype, activation, K, N):
+    """Run to run, whatever the strides, whatever is around the buffers; and no input is written."""
+    x, weight, bias, dy = (randn(*s).to(dtype) for s in [(3, 13, K), (N, K), (N,), (3, 13, N)])
+    before = [t.clone() for t in (x, weight, bias, dy)]
+    first = grads(x, weight, bias, dy, activation)
+
+    def transposed(t):
+        return t.transpose(0, 1).contiguous().transpose(0, 1)
+
+    def column_major(t):
+        return t.mT.contiguous().mT
+
+    variants = {
+        "again": (x, weight, bias, dy),
+        "batch and tokens swapped": (transposed(x), weight, bias, transposed(dy)),
+        "column-major": (column_major(x), column_major(weight), bias, column_major(dy)),
+        "offset, NaN around": tuple(nan_padded(t) for t in (x, weight, bias, dy)),
+        "NaN between rows": tuple(padded_rows(t) for t in (x, weight, bias, dy)),
+    }
+    for name, variant in variants.items():
+        for a, b in zip(first, grads(*variant, activation), strict=True):
+            assert torch.equal(a, b), name
+    for a, b in zip(before, (x, weight, bias, dy), strict=True):
+        assert torch.equal(a, b)
+    expanded = torch.ones((), dtype=dtype, device=x.device).expand(dy.shape)  # what .sum().backward() hands over
+    dense = grads(x, weight, bias, expanded.contiguous(), activation)
+    for a, b in zip(dense, grads(x, weight, bias, expanded, activation), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_operands_are_copied_only_where_a_descriptor_cannot_describe_them(randn):
+    legal = randn(6, 48).half()
+    assert linear_module._operand(legal) is legal
+    assert linear_module._operand(legal[1:, :16]).data_ptr() == legal[1:].data_ptr()
+    for other in (legal[:, 1:9], legal.t(), randn(6, 10).half(), legal[:1].expand(4, 48), legal[:, ::2]):
+        copy = linear_module._operand(other)
+        assert copy.data_ptr() != other.data_ptr() and torch.equal(copy, other)
+        assert copy.data_ptr() % 16 == 0 and copy.stride(0) % 8 == 0 and copy.stride(1) == 1
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_empty(randn, activation):
+    for M, K, N in [(0, 16, 8), (3, 0, 8), (3, 16, 0)]:
+        x, weight, bias = (randn(*s).requires_grad_() for s in [(1, M, K), (N, K), (N,)])
+        y = linear(x, weight, bias, activation, impl="triton")
+        expected = reference.linear(x, weight, bias, activation)
+        torch.testing.assert_close(y, expected)
+        dy = randn(*y.shape)
+        actual = torch.autograd.grad(y, [x, weight, bias], dy)
+        for a, b in zip(actual, torch.autograd.grad(expected, [x, weight, bias], dy), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def saved_by(fn):
+    """The output of fn, and the shapes of what it saved for the backward."""
+    shapes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
+        return fn(), sorted(shapes)
+
+
+def test_frozen_parameters(randn, monkeypatch):
+    """Nothing is saved or multiplied for a gradient that nobody wants."""
+    x, weight, bias = randn(9, 16), randn(24, 16), randn(24)
+    products = []
+
+    def spy(*args, **kwargs):
+        products.append("dw" if kwargs.get("trans_a") else "y" if kwargs.get("trans_b") else "dx")
+        return gemm(*args, **kwargs)
+
+    monkeypatch.setattr(linear_module, "gemm", spy)
+    cases = [
+        ({"x"}, [(24, 16)], ["y", "dx"]), ({"weight"}, [(9, 16)], ["y", "dw"]), ({"bias"}, [], ["y"]),
+        ({"x", "weight", "bias"}, [(9, 16), (24, 16)], ["y", "dx", "dw"]),
+    ]  # fmt: skip
+    for wanted, saved, expected in cases:
+        leaves = {n: t.clone().requires_grad_(n in wanted) for n, t in {"x": x, "weight": weight, "bias": bias}.items()}
+        products.clear()
+        y, shapes = saved_by(lambda a=leaves: linear(**a, impl="triton"))
+        y.sum().backward()
+        assert shapes == saved and products == expected
+        assert {n for n, t in leaves.items() if t.grad is not None} == wanted
+    _, shapes = saved_by(lambda: linear(x, weight.clone().requires_grad_(), bias, "gelu", impl="triton"))
+    assert shapes == [(9, 16), (9, 24)]  # x and the pre-activation
+    written = []
+    monkeypatch.setattr(linear_module, "linear_fwd", lambda *a: written.append(a[4]) or linear_fwd(*a))
+    assert not linear(x, weight, bias, "gelu", impl="triton").requires_grad
+    assert written == [False] and linear_fwd(x, weight, bias, "gelu", False, "triton")[1].numel() == 0
+    with torch.inference_mode():
+        inferred = linear(x, weight, bias, "gelu", impl="triton")
+    assert torch.equal(inferred, linear(x, weight.clone().requires_grad_(), bias, "gelu", impl="triton"))
+
+
+def test_provider():
+    """A pure function: explicit is ours always, auto is ours where something is fused."""
+    epilogues = [None, "gelu", "dgelu"]
+    assert [configs.gemm_provider("triton", e) for e in epilogues] == ["triton"] * 3
+    assert [configs.gemm_provider("auto", e) for e in epilogues] == ["cublas", "triton", "triton"]
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_explicit_triton_never_calls_another_gemm(randn, monkeypatch, activation):
+    def forbidden(*args, **kwargs):
+        raise AssertionError("impl='triton' called PyTorch's product")
+
+    for owner, name in [(torch, "mm"), (torch, "addmm"), (torch, "matmul"), (torch.nn.functional, "linear")]:
+        monkeypatch.setattr(owner, name, forbidden)
+    for name in ("mm", "addmm", "matmul", "__matmul__"):
+        monkeypatch.setattr(torch.Tensor, name, forbidden)
+    leaves = [randn(*s).requires_grad_() for s in [(5, 24), (40, 24), (40,)]]
+    linear(*leaves, activation, impl="triton").sum().backward()
+    assert all(t.grad is not None for t in leaves)
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_auto_takes_plain_products_from_cublas(randn, monkeypatch, dtype, activation):
+    fused = []
+    monkeypatch.setattr(linear_module, "gemm", lambda *a, **k: fused.append(a[3]) or gemm(*a, **k))
+    check_op(
+        lambda x, weight, bias: linear_fwd(x, weight, bias, activation, True, "auto")[0],
+        ref(activation),
+        layer(randn, (17, 40), 24),
+        dtype,
+    )
+    assert fused == ([] if activation is None else [activation])
+
+
+def test_choice_is_recorded(randn, device):
+    """auto without activation is cuBLAS through PyTorch; on a CPU everything is PyTorch."""
+    args = randn(4, 16), randn(8, 16)
+    with runtime.record_choices() as choices:
+        linear(*args)
+        linear(*args, activation="gelu")
+        linear(*args, impl="triton")
+    paths = ["reference", "triton" if device.type == "cuda" else "reference", "triton"]
+    assert [c.path for c in choices] == paths
+    if device.type == "cuda":
+        assert "cuBLAS" in choices[0].reason
+
+
+def test_fp32_precision_follows_pytorch(randn, monkeypatch):
+    seen = []
+    monkeypatch.setattr(runtime, "launch", lambda *_, **k: seen.append(k["PRECISION"]))
+    try:
+        for allowed in (False, True):
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+            linear(randn(4, 16), randn(8, 16), impl="triton")
+            linear(randn(4, 16).half(), randn(8, 16).half(), impl="triton")
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    assert seen == ["ieee", "ieee", "tf32", "ieee"]
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_compile_fullgraph(randn, activation):
+    leaves = [randn(*s).requires_grad_() for s in [(2, 5, 24), (40, 24), (40,)]]
+
+    def fn(*a):
+        return linear(*a, activation, impl="triton")
+
+    y, compiled = fn(*leaves), torch.compile(fn, fullgraph=True, backend="aot_eager")(*leaves)
+    dy = randn(2, 5, 40)
+    assert torch.equal(y, compiled)
+    for a, b in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(compiled, leaves, dy), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_double_backward_raises(randn):
+    x = randn(3, 16).requires_grad_()
+    (dx,) = torch.autograd.grad(
+        linear(x, randn(8, 16), activation="gelu", impl="triton").square().sum(), x, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        dx.sum().backward()
+
+
+def test_bad_arguments(randn):
+    x, weight, bias = randn(2, 16), randn(8, 16), randn(8)
+    cases = [
+        (ValueError, r"linear: weight must have shape \[N, 16\] .*got \(8, 15\)", (x, randn(8, 15))),
+        (ValueError, r"linear: weight must have shape \[N, 16\] .*got \(16,\)", (x, randn(16))),
+        (ValueError, r"linear: weight must have shape .*got \(2, 8, 16\)", (x, randn(2, 8, 16))),
+        (ValueError, r"linear: bias must have shape \(8,\), got \(16,\)", (x, weight, randn(16))),
+        (ValueError, r"linear: bias must have shape \(8,\), got \(1, 8\)", (x, weight, randn(1, 8))),
+        (ValueError, r"linear: x must have shape .*scalar", (randn(), weight)),
+        (ValueError, "linear: activation must be one of 'gelu', 'gelu_tanh', got 'relu'", (x, weight, bias, "relu")),
+        (TypeError, "linear: weight is torch.float16 but x is torch.float32", (x, weight.half(), bias)),
+        (TypeError, "linear: bias is torch.float64 but x is torch.float32", (x, weight, bias.double())),
+        (TypeError, "linear: x must be a floating-point tensor", (x.long(), weight)),
+        (TypeError, "linear: x must be a torch.Tensor, got list", ([1.0], weight)),
+    ]
+    for impl in ("auto", "triton", "reference"):
+        for error, message, args in cases:
+            with pytest.raises(error, match=message):
+                linear(*args, impl=impl)
+    with pytest.raises(ValueError, match="impl must be one of"):
+        linear(x, weight, impl="cublas")
+    too_long = torch.zeros(1, dtype=torch.float16, device=x.device).expand(2**31, 1)
+    with pytest.raises(ValueError, match="32-bit"):
+        linear(too_long, weight[:, :1].half(), impl="triton")
+
+
+@triton.jit
+def _gelu_kernel(x_ptr, gelu_ptr, grad_ptr, size, ACTIVATION: tl.constexpr, CHEAP: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < size, other=0.0)
+    gelu, grad = tile.gelu_and_grad(x, ACTIVATION, CHEAP)
+    tl.store(gelu_ptr + offs, gelu, mask=offs < size)
+    tl.store(grad_ptr + offs, grad, mask=offs < size)
+
+
+def gelu_points(device, dtype):
+    special = [0.0, -0.0, 1e-45, -1e-45, 1e-39, -1e-39, 1e-20, -1e-20, 50.0, -50.0, 65504.0, -65504.0, 3e38, -3e38]
+    points = torch.cat([torch.linspace(-12, 12, 24_001), torch.tensor(special)])
+    return points.to(device, dtype)
+
+
+def run_gelu(x, activation, cheap):
+    gelu, grad = torch.empty_like(x), torch.empty_like(x)
+    runtime.launch(
+        _gelu_kernel, triton.cdiv(x.numel(), 8192), x_ptr=x, gelu_ptr=gelu, grad_ptr=grad, size=x.numel(),
+        ACTIVATION=activation, CHEAP=cheap, BLOCK=8192, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return gelu, grad
+
+
+def exact_gelu(x, activation):
+    leaf = x.double().requires_grad_()
+    y = torch.nn.functional.gelu(leaf, approximate="tanh" if activation == "gelu_tanh" else "none")
+    (grad,) = torch.autograd.grad(y.sum(), leaf)
+    return y.detach(), grad
+
+
+# Absolute error of gelu and of its derivative within |x| <= 12, whose values reach 12 in one and 1.13 in the other.
+LIMITS = {("gelu", False): (8e-7, 3e-7), ("gelu", True): (5e-7, 4e-7), ("gelu_tanh", False): (8e-7, 4e-7)}
+
+
+@pytest.mark.parametrize(("activation", "cheap"), LIMITS)
+def test_gelu_and_grad(device, activation, cheap):
+    x = gelu_points(device, torch.float32)
+    gelu, grad = run_gelu(x, activation, cheap)
+    exact, exact_grad = exact_gelu(x, activation)
+    assert gelu.isfinite().all() and grad.isfinite().all()
+    near = x.abs() <= 12
+    limit, limit_grad = LIMITS[activation, cheap]
+    assert (gelu - exact)[near].abs().max() <= limit
+    assert (grad - exact_grad)[near].abs().max() <= limit_grad
+    # Far out gelu is x or 0 and the derivative 1 or 0; the sign of the tail stays, and so does that of zero.
+    far = x.abs() >= 12
+    assert torch.equal(gelu[far], torch.where(x[far] > 0, x[far], gelu[far])) and gelu[x <= -12].abs().max() < 1e-30
+    assert torch.equal(grad[x >= 12], torch.ones_like(grad[x >= 12])) and grad[x <= -12].abs().max() < 1e-30
+    assert (gelu[x <= 0] <= 0).all() and (gelu[x >= 0] >= 0).all()
+    assert torch.equal(gelu[x == 0].signbit(), x[x == 0].signbit())
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_gelu_and_grad_in_fp64(device, activation):
+    x = gelu_points(device, torch.float64)
+    for ours, exact in zip(run_gelu(x, activation, False), exact_gelu(x, activation), strict=True):
+        near = x.abs() <= 12
+        assert (ours - exact)[near].abs().max() <= 1e-14
+
+
+@pytest.mark.interpreted
+def test_only_16_bit_results_take_the_cheap_form(device):
+    x = torch.linspace(-6, 6, 1600, device=device).half().float().reshape(-1, 16)
+    exact, cheap = run_gelu(x, "gelu", False)[0], run_gelu(x, "gelu", True)[0]
+    assert not torch.equal(exact, cheap)
+    identity = torch.eye(16, device=device)
+    assert torch.equal(linear(x, identity, activation="gelu", impl="triton"), exact)
+    assert torch.equal(linear(x.half(), identity.half(), activation="gelu", impl="triton"), cheap.half())

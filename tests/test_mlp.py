@@ -1,0 +1,278 @@
+"""mlp: accuracy, gradients, what is saved, layouts, edges, which product runs where."""
+
+import importlib
+
+import pytest
+import torch
+from views import nan_padded
+
+from vit.kernels import configs, mlp, reference
+from vit.kernels.linear import gemm
+from vit.kernels.mlp import mlp_bwd, mlp_fwd
+from vit.testing import check_op
+
+linear_module = importlib.import_module("vit.kernels.linear")  # vit.kernels.linear and .mlp are the functions
+mlp_module = importlib.import_module("vit.kernels.mlp")
+
+NAMES = ["x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"]
+# (shape of x, hidden width, output width): tiny, ragged, several tiles; 100 and 10 are no 16-bit descriptor's widths.
+SHAPES = [((16,), 40, 16), ((1, 24), 16, 10), ((65, 48), 136, 48), ((2, 3, 11, 72), 100, 40)]
+
+
+def ours(activation="gelu"):
+    return lambda **a: mlp(**a, activation=activation, impl="triton")
+
+
+def ref(activation="gelu"):
+    return lambda **a: reference.mlp(**a, activation=activation)
+
+
+def block(randn, shape, hidden, out):
+    D = shape[-1]
+    fc1_weight, fc2_weight = randn(hidden, D) * max(D, 1) ** -0.5, randn(out, hidden) * max(hidden, 1) ** -0.5
+    return dict(zip(NAMES, (randn(*shape), fc1_weight, randn(hidden), fc2_weight, randn(out)), strict=True))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize(("shape", "hidden", "out"), SHAPES)
+def test_mlp(randn, dtype, shape, hidden, out, activation):
+    check_op(ours(activation), ref(activation), block(randn, shape, hidden, out), dtype)
+
+
+@pytest.mark.parametrize("missing", [("fc1_bias",), ("fc2_bias",), ("fc1_bias", "fc2_bias")])
+def test_mlp_without_biases(randn, dtype, missing):
+    check_op(ours(), ref(), block(randn, (33, 40), 72, 24) | dict.fromkeys(missing), dtype)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 9.0])
+def test_wide_pre_activations(randn, dtype, scale):
+    """Around zero and deep in both tails of the GELU."""
+    inputs = block(randn, (33, 40), 72, 24)
+    check_op(ours(), ref(), inputs | {"fc1_weight": inputs["fc1_weight"] * scale, "fc1_bias": None}, dtype)
+
+
+def test_sums_over_many_rows(randn, monkeypatch):
+    """All four parameter gradients over 16k rows."""
+    big = configs.Config(block_m=512, block_n=32, block_k=512, group_m=8)
+    monkeypatch.setattr(configs, "gemm", lambda *_: big)
+    check_op(ours(), ref(), block(randn, (16_500, 16), 24, 8), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype_precision", [(torch.float32, "ieee"), (torch.float32, "tf32"), (torch.float16, "ieee")])
+def test_every_tile_is_right(randn, monkeypatch, dtype_precision):
+    for config in {configs.gemm(arch, *dtype_precision) for arch in (80, 89, 90, 100)}:
+        monkeypatch.setattr(configs, "gemm", lambda *_, c=config: c)
+        check_op(ours(), ref(), block(randn, (139, 40), 200, 24), dtype_precision[0])
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_gradcheck(randn, activation):
+    inputs = [randn(*s).double().requires_grad_() for s in [(1, 2, 3), (4, 3), (4,), (2, 4), (2,)]]
+    assert torch.autograd.gradcheck(lambda *a: mlp(*a, activation, impl="triton"), inputs)
+
+
+@pytest.mark.parametrize("impl", ["triton", "auto"])
+def test_opcheck(randn, impl):
+    leaves = [t.requires_grad_() for t in block(randn, (2, 3, 20), 12, 8).values()]
+    torch.library.opcheck(mlp_fwd, (*leaves, "gelu", True, impl))
+    x, fc1_weight, _, fc2_weight, _ = leaves
+    plain = (x, fc1_weight, None, fc2_weight, None, "gelu", False, impl)
+    torch.library.opcheck(mlp_fwd, plain, test_utils="test_faketensor")
+    x, fc1_weight, fc2_weight = x.detach(), fc1_weight.detach(), fc2_weight.detach()
+    dy, pre = randn(2, 3, 8), randn(2, 3, 12)
+    torch.library.opcheck(mlp_bwd, (dy, x, pre, fc1_weight, fc2_weight, "gelu", True, True, True, impl))
+    torch.library.opcheck(mlp_bwd, (dy, None, pre, None, None, "gelu", False, True, False, impl))
+    torch.library.opcheck(mlp_bwd, (dy, None, None, None, None, "gelu", False, False, True, impl))
+
+
+def grads(tensors, dy):
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    y = mlp(*leaves, impl="triton")
+    return [y, *torch.autograd.grad(y, leaves, dy)]
+
+
+@pytest.mark.parametrize(("hidden", "out"), [(72, 40), (50, 10)])
+def test_same_bits(randn, dtype, hidden, out):
+    """Run to run, whatever the strides, whatever is around the buffers; and no input is written."""
+    tensors = [t.to(dtype) for t in block(randn, (3, 13, 48), hidden, out).values()]
+    dy = randn(3, 13, out).to(dtype)
+    before = [t.clone() for t in (*tensors, dy)]
+    first = grads(tensors, dy)
+    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias = tensors
+
+    def column_major(t):
+        return t.mT.contiguous().mT
+
+    variants = {
+        "again": (tensors, dy),
+        "batch and tokens swapped": ([x.transpose(0, 1).contiguous().transpose(0, 1), *tensors[1:]], dy),
+        "column-major": (
+            [column_major(x), column_major(fc1_weight), fc1_bias, column_major(fc2_weight), fc2_bias],
+            column_major(dy),
+        ),
+        "offset, NaN around": ([nan_padded(t) for t in tensors], nan_padded(dy)),
+    }
+    for name, variant in variants.items():
+        for a, b in zip(first, grads(*variant), strict=True):
+            assert torch.equal(a, b), name
+    for a, b in zip(before, (*tensors, dy), strict=True):
+        assert torch.equal(a, b)
+    expanded = torch.ones((), dtype=dtype, device=x.device).expand(dy.shape)  # what .sum().backward() hands over
+    for a, b in zip(grads(tensors, expanded.contiguous()), grads(tensors, expanded), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_empty(randn):
+    for M, D, hidden, out in [(0, 16, 24, 8), (3, 16, 0, 8), (3, 0, 24, 8), (3, 16, 24, 0)]:
+        leaves = [t.requires_grad_() for t in block(randn, (1, M, D), hidden, out).values()]
+        y, expected = mlp(*leaves, impl="triton"), reference.mlp(*leaves)
+        torch.testing.assert_close(y, expected)
+        dy = randn(*y.shape)
+        for a, b in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, leaves, dy), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def saved_by(fn):
+    """The output of fn, and the shapes of what it saved for the backward."""
+    shapes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
+        return fn(), sorted(shapes)
+
+
+HIDDEN, OUT = 40, 24
+X, PRE, W1, W2 = (9, 16), (9, HIDDEN), (HIDDEN, 16), (OUT, HIDDEN)
+
+
+def test_saves_one_tensor_of_hidden_width(randn, monkeypatch):
+    """The pre-activation; the activation is recomputed. Without gradients not even that is written."""
+    written = []
+
+    def spy(*args):
+        outputs = mlp_fwd(*args)
+        written.append(outputs[1].numel() > 0)
+        return outputs
+
+    monkeypatch.setattr(mlp_module, "mlp_fwd", spy)
+    inputs = block(randn, X, HIDDEN, OUT)
+    leaves = {n: t.clone().requires_grad_() for n, t in inputs.items()}
+    _, shapes = saved_by(lambda: mlp(**leaves, impl="triton"))
+    assert shapes == sorted([X, PRE, W1, W2])
+    _, shapes = saved_by(lambda: mlp(**inputs, impl="triton"))
+    assert shapes == []
+    with torch.no_grad():
+        y, shapes = saved_by(lambda: mlp(**leaves, impl="triton"))
+    assert shapes == [] and not y.requires_grad
+    with torch.inference_mode():
+        assert torch.equal(mlp(**inputs, impl="triton"), y)
+    mlp(**inputs | {"fc2_bias": leaves["fc2_bias"]}, impl="triton")  # whose gradient does not read it
+    assert written == [True, False, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "saved", "products"),
+    [
+        ({"x"}, [PRE, W1, W2], ["dgelu", "dx"]),
+        ({"fc1_weight"}, [X, PRE, W2], ["dgelu", "dw"]),
+        ({"fc1_bias"}, [PRE, W2], ["dgelu"]),
+        ({"fc2_weight"}, [PRE], ["dw"]),
+        ({"fc2_bias"}, [], []),
+        ({"fc1_weight", "fc2_weight"}, [X, PRE, W2], ["dgelu", "dw", "dw"]),
+        (set(NAMES), [X, PRE, W1, W2], ["dgelu", "dx", "dw", "dw"]),
+    ],
+    ids=lambda v: "+".join(sorted(v)) if isinstance(v, set) else "",
+)
+def test_frozen_parameters(randn, monkeypatch, wanted, saved, products):
+    """Nothing is saved or multiplied for a gradient that nobody wants, and what is wanted is right."""
+    inputs = block(randn, X, HIDDEN, OUT)
+    leaves = {n: t.clone().requires_grad_(n in wanted) for n, t in inputs.items()}
+    y, shapes = saved_by(lambda: mlp(**leaves, impl="triton"))
+    assert shapes == sorted(saved)
+
+    seen = []
+
+    def spy(*args, **kwargs):
+        seen.append("dgelu" if len(args) > 4 else "dw" if kwargs.get("trans_a") else "dx")
+        return gemm(*args, **kwargs)
+
+    monkeypatch.setattr(linear_module, "gemm", spy)
+    monkeypatch.setattr(mlp_module, "gemm", spy)
+    dy = randn(*y.shape)
+    y.backward(dy)
+    assert seen == products
+    assert {n for n, t in leaves.items() if t.grad is not None} == wanted
+    copies = {n: t.double().requires_grad_(n in wanted) for n, t in inputs.items()}
+    reference.mlp(**copies).backward(dy.double())
+    for n in wanted:
+        torch.testing.assert_close(leaves[n].grad.double(), copies[n].grad, rtol=1e-5, atol=1e-5)
+
+
+def test_explicit_triton_never_calls_another_gemm(randn, monkeypatch):
+    def forbidden(*args, **kwargs):
+        raise AssertionError("impl='triton' called PyTorch's product")
+
+    for owner, name in [(torch, "mm"), (torch, "addmm"), (torch, "matmul"), (torch.nn.functional, "linear")]:
+        monkeypatch.setattr(owner, name, forbidden)
+    for name in ("mm", "addmm", "matmul", "__matmul__"):
+        monkeypatch.setattr(torch.Tensor, name, forbidden)
+    leaves = [t.requires_grad_() for t in block(randn, X, HIDDEN, OUT).values()]
+    mlp(*leaves, impl="triton").sum().backward()
+    assert all(t.grad is not None for t in leaves)
+
+
+def test_auto_fuses_gelu_and_takes_the_rest_from_cublas(randn, monkeypatch, dtype):
+    """Called below the public function, because auto is all reference on a CPU."""
+    fused = []
+
+    def spy(*args, **kwargs):
+        fused.append("dgelu" if len(args) > 4 else "gelu")
+        return gemm(*args, **kwargs)
+
+    monkeypatch.setattr(linear_module, "gemm", spy)
+    monkeypatch.setattr(mlp_module, "gemm", spy)
+    inputs = block(randn, (17, 40), 72, 24)
+    check_op(lambda **a: mlp_fwd(*a.values(), "gelu", True, "auto")[0], ref(), inputs, dtype)
+    assert fused == ["gelu", "dgelu"]
+
+
+def test_compile_fullgraph(randn):
+    leaves = [t.requires_grad_() for t in block(randn, (2, 5, 24), 40, 24).values()]
+
+    def fn(*a):
+        return mlp(*a, impl="triton")
+
+    y, compiled = fn(*leaves), torch.compile(fn, fullgraph=True, backend="aot_eager")(*leaves)
+    dy = randn(2, 5, 24)
+    assert torch.equal(y, compiled)
+    for a, b in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(compiled, leaves, dy), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_double_backward_raises(randn):
+    inputs = block(randn, X, HIDDEN, OUT)
+    x = inputs["x"].requires_grad_()
+    (dx,) = torch.autograd.grad(mlp(**inputs, impl="triton").square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        dx.sum().backward()
+
+
+def test_bad_arguments(randn):
+    good = block(randn, X, HIDDEN, OUT)
+    cases = [
+        (ValueError, r"mlp: fc1_weight must have shape \[N, 16\].*got \(40, 15\)", {"fc1_weight": randn(40, 15)}),
+        (ValueError, r"mlp: fc1_weight must have shape .*got \(40,\)", {"fc1_weight": randn(40)}),
+        (ValueError, r"mlp: fc1_bias must have shape \(40,\), got \(24,\)", {"fc1_bias": randn(24)}),
+        (ValueError, r"mlp: fc2_weight must have shape \[N, 40\].*got \(40, 24\)", {"fc2_weight": randn(40, 24)}),
+        (ValueError, r"mlp: fc2_bias must have shape \(24,\), got \(40,\)", {"fc2_bias": randn(40)}),
+        (ValueError, "mlp: x must have shape .*scalar", {"x": randn()}),
+        (ValueError, "mlp: activation must be one of 'gelu', 'gelu_tanh', got 'relu'", {"activation": "relu"}),
+        (ValueError, "mlp: activation must be one of 'gelu', 'gelu_tanh', got None", {"activation": None}),
+        (TypeError, "mlp: fc1_bias is torch.float16 but x is torch.float32", {"fc1_bias": good["fc1_bias"].half()}),
+        (TypeError, "mlp: x must be a floating-point tensor", {"x": good["x"].long()}),
+    ]  # fmt: skip
+    for impl in ("auto", "triton", "reference"):
+        for error, message, change in cases:
+            with pytest.raises(error, match=message):
+                mlp(**good | change, impl=impl)
+    with pytest.raises(ValueError, match="impl must be one of"):
+        mlp(**good, impl="cublas")
