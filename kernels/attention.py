@@ -1,0 +1,432 @@
+"""Multi-head attention, bidirectional: softmax(scale · q kᵀ) v per head, without ever storing the matrix of logits.
+
+Forward, for a tile of queries, over the keys tile by tile (Milakov & Gimelshein, 2018; Dao, 2023), s = q kᵀ:
+    m' = max(m, max s),  P = exp(scale · (s − m')),  α = exp(scale · (m − m')),  l = α · l + Σ P,  acc = α · acc + P v
+    o = acc / l,  lse = scale · m + log l
+Saved: q, k, v, o, m and log l [B, H, N]. Their sum, lse, would do but for its rounding: at logits around 100 that alone
+would put errors of 1e-5 into P, which eager PyTorch does not have in fp32. P is recomputed.
+
+Backward, from do:
+    P = exp(scale · (s − m) − log l),  delta = Σ_e do · o,  dS = P · (do vᵀ − delta)
+    dv = Pᵀ do,  dk = scale · dSᵀ q,  dq = scale · dS k
+One launch, two roles: some programs own a tile of keys (dk, dv) and walk the queries, the others own a tile of queries
+(dq) and walk the keys. Each recomputes P, dS and delta, so nothing is shared between programs, every sum has one fixed
+order, and there is neither scratch memory nor an atomic: seven products instead of five.
+
+q, k and v are read in place with any batch, token and head strides, so packed qkv [B, N, 3, H, E] needs no copy and its
+gradient is written straight into packed dqkv. Sequence lengths are compile-time constants. A head dimension that is not
+a power of two is worked on in parts: 80 = 64 + 16, not 128.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs, reference, runtime, tile
+
+MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
+
+
+@triton.jit
+def _attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, m_ptr, log_l_ptr,
+    HEADS,
+    stride_q, stride_k, stride_v, stride_o,  # each (batch, token, head)
+    NQ: tl.constexpr, NK: tl.constexpr, SCALE: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    TILES: tl.constexpr = (NQ + BLOCK_M - 1) // BLOCK_M
+    b, h = pid // TILES // HEADS, pid // TILES % HEADS
+    offs_m = pid % TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < NQ
+    q_rows = tile.head_rows(q_ptr, stride_q, b, h, ALIGN)
+    k_rows = tile.head_rows(k_ptr, stride_k, b, h, ALIGN)
+    v_rows = tile.head_rows(v_ptr, stride_v, b, h, ALIGN)
+
+    q = tile.load_parts(q_rows, offs_m, mask_m, PARTS, ALIGN)
+    m_i = tl.full([BLOCK_M], float("-inf"), dtype=ACC)
+    l_i = tl.full([BLOCK_M], 0.0, dtype=ACC)
+    acc = tile.zero_parts(BLOCK_M, PARTS, ACC)
+    for start_n in range(0, NK, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < NK
+        k = tile.load_parts(k_rows, offs_n, mask_n, PARTS, ALIGN)
+        v = tile.load_parts(v_rows, offs_n, mask_n, PARTS, ALIGN)
+
+        logits = tile.attn_logits(q, k, mask_n[None, :], PRECISION, ACC)  # [BLOCK_M, BLOCK_N]
+        m_new = tl.maximum(m_i, tl.max(logits, axis=1))  # finite: every tile has a key
+        p = tile.exp_scaled(logits - m_new[:, None], SCALE)
+        alpha = tile.exp_scaled(m_i - m_new, SCALE)
+        l_i = l_i * alpha + tl.sum(p, axis=1)
+        acc = tile.dot_into_parts(p, v, tile.scale_parts(acc, alpha[:, None]), PRECISION)
+        m_i = m_new
+
+    o_rows = tile.head_rows(o_ptr, stride_o, b, h, ALIGN)
+    tile.store_parts(o_rows, tile.scale_parts(acc, (1.0 / l_i)[:, None]), offs_m, mask_m, PARTS, ALIGN)
+    if m_ptr is not None:
+        offs_stats = pid // TILES * NQ + offs_m
+        tl.store(m_ptr + offs_stats, m_i, mask=mask_m)
+        tl.store(log_l_ptr + offs_stats, tl.log(l_i), mask=mask_m)
+
+
+@triton.jit
+def _attention_bwd_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, m_ptr, log_l_ptr, dq_ptr, dk_ptr, dv_ptr,
+    HEADS,
+    stride_q, stride_k, stride_v, stride_o, stride_do, stride_dq, stride_dk, stride_dv,  # each (batch, token, head)
+    NQ: tl.constexpr, NK: tl.constexpr, SCALE: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    TILES_K: tl.constexpr = (NK + BLOCK_M - 1) // BLOCK_M if dk_ptr is not None else 0
+    TILES_Q: tl.constexpr = (NQ + BLOCK_M - 1) // BLOCK_M if dq_ptr is not None else 0
+    # The programs of one head are neighbours, so that they find its rows in L2.
+    head, pid_m = pid // (TILES_K + TILES_Q), pid % (TILES_K + TILES_Q)
+    b, h = head // HEADS, head % HEADS
+    m_ptr += head * NQ
+    log_l_ptr += head * NQ
+    q = tile.head_rows(q_ptr, stride_q, b, h, ALIGN)
+    k = tile.head_rows(k_ptr, stride_k, b, h, ALIGN)
+    v = tile.head_rows(v_ptr, stride_v, b, h, ALIGN)
+    o = tile.head_rows(o_ptr, stride_o, b, h, ALIGN)
+    do = tile.head_rows(do_ptr, stride_do, b, h, ALIGN)
+
+    if pid_m < TILES_K:
+        if dk_ptr is not None:
+            dk = tile.head_rows(dk_ptr, stride_dk, b, h, ALIGN)
+            dv = tile.head_rows(dv_ptr, stride_dv, b, h, ALIGN)
+            offs_n = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+            _dk_dv(
+                q, k, v, o, do, m_ptr, log_l_ptr, dk, dv, offs_n,
+                NQ, NK, SCALE, PARTS, ALIGN, PRECISION, ACC, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+    else:
+        if dq_ptr is not None:
+            dq = tile.head_rows(dq_ptr, stride_dq, b, h, ALIGN)
+            offs_m = (pid_m - TILES_K) * BLOCK_M + tl.arange(0, BLOCK_M)
+            _dq(
+                q, k, v, o, do, m_ptr, log_l_ptr, dq, offs_m,
+                NQ, NK, SCALE, PARTS, ALIGN, PRECISION, ACC, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+
+
+@triton.jit
+def _dk_dv(
+    q_rows, k_rows, v_rows, o_rows, do_rows, m_ptr, log_l_ptr, dk_rows, dv_rows, offs_n,
+    NQ: tl.constexpr, NK: tl.constexpr, SCALE: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of BLOCK_M keys, over all queries. P and dS are [keys, queries], as the last two products want them.
+
+    Rows of keys beyond the last hold anything, even inf, and are not stored; queries beyond the last have P = 0.
+    """
+    mask_n = offs_n < NK
+    k = tile.load_parts(k_rows, offs_n, mask_n, PARTS, ALIGN)
+    v = tile.load_parts(v_rows, offs_n, mask_n, PARTS, ALIGN)
+
+    dk = tile.zero_parts(BLOCK_M, PARTS, ACC)
+    dv = tile.zero_parts(BLOCK_M, PARTS, ACC)
+    for start_m in range(0, NQ, BLOCK_N):
+        offs_m = start_m + tl.arange(0, BLOCK_N)
+        mask_m = offs_m < NQ
+        q = tile.load_parts(q_rows, offs_m, mask_m, PARTS, ALIGN)
+        do = tile.load_parts(do_rows, offs_m, mask_m, PARTS, ALIGN)
+        o = tile.load_parts(o_rows, offs_m, mask_m, PARTS, ALIGN)
+        m = tl.load(m_ptr + offs_m, mask=mask_m, other=0.0)
+        log_l = tl.load(log_l_ptr + offs_m, mask=mask_m, other=0.0)
+        delta = tile.row_dot_parts(do, o, ACC)
+
+        logits = tile.attn_logits(k, q, mask_m[None, :], PRECISION, ACC)
+        p = tile.attn_probs(logits, m[None, :], log_l[None, :], SCALE)
+        ds = p * (tile.dot_parts(v, do, PRECISION, ACC) - delta[None, :])
+        dv = tile.dot_into_parts(p, do, dv, PRECISION)
+        dk = tile.dot_into_parts(ds, q, dk, PRECISION)
+
+    tile.store_parts(dk_rows, tile.scale_parts(dk, SCALE), offs_n, mask_n, PARTS, ALIGN)
+    tile.store_parts(dv_rows, dv, offs_n, mask_n, PARTS, ALIGN)
+
+
+@triton.jit
+def _dq(
+    q_rows, k_rows, v_rows, o_rows, do_rows, m_ptr, log_l_ptr, dq_rows, offs_m,
+    NQ: tl.constexpr, NK: tl.constexpr, SCALE: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dq of BLOCK_M queries, over all keys."""
+    mask_m = offs_m < NQ
+    q = tile.load_parts(q_rows, offs_m, mask_m, PARTS, ALIGN)
+    do = tile.load_parts(do_rows, offs_m, mask_m, PARTS, ALIGN)
+    o = tile.load_parts(o_rows, offs_m, mask_m, PARTS, ALIGN)
+    m = tl.load(m_ptr + offs_m, mask=mask_m, other=0.0)
+    log_l = tl.load(log_l_ptr + offs_m, mask=mask_m, other=0.0)
+    delta = tile.row_dot_parts(do, o, ACC)
+
+    dq = tile.zero_parts(BLOCK_M, PARTS, ACC)
+    for start_n in range(0, NK, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < NK
+        k = tile.load_parts(k_rows, offs_n, mask_n, PARTS, ALIGN)
+        v = tile.load_parts(v_rows, offs_n, mask_n, PARTS, ALIGN)
+
+        logits = tile.attn_logits(q, k, mask_n[None, :], PRECISION, ACC)
+        p = tile.attn_probs(logits, m[:, None], log_l[:, None], SCALE)
+        ds = p * (tile.dot_parts(do, v, PRECISION, ACC) - delta[:, None])
+        dq = tile.dot_into_parts(ds, k, dq, PRECISION)
+
+    tile.store_parts(dq_rows, tile.scale_parts(dq, SCALE), offs_m, mask_m, PARTS, ALIGN)
+
+
+def head_parts(head_dim: int) -> tuple[tuple[int, int, int], ...]:
+    """Powers of two, each at least 16, that make up the head dimension rounded up to a multiple of 16.
+
+    Each as (first column, width, valid columns): 72 gives (0, 64, 64) and (64, 16, 8).
+    """
+    parts, start = [], 0
+    padded = triton.cdiv(head_dim, 16) * 16
+    for width in (128, 64, 32, 16):
+        if padded & width:
+            parts.append((start, width, min(width, head_dim - start)))
+            start += width
+    return tuple(parts)
+
+
+def _align(*tensors: Tensor | None) -> int:
+    """8 if all rows start at multiples of 8 elements from their tensor's start: then they load 16 bytes at a time."""
+    return 8 if all(s % 8 == 0 for t in tensors if t is not None for s in t.stride()[:3]) else 1
+
+
+def _strides(t: Tensor | None) -> tuple[int, ...] | None:
+    return None if t is None else t.stride()[:3]
+
+
+def _unit_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
+
+
+def _launch_fwd(q: Tensor, k: Tensor, v: Tensor, o: Tensor, m: Tensor, log_l: Tensor, scale: float) -> None:
+    """Fills o, and m and log_l unless empty. q, o [B, NQ, H, E] and k, v [B, NK, H, E] with unit last stride."""
+    B, NQ, HEADS, HEAD_DIM = q.shape
+    config = configs.attention_fwd(runtime.arch(q.device), k.shape[1], HEAD_DIM, q.dtype)
+    runtime.launch(
+        _attention_fwd_kernel, B * HEADS * triton.cdiv(NQ, config.block_m),
+        q_ptr=q, k_ptr=k, v_ptr=v, o_ptr=o,
+        m_ptr=m if m.numel() else None, log_l_ptr=log_l if m.numel() else None,
+        HEADS=HEADS,
+        stride_q=_strides(q), stride_k=_strides(k), stride_v=_strides(v), stride_o=_strides(o),
+        NQ=NQ, NK=k.shape[1], SCALE=scale, PARTS=head_parts(HEAD_DIM), ALIGN=_align(q, k, v, o),
+        PRECISION=runtime.precision(q.dtype), ACC=runtime.acc_type(q.dtype),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def _launch_bwd(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor, m: Tensor, log_l: Tensor,
+    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, scale: float,
+) -> None:  # fmt: skip
+    """Fills dq, and dk with dv, as far as given; all [B, N, H, E] with unit last stride."""
+    B, NQ, HEADS, HEAD_DIM = q.shape
+    NK = k.shape[1]
+    config = configs.attention_bwd(runtime.arch(q.device), max(NQ, NK), HEAD_DIM, q.dtype)
+    tiles = sum(triton.cdiv(t.shape[1], config.block_m) for t in (dk, dq) if t is not None)
+    runtime.launch(
+        _attention_bwd_kernel, B * HEADS * tiles,
+        q_ptr=q, k_ptr=k, v_ptr=v, o_ptr=o, do_ptr=do, m_ptr=m, log_l_ptr=log_l, dq_ptr=dq, dk_ptr=dk, dv_ptr=dv,
+        HEADS=HEADS,
+        stride_q=_strides(q), stride_k=_strides(k), stride_v=_strides(v), stride_o=_strides(o), stride_do=_strides(do),
+        stride_dq=_strides(dq), stride_dk=_strides(dk), stride_dv=_strides(dv),
+        NQ=NQ, NK=NK, SCALE=scale, PARTS=head_parts(HEAD_DIM), ALIGN=_align(q, k, v, o, do, dq, dk, dv),
+        PRECISION=runtime.precision(q.dtype), ACC=runtime.acc_type(q.dtype),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("vit::attention_qkv_fwd", mutates_args=())
+def attention_qkv_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(o [B, NQ, H·E], m [B, H, NQ], log_l [B, H, NQ]); m and log_l are empty unless ``save``."""
+    o, m, log_l = _attention_qkv_fwd_fake(q, k, v, scale, save)
+    _launch_fwd(*_unit_rows(q, k, v), o.view(q.shape), m, log_l, scale)
+    return o, m, log_l
+
+
+@attention_qkv_fwd.register_fake
+def _attention_qkv_fwd_fake(q, k, v, scale, save):
+    B, NQ, HEADS, HEAD_DIM = q.shape
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    stats = (q.new_empty((B, HEADS, NQ) if save else 0, dtype=dtype) for _ in range(2))
+    return q.new_empty(B, NQ, HEADS * HEAD_DIM), *stats
+
+
+@torch.library.custom_op("vit::attention_qkv_bwd", mutates_args=())
+def attention_qkv_bwd(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, m: Tensor, log_l: Tensor,
+    scale: float, need_dq: bool, need_dkv: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv), contiguous; what is not needed is empty."""
+    dq, dk, dv = _attention_qkv_bwd_fake(do, q, k, v, o, m, log_l, scale, need_dq, need_dkv)
+    q, k, v, do = _unit_rows(q, k, v, do.unflatten(-1, q.shape[2:]))
+    dkv = (dk, dv) if need_dkv else (None, None)
+    _launch_bwd(q, k, v, o.view(q.shape), do, m, log_l, dq if need_dq else None, *dkv, scale)
+    return dq, dk, dv
+
+
+@attention_qkv_bwd.register_fake
+def _attention_qkv_bwd_fake(do, q, k, v, o, m, log_l, scale, need_dq, need_dkv):
+    kv_shape = k.shape if need_dkv else (0,)
+    return q.new_empty(q.shape if need_dq else 0), k.new_empty(kv_shape), v.new_empty(kv_shape)
+
+
+@torch.library.custom_op("vit::attention_fwd", mutates_args=())
+def attention_fwd(qkv: Tensor, scale: float, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`attention_qkv_fwd` of packed qkv [B, N, 3, H, E]."""
+    o, m, log_l = _attention_fwd_fake(qkv, scale, save)
+    q, k, v = _unit_rows(qkv)[0].unbind(dim=2)
+    _launch_fwd(q, k, v, o.view(q.shape), m, log_l, scale)
+    return o, m, log_l
+
+
+@attention_fwd.register_fake
+def _attention_fwd_fake(qkv, scale, save):
+    return _attention_qkv_fwd_fake(*qkv.unbind(dim=2), scale, save)
+
+
+@torch.library.custom_op("vit::attention_bwd", mutates_args=())
+def attention_bwd(do: Tensor, qkv: Tensor, o: Tensor, m: Tensor, log_l: Tensor, scale: float) -> Tensor:
+    """Packed dqkv [B, N, 3, H, E], contiguous: the kernel writes into it."""
+    dqkv = qkv.new_empty(qkv.shape)
+    qkv, do = _unit_rows(qkv, do.unflatten(-1, qkv.shape[3:]))
+    q, k, v = qkv.unbind(dim=2)
+    _launch_bwd(q, k, v, o.view(q.shape), do, m, log_l, *dqkv.unbind(dim=2), scale)
+    return dqkv
+
+
+@attention_bwd.register_fake
+def _attention_bwd_fake(do, qkv, o, m, log_l, scale):
+    return qkv.new_empty(qkv.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, scale, _ = inputs
+    o, m, log_l = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(m, log_l)
+    ctx.save_for_backward(*tensors, o, m, log_l)
+    ctx.scale = scale
+
+
+def _attention_backward(ctx, do, _dm, _dlog_l):
+    return None if do is None else attention_bwd(do, *ctx.saved_tensors, ctx.scale), None, None
+
+
+def _attention_qkv_backward(ctx, do, _dm, _dlog_l):
+    need_dq, need_dk, need_dv = ctx.needs_input_grad[:3]
+    if do is None:
+        return (None,) * 5
+    dq, dk, dv = attention_qkv_bwd(do, *ctx.saved_tensors, ctx.scale, need_dq, need_dk or need_dv)
+    return dq if need_dq else None, dk if need_dk else None, dv if need_dv else None, None, None
+
+
+attention_fwd.register_autograd(_attention_backward, setup_context=_setup_context)
+attention_qkv_fwd.register_autograd(_attention_qkv_backward, setup_context=_setup_context)
+
+
+def attention(
+    qkv: Tensor,
+    *,
+    num_heads: int | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Multi-head self-attention on packed queries, keys and values, as the qkv projection of a ViT writes them.
+
+    Args:
+        qkv: [B, N, 3, H, E], or [B, N, 3·H·E] together with ``num_heads``; any strides, read in place unless the last
+            stride is not 1; fp32, fp16 or bf16. The kernels take E from 16 to 128 in steps of 8.
+        num_heads: H, exactly when qkv has three dimensions.
+        scale: of the logits, positive; 1/sqrt(E) if None.
+        return_lse: also return the logsumexp of each query's logits.
+        impl: "auto", "triton" or "reference".
+
+    Returns:
+        [B, N, H·E] in the dtype of ``qkv``, contiguous; with ``return_lse`` also the natural-log logsumexp, fp32
+        [B, H, N], through which no gradient flows.
+
+    Raises:
+        ValueError: shapes that do not fit, unknown impl. TypeError: not a floating-point tensor.
+        RuntimeError: ``impl="triton"`` where the kernels cannot run.
+    """
+    op = "attention"
+    runtime.check_floating(op, qkv=qkv)
+    if num_heads is not None:
+        if qkv.dim() != 3 or num_heads < 1 or qkv.shape[-1] % (3 * num_heads):
+            raise ValueError(
+                f"{op}: with num_heads={num_heads} qkv must have shape [B, N, 3·{num_heads}·E], got {tuple(qkv.shape)}"
+            )
+        qkv = qkv.unflatten(-1, (3, num_heads, qkv.shape[-1] // (3 * num_heads)))
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(
+            f"{op}: qkv must have shape [B, N, 3, H, E], or [B, N, 3·H·E] with num_heads given, got {tuple(qkv.shape)}"
+        )
+    scale = _check_scale(op, scale, qkv.shape[-1])
+    if not runtime.use_triton(op, impl, [qkv], _unsupported(qkv.shape[-1])):
+        out, lse = reference.attention(qkv, scale)
+        return (out, lse.detach()) if return_lse else out
+    out, m, log_l = attention_fwd(qkv, scale, return_lse or runtime.needs_grad(qkv))
+    return (out, scale * m + log_l) if return_lse else out
+
+
+def attention_qkv(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: bool = False, impl: str = "auto"
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of separate queries, keys and values, whose lengths may differ.
+
+    Args:
+        q: [B, NQ, H, E]. k, v: [B, NK, H, E]. Any strides (a transposed view of [B, H, N, E] too), read in place unless
+            the last stride is not 1; one dtype.
+        scale, return_lse, impl: as for `attention`.
+
+    Returns:
+        [B, NQ, H·E], contiguous; with ``return_lse`` also the logsumexp [B, H, NQ].
+
+    Raises: as for `attention`.
+    """
+    op = "attention_qkv"
+    runtime.check_floating(op, q=q, k=k, v=v)
+    if q.dim() != 4:
+        raise ValueError(f"{op}: q must have shape [B, NQ, H, E], got {tuple(q.shape)}")
+    for name, t in (("k", k), ("v", v)):
+        if t.dim() != 4 or t.shape[0] != q.shape[0] or t.shape[2:] != q.shape[2:]:
+            raise ValueError(
+                f"{op}: {name} must have shape [B, NK, H, E] with B, H, E of q {tuple(q.shape)}, got {tuple(t.shape)}"
+            )
+    if k.shape != v.shape:
+        raise ValueError(f"{op}: k and v must have the same shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+    if k.shape[1] == 0 and q.shape[1] > 0:
+        raise ValueError(f"{op}: k and v must have at least one token, got {tuple(k.shape)}")
+    scale = _check_scale(op, scale, q.shape[-1])
+    if not runtime.use_triton(op, impl, [q, k, v], _unsupported(q.shape[-1])):
+        out, lse = reference.attention_qkv(q, k, v, scale)
+        return (out, lse.detach()) if return_lse else out
+    out, m, log_l = attention_qkv_fwd(q, k, v, scale, return_lse or runtime.needs_grad(q, k, v))
+    return (out, scale * m + log_l) if return_lse else out
+
+
+def _check_scale(op: str, scale: float | None, head_dim: int) -> float:
+    if head_dim == 0:
+        raise ValueError(f"{op}: the last dimension must not be empty")
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    if not 0.0 < scale < math.inf:
+        raise ValueError(f"{op}: scale must be positive and finite, got {scale}")
+    return scale
+
+
+def _unsupported(head_dim: int) -> str | None:
+    if head_dim % 8 == 0 and MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
+        return None
+    return f"the kernels take head dimensions from {MIN_HEAD_DIM} to {MAX_HEAD_DIM} in steps of 8, not {head_dim}"

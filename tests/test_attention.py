@@ -1,0 +1,468 @@
+"""attention and attention_qkv: accuracy, gradients, determinism, strides."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from views import nan_padded
+
+from vit.kernels import attention, attention_qkv, configs, reference, runtime
+from vit.kernels.attention import attention_bwd, attention_fwd, attention_qkv_bwd, attention_qkv_fwd, head_parts
+from vit.testing import check, check_op
+
+
+def ours_packed(qkv: Tensor) -> Tensor:
+    return attention(qkv, impl="triton")
+
+
+def reference_packed(qkv: Tensor) -> Tensor:
+    return reference.attention(qkv)[0]
+
+
+def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attention_qkv(q, k, v, impl="triton")
+
+
+def reference_qkv(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return reference.attention_qkv(q, k, v)[0]
+
+
+def grads(fn, leaves: list[Tensor], do: Tensor) -> list[Tensor]:
+    """The output and the gradient of every leaf."""
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    out = fn(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, do)]
+
+
+# ---- accuracy --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("B", "N", "H", "E"), [(3, 2, 2, 16), (2, 17, 3, 48), (1, 50, 2, 64), (1, 65, 1, 80)])
+def test_packed(randn, dtype, B, N, H, E):
+    check_op(ours_packed, reference_packed, {"qkv": randn(B, N, 3, H, E)}, dtype)
+
+
+@pytest.mark.parametrize(("NQ", "NK", "H", "E"), [(1, 50, 2, 64), (50, 3, 2, 32), (65, 17, 1, 72), (17, 65, 1, 128)])
+def test_unpacked(randn, dtype, NQ, NK, H, E):
+    inputs = {"q": randn(2, NQ, H, E), "k": randn(2, NK, H, E), "v": randn(2, NK, H, E)}
+    check_op(ours, reference_qkv, inputs, dtype)
+
+
+def test_vit_length(randn):
+    check_op(ours_packed, reference_packed, {"qkv": randn(1, 197, 3, 1, 64)}, torch.bfloat16)
+
+
+@pytest.mark.parametrize("head_dim", range(16, 136, 8))
+def test_every_head_dim(randn, head_dim):
+    inputs = {"q": randn(1, 5, 2, head_dim), "k": randn(1, 18, 2, head_dim), "v": randn(1, 18, 2, head_dim)}
+    check_op(ours, reference_qkv, inputs, torch.float32)
+
+
+def test_head_parts_waste_less_than_16_columns():
+    for head_dim in range(16, 136, 8):
+        parts = head_parts(head_dim)
+        assert sum(width for _, width, _ in parts) - head_dim < 16
+        assert [start for start, _, _ in parts] == [sum(w for _, w, _ in parts[:i]) for i in range(len(parts))]
+        assert sum(valid for _, _, valid in parts) == head_dim
+    assert head_parts(80) == ((0, 64, 64), (64, 16, 16))
+    assert head_parts(72) == ((0, 64, 64), (64, 16, 8))
+
+
+@pytest.mark.parametrize("kind", ["x9", "x36", "very negative", "offset values"])
+def test_extreme_logits(randn, dtype, kind):
+    """q and k are multiples of 1/32, so that every order of summation gives the same logits, exactly.
+
+    A processor's matrix product rounds q kᵀ and k qᵀ differently, and the softmax would multiply the difference.
+    """
+    B, N, H, E = 1, 50, 2, 64
+    q, k, v = randn(B, N, H, E), randn(B, N, H, E), randn(B, N, H, E)
+    if kind in ("x9", "x36"):
+        q = q * int(kind[1:])
+    elif kind == "very negative":  # logits about −300: the maximum must start at −∞, not at 0
+        q, k = q / 8 + 6.0, k / 8 - 6.0
+    else:
+        v = v + 100.0
+    q, k = ((t * 32).round() / 32 for t in (q, k))
+    check_op(ours, reference_qkv, {"q": q, "k": k, "v": v}, dtype)
+
+
+@pytest.mark.parametrize("kind", ["one-hot", "constant values"])
+def test_logits_without_gradient(randn, dtype, kind):
+    """Eager may get exact zeros for q and k here; ours are rounding noise of do·v − do·o, and judged as such."""
+    N, H, E = 50, 2, 64
+    q, k, v, do = (randn(1, N, H, E).to(dtype) for _ in range(4))
+    if kind == "one-hot":  # each query looks at one key alone
+        k = torch.eye(N, E, device=q.device, dtype=dtype)[None, :, None].expand(1, N, H, E)
+        q = 300.0 * k.flip(1)
+        expected = v.flip(1)
+    else:
+        expected = v = v[:, :1].expand(1, N, H, E)
+    out, dq, dk, dv = grads(ours, [q, k, v], do.flatten(2))
+    unit = 0.0 if kind == "one-hot" else max(torch.finfo(dtype).eps, 1e-6)
+    torch.testing.assert_close(out, expected.flatten(2), rtol=unit, atol=0.0)
+    noise = 1e-6 * (do.abs().double() * v.abs().double()).sum(-1).max() * E**-0.5
+    assert dq.abs().max() <= noise * k.abs().max()
+    assert dk.abs().max() <= noise * q.abs().max() * (1 if kind == "one-hot" else N)
+    if kind == "one-hot":
+        torch.testing.assert_close(dv, do.flip(1), rtol=1e-6, atol=0.0)
+
+
+def test_scale(randn, dtype):
+    check_op(
+        lambda qkv: attention(qkv, scale=0.37, impl="triton"),
+        lambda qkv: reference.attention(qkv, scale=0.37)[0],
+        {"qkv": randn(2, 17, 3, 1, 32)},
+        dtype,
+    )
+
+
+def test_lse(randn, dtype):
+    """Natural logarithm, fp32, no gradient, the same whether or not gradients are wanted."""
+    q, k, v = ((6 * randn(2, n, 2, 48)).to(dtype) for n in (33, 40, 40))
+    out, lse = attention_qkv(q, k, v, return_lse=True, impl="triton")
+    eager = reference.attention_qkv(q, k, v)[1]
+    exact = torch.einsum("bqhe,bkhe->bhqk", q.double(), k.double()).div(math.sqrt(48)).logsumexp(-1)
+    assert lse.dtype is torch.float32
+    assert (lse - exact).abs().max() < 2e-6 * exact.abs().max()
+    if dtype is torch.float32:
+        check(lse, eager, exact, name="lse")
+    assert torch.equal(out, attention_qkv(q, k, v, impl="triton"))
+
+    packed = torch.stack([k, k, v], dim=2).requires_grad_()
+    _, lse = attention(packed, return_lse=True, impl="triton")
+    assert not lse.requires_grad
+    assert not attention(packed, return_lse=True, impl="reference")[1].requires_grad
+    torch.testing.assert_close(lse, reference.attention(packed.double())[1].float(), rtol=1e-5, atol=1e-5)
+
+
+def test_agrees_with_scaled_dot_product_attention(randn):
+    B, N, H, E = 1, 33, 3, 40
+    qkv, do = randn(B, N, 3, H, E), randn(B, N, H * E)
+
+    def sdpa(qkv):
+        return F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2).reshape(B, N, H * E)
+
+    for a, b in zip(grads(ours_packed, [qkv], do), grads(sdpa, [qkv], do), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+# ---- properties ------------------------------------------------------------------------------------------------------
+
+
+def test_a_constant_added_to_all_keys_changes_nothing(randn, dtype):
+    """Softmax ignores it, so the gradients of the keys sum to zero: what a key bias would get."""
+    qkv, do = randn(1, 33, 3, 2, 32).to(dtype), randn(1, 33, 64).to(dtype)
+    _, dqkv = grads(ours_packed, [qkv], do)
+    dk = dqkv.select(2, 1).double()
+    unit = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    assert dk.sum(dim=1).abs().max() < 4 * unit * dk.abs().sum(dim=1).max()
+    if dtype is torch.float32:
+        moved = qkv + torch.tensor([0.0, 1.0, 0.0], device=qkv.device)[:, None, None]
+        torch.testing.assert_close(ours_packed(moved), ours_packed(qkv), rtol=1e-5, atol=1e-5)
+
+
+def test_one_token(randn, dtype):
+    """The output is v, and so is its gradient do; q and k do not matter."""
+    qkv, do = randn(3, 1, 3, 2, 72).to(dtype), randn(3, 1, 144).to(dtype)
+    out, dqkv = grads(ours_packed, [qkv], do)
+    assert torch.equal(out, qkv[:, :, 2].reshape(out.shape))
+    torch.testing.assert_close(dqkv[:, :, 2].reshape(do.shape), do, rtol=1e-6, atol=0.0)
+    assert dqkv[:, :, :2].abs().max() < 1e-4
+
+
+def test_queries_heads_and_samples_do_not_mix(randn):
+    """Row, head and sample of the output depend on their own inputs only, bit for bit."""
+    q, k, v = randn(3, 40, 2, 32), randn(3, 20, 2, 32), randn(3, 20, 2, 32)
+    whole = ours(q, k, v).view(q.shape)
+    assert torch.equal(whole[1:2, :, 1:], ours(q[1:2, :, 1:], k[1:2, :, 1:], v[1:2, :, 1:]).view(1, 40, 1, 32))
+    assert torch.equal(whole[:, :7], ours(q[:, :7], k, v).view(3, 7, 2, 32))
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3, 2, 16), (2, 0, 3, 2, 16)])
+def test_empty(randn, shape):
+    out, dqkv = grads(ours_packed, [randn(*shape)], randn(*shape[:2], 32))
+    assert out.shape == (*shape[:2], 32) and dqkv.shape == shape
+    q, k, v = randn(*shape).unbind(2)
+    assert [t.shape for t in grads(ours, [q, k, v], randn(*shape[:2], 32))] == [out.shape, q.shape, k.shape, v.shape]
+
+
+def test_no_queries(randn):
+    """Nothing looks at the keys: their gradients are zeros, and written."""
+    out, dq, dk, dv = grads(ours, [randn(2, 0, 2, 16), randn(2, 3, 2, 16), randn(2, 3, 2, 16)], randn(2, 0, 32))
+    assert out.shape == (2, 0, 32) and dq.shape == (2, 0, 2, 16)
+    assert torch.equal(dk, torch.zeros(2, 3, 2, 16)) and torch.equal(dv, dk)
+
+
+# ---- autograd --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.interpreted
+def test_gradcheck(randn):
+    qkv = randn(1, 3, 3, 2, 24).double().requires_grad_()
+    assert torch.autograd.gradcheck(ours_packed, qkv, fast_mode=True)
+    q, k, v = (randn(2, n, 2, 40).double().requires_grad_() for n in (35, 20, 20))  # several ragged tiles
+    assert torch.autograd.gradcheck(ours, (q, k, v), fast_mode=True)
+
+
+def test_opcheck(randn):
+    B, NQ, NK, H, E = 1, 3, 5, 2, 16
+    q, k, v = randn(B, NQ, H, E), randn(B, NK, H, E), randn(B, NK, H, E)
+    o, m, log_l = attention_qkv_fwd(q, k, v, 0.25, True)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    torch.library.opcheck(attention_qkv_fwd, (*leaves, 0.25, True))
+    for needs in [(True, True), (True, False), (False, True)]:
+        torch.library.opcheck(attention_qkv_bwd, (randn(*o.shape), q, k, v, o, m, log_l, 0.25, *needs))
+    qkv = randn(B, NQ, 3, H, E)
+    o, m, log_l = attention_fwd(qkv, 0.25, True)
+    torch.library.opcheck(attention_fwd, (qkv.clone().requires_grad_(), 0.25, True))
+    torch.library.opcheck(attention_fwd, (qkv, 0.25, False))
+    torch.library.opcheck(attention_bwd, (randn(*o.shape), qkv, o, m, log_l, 0.25))
+
+
+@pytest.mark.parametrize("wanted", ["q", "k", "v", "qk", "kv", "qv"])
+def test_frozen_inputs(randn, wanted):
+    q, k, v, do = randn(1, 17, 2, 16), randn(1, 20, 2, 16), randn(1, 20, 2, 16), randn(1, 17, 32)
+    every = dict(zip("qkv", grads(ours, [q, k, v], do)[1:], strict=True))
+    leaves = {n: t.clone().requires_grad_(n in wanted) for n, t in zip("qkv", (q, k, v), strict=True)}
+    out = ours(*leaves.values())
+    out.backward(do)
+    for name, leaf in leaves.items():
+        assert torch.equal(leaf.grad, every[name]) if name in wanted else leaf.grad is None
+
+
+def test_backward_computes_only_what_is_wanted(randn):
+    q, do = randn(2, 17, 2, 16), randn(2, 17, 32)
+    saved = attention_qkv_fwd(q, q, q, 0.25, True)
+    dq, dk, dv = attention_qkv_bwd(do, q, q, q, *saved, 0.25, False, True)
+    assert dq.numel() == 0 and dk.shape == dv.shape == q.shape
+    dq, dk, dv = attention_qkv_bwd(do, q, q, q, *saved, 0.25, True, False)
+    assert dk.numel() == dv.numel() == 0 and dq.shape == q.shape
+
+
+def test_no_grad_saves_nothing(randn):
+    qkv = randn(1, 5, 3, 2, 16)
+    assert [t.numel() for t in attention_fwd(qkv, 0.25, False)] == [1 * 5 * 32, 0, 0]
+    assert not ours_packed(qkv).requires_grad
+    with torch.inference_mode():
+        inferred = ours_packed(qkv.clone().requires_grad_())
+    assert torch.equal(inferred, ours_packed(qkv))
+
+
+def test_double_backward_raises(randn):
+    qkv = randn(1, 5, 3, 1, 16).requires_grad_()
+    (dqkv,) = torch.autograd.grad(ours_packed(qkv).square().sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        dqkv.sum().backward()
+    q, k, v = (t.detach().requires_grad_() for t in qkv.unbind(2))
+    (dq,) = torch.autograd.grad(ours(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        dq.sum().backward()
+
+
+def test_forward_mode_raises_and_auto_is_right(randn):
+    qkv, tangent = randn(1, 5, 3, 1, 16), randn(1, 5, 3, 1, 16)
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(ours_packed, (qkv,), (tangent,))
+    _, by_auto = torch.func.jvp(attention, (qkv,), (tangent,))
+    _, by_reference = torch.func.jvp(reference_packed, (qkv,), (tangent,))
+    torch.testing.assert_close(by_auto, by_reference)
+
+
+def test_compile_fullgraph(randn):
+    def fn(x, q, k, v):
+        out, lse = attention(x, num_heads=2, return_lse=True, impl="triton")
+        return out + attention_qkv(q, k, v, impl="triton"), lse
+
+    leaves = [randn(2, 5, 96).requires_grad_(), *(randn(2, n, 2, 16).requires_grad_() for n in (5, 7, 7))]
+    direct, compiled = fn(*leaves), torch.compile(fn, fullgraph=True, backend="aot_eager")(*leaves)
+    assert all(map(torch.equal, direct, compiled))
+    do = randn(2, 5, 32)
+    assert all(map(torch.equal, *(torch.autograd.grad(outs[0], leaves, do) for outs in (direct, compiled))))
+
+
+# ---- the same bits ---------------------------------------------------------------------------------------------------
+
+
+def bits_equal(a: list[Tensor], b: list[Tensor], what: str) -> None:
+    assert len(a) == len(b)
+    for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        assert torch.equal(x, y), f"{what}, tensor {i}"
+
+
+def test_same_bits_packed(randn, dtype):
+    """Run to run, packed in any way, NaN around the buffers or not, incoming gradients of any strides."""
+    B, N, H, E = 2, 17, 2, 24
+    qkv, do = randn(B, N, 3, H, E).to(dtype), randn(B, N, H * E).to(dtype)
+    first = grads(ours_packed, [qkv], do)
+    variants = {
+        "again": (qkv, do),
+        "heads before q, k, v": (qkv.transpose(2, 3).contiguous().transpose(2, 3), do),
+        "tokens first": tuple(t.transpose(0, 1).contiguous().transpose(0, 1) for t in (qkv, do)),
+        "last stride not 1": (qkv.mT.contiguous().mT, do.mT.contiguous().mT),
+        "padded": (nan_padded(qkv), nan_padded(do)),
+        "odd offsets": (nan_padded(qkv.flatten(2)).unflatten(2, (3, H, E)), do),
+    }
+    for name, variant in variants.items():
+        bits_equal(first, grads(ours_packed, [variant[0]], variant[1]), name)
+
+    out, dqkv = grads(lambda x: attention(x, num_heads=H, impl="triton"), [qkv.flatten(2)], do)
+    bits_equal(first, [out, dqkv.unflatten(2, (3, H, E))], "num_heads")
+    one = torch.ones((), dtype=dtype, device=qkv.device).expand(B, N, H * E)  # what .sum().backward() hands over
+    bits_equal(grads(ours_packed, [qkv], one.contiguous()), grads(ours_packed, [qkv], one), "stride 0")
+
+    q, k, v = qkv.unbind(2)
+    out, *three = grads(ours, [q, k, v], do)
+    bits_equal(first, [out, torch.stack(three, dim=2)], "unpacked")
+
+
+def test_same_bits_unpacked(randn, dtype):
+    B, NQ, NK, H, E = 2, 17, 20, 2, 72
+    q, k, v, do = (randn(*s).to(dtype) for s in [(B, NQ, H, E), (B, NK, H, E), (B, NK, H, E), (B, NQ, H * E)])
+    first = grads(ours, [q, k, v], do)
+
+    def heads_first(t):
+        return t.transpose(1, 2).contiguous().transpose(1, 2)
+
+    variants = {
+        "again": (q, k, v, do),
+        "views of [B, H, N, E]": (heads_first(q), k, heads_first(v), do),
+        "padded": tuple(map(nan_padded, (q, k, v, do))),
+        "last stride not 1": (q, k.mT.contiguous().mT, v, do),
+    }
+    for name, (*leaves, cotangent) in variants.items():
+        bits_equal(first, grads(ours, leaves, cotangent), name)
+    shared = grads(lambda q, k: ours(q, k[:1].expand(B, -1, -1, -1), v), [q, k], do)  # batch stride 0
+    copied = grads(lambda q, k: ours(q, k[:1].repeat(B, 1, 1, 1), v), [q, k], do)
+    bits_equal(copied, shared, "expanded keys")
+
+
+def test_inputs_are_read_in_place(randn, monkeypatch):
+    """No copy of packed qkv, of transposed views or of the incoming gradient reaches the kernels."""
+    seen, launch = [], runtime.launch
+    monkeypatch.setattr(runtime, "launch", lambda *a, **k: (seen.append(k), launch(*a, **k)))
+    qkv, do = randn(2, 5, 3, 2, 16).requires_grad_(), randn(5, 2, 32).transpose(0, 1)
+    (dqkv,) = torch.autograd.grad(ours_packed(qkv), qkv, do)
+    k, v = randn(2, 2, 5, 16).transpose(1, 2), randn(2, 2, 5, 16).transpose(1, 2)
+    ours(k, k, v)
+    assert [a["q_ptr"].data_ptr() for a in seen] == [qkv.data_ptr(), qkv.data_ptr(), k.data_ptr()]
+    assert seen[0]["k_ptr"].data_ptr() == qkv[:, :, 1].data_ptr() and seen[2]["v_ptr"].data_ptr() == v.data_ptr()
+    assert seen[1]["do_ptr"].data_ptr() == do.data_ptr()
+    assert seen[1]["dv_ptr"].untyped_storage().data_ptr() == dqkv.untyped_storage().data_ptr()
+    assert [a["ALIGN"] for a in seen] == [8, 8, 8]
+
+
+SHIPPED = [(arch, head_dim) for arch in (80, 90) for head_dim in (64, 80, 88)]
+
+
+@pytest.mark.parametrize(("arch", "head_dim"), SHIPPED)
+@pytest.mark.parametrize("tile_dtype", [torch.float32, torch.bfloat16])
+def test_shipped_tiles(randn, monkeypatch, arch, head_dim, tile_dtype):
+    for name in ("attention_fwd", "attention_bwd"):
+        shipped = getattr(configs, name)(arch, 67, head_dim, tile_dtype)
+        monkeypatch.setattr(configs, name, lambda *_, shipped=shipped: shipped)
+    check_op(ours_packed, reference_packed, {"qkv": randn(1, 67, 3, 1, head_dim)}, torch.float16)
+
+
+@pytest.mark.parametrize(("block_m", "block_n"), [(16, 64), (64, 16), (16, 16)])
+def test_other_tiles(randn, monkeypatch, block_m, block_n):
+    config = configs.Config(block_m=block_m, block_n=block_n)
+    monkeypatch.setattr(configs, "attention_fwd", lambda *_: config)
+    monkeypatch.setattr(configs, "attention_bwd", lambda *_: config)
+    inputs = {"q": randn(1, 33, 2, 72), "k": randn(1, 50, 2, 72), "v": randn(1, 50, 2, 72)}
+    check_op(ours, reference_qkv, inputs, torch.float16)
+
+
+# ---- limits ----------------------------------------------------------------------------------------------------------
+
+
+def test_offsets_beyond_32_bits(device):
+    """Samples 2³⁰ elements apart. The memory between them is never touched, so the CPU never provides it."""
+    gap, (B, N, H, E) = 2**30, (3, 2, 1, 16)
+    memory = torch.from_numpy(np.zeros(2 * gap + N * 3 * H * E, dtype=np.float16)).to(device)
+    qkv = memory.as_strided((B, N, 3, H, E), (gap, 3 * H * E, H * E, E, 1))
+    values = torch.randn(qkv.shape, generator=torch.Generator().manual_seed(0)).to(device, torch.float16)
+    qkv.copy_(values)
+    do = torch.ones(B, N, H * E, dtype=torch.float16, device=device)
+    bits_equal(grads(ours_packed, [values], do), grads(ours_packed, [qkv], do), "far apart")
+
+
+def test_many_heads_go_on_grid_x(randn, monkeypatch):
+    grids = []
+    monkeypatch.setattr(runtime, "launch", lambda kernel, grid, **_: grids.append(grid))
+    qkv = randn(1, 1, 3, 1, 16).expand(35_001, 1, 3, 2, 16).requires_grad_()
+    ours_packed(qkv).sum().backward()
+    assert grids == [70_002, 140_004]
+
+
+@pytest.mark.gpu
+def test_many_heads(randn):
+    qkv, do = randn(35_001, 2, 3, 2, 16).half(), randn(35_001, 2, 32).half()
+    for a, b in zip(grads(ours_packed, [qkv], do), grads(reference_packed, [qkv], do), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("head_dim", [8, 20, 136])
+def test_unsupported_head_dim(randn, head_dim):
+    qkv = randn(1, 5, 3, 2, head_dim)
+    with pytest.raises(RuntimeError, match=f"from 16 to 128 in steps of 8, not {head_dim}"):
+        attention(qkv, impl="triton")
+    with pytest.raises(RuntimeError, match="steps of 8"):
+        attention_qkv(*qkv.unbind(2), impl="triton")
+    assert torch.equal(attention(qkv), reference_packed(qkv))
+    assert torch.equal(attention_qkv(*qkv.unbind(2)), reference_packed(qkv))
+
+
+def test_reference_path(randn):
+    qkv = randn(2, 5, 3, 2, 20)
+    out, lse = attention(qkv.flatten(2), num_heads=2, return_lse=True, impl="reference")
+    expected = reference.attention(qkv)
+    assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
+    out, lse = attention_qkv(*qkv.unbind(2), return_lse=True, impl="reference")
+    assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"qkv": torch.ones(2, 5, 96)}, ValueError, r"with num_heads given, got \(2, 5, 96\)"),
+        ({"qkv": torch.ones(2, 5, 96), "num_heads": 5}, ValueError, r"shape \[B, N, 3·5·E\], got \(2, 5, 96\)"),
+        ({"qkv": torch.ones(2, 5, 96), "num_heads": 0}, ValueError, "with num_heads=0"),
+        ({"num_heads": 2}, ValueError, r"with num_heads=2 qkv must have shape .* got \(2, 5, 3, 2, 16\)"),
+        ({"qkv": torch.ones(2, 5, 2, 2, 16)}, ValueError, r"\[B, N, 3, H, E\], .* got \(2, 5, 2, 2, 16\)"),
+        ({"qkv": torch.ones(5, 3, 2, 16)}, ValueError, r"got \(5, 3, 2, 16\)"),
+        ({"qkv": torch.ones(2, 5, 3, 2, 0)}, ValueError, "must not be empty"),
+        ({"qkv": torch.ones(2, 5, 3, 2, 16, dtype=torch.int32)}, TypeError, "qkv must be a floating-point tensor"),
+        ({"qkv": [1.0]}, TypeError, "qkv must be a torch.Tensor, got list"),
+        ({"scale": float("nan")}, ValueError, "scale must be positive and finite, got nan"),
+        ({"scale": -0.1}, ValueError, "scale must be positive"),
+        ({"impl": "flash"}, ValueError, "impl must be one of"),
+    ],
+)
+def test_bad_input(change, error, message):
+    with pytest.raises(error, match=message):
+        attention(**{"qkv": torch.ones(2, 5, 3, 2, 16)} | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"q": torch.ones(5, 2, 16)}, ValueError, r"q must have shape \[B, NQ, H, E\], got \(5, 2, 16\)"),
+        ({"k": torch.ones(2, 7, 3, 16)}, ValueError, r"k must have shape .* q \(2, 5, 2, 16\), got \(2, 7, 3, 16\)"),
+        ({"k": torch.ones(1, 7, 2, 16)}, ValueError, "k must have shape"),
+        ({"v": torch.ones(2, 7, 2, 8)}, ValueError, "v must have shape"),
+        ({"v": torch.ones(2, 6, 2, 16)}, ValueError, r"same shape, got \(2, 7, 2, 16\) and \(2, 6, 2, 16\)"),
+        ({"k": torch.ones(2, 0, 2, 16), "v": torch.ones(2, 0, 2, 16)}, ValueError, "at least one token"),
+        ({"k": torch.ones(2, 7, 2, 16).half()}, TypeError, "k is torch.float16 but q is torch.float32"),
+        ({"v": torch.ones(2, 7, 2, 16).bfloat16()}, TypeError, "v is torch.bfloat16 but q is torch.float32"),
+        ({"k": torch.ones(2, 7, 2, 16, device="meta")}, ValueError, "all tensors must be on one device"),
+        ({"scale": float("inf")}, ValueError, "scale must be positive and finite"),
+        ({"scale": 0.0}, ValueError, "scale must be positive"),
+    ],
+)
+def test_bad_qkv_input(change, error, message):
+    args = {"q": torch.ones(2, 5, 2, 16), "k": torch.ones(2, 7, 2, 16), "v": torch.ones(2, 7, 2, 16)} | change
+    with pytest.raises(error, match=message):
+        attention_qkv(**args)
