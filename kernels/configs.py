@@ -70,7 +70,8 @@ def attention_fwd(arch: int, n: int, head_dim: int, dtype: torch.dtype) -> Confi
     if dtype is torch.float32:
         return Config(block_m=32, block_n=16, num_warps=8, num_stages=2)
     if head_dim > 64:
-        return Config(block_m=64, block_n=64, num_warps=4, num_stages=2)
+        wide = arch < 90 and head_dim > 96  # accumulators in registers, and none to spare for more columns of keys
+        return Config(block_m=64, block_n=32 if wide else 64, num_warps=4, num_stages=2)
     return Config(block_m=128 if arch >= 90 else 64, block_n=64, num_warps=4, num_stages=2 if arch >= 90 else 3)
 
 

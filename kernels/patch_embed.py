@@ -1,0 +1,369 @@
+"""Patch embedding in one pass: gather patches, project, add bias and position embedding, put prefix tokens in front.
+
+N = GRID_H · GRID_W patches of C × PH × PW pixels an image, K = C · PH · PW, R prefix tokens, T = R + N tokens.
+    P[b·N + n, k] = image[b, c, row(n)·PH + i, col(n)·PW + j]   with k = (c·PH + i)·PW + j,  n = row·GRID_W + col
+Forward:
+    tokens[b, t] = prefix[t]          + pos[t]   for t < R
+    tokens[b, t] = P[b·N + t − R]·Wᵀ + bias + pos[t]   otherwise
+pos has T rows, or only the last N of them. P never exists in memory: the kernels turn (patch, k) into the address of a
+pixel with the image's own four strides, so that any layout is read as it is. Saved: image if W wants a gradient, W if
+the image does.
+
+Backward, from dy [B, T, D], with G the rows of dy that belong to patches:
+    sums = Σ_b dy,  dpos = sums (its last N rows),  dprefix = sums[:R],  dbias = Σ_n sums[R + n]
+    dW = Gᵀ·P: a program owns one tile of dW and one range of patches, walks it in order and writes a partial tile; the
+        partials are then summed in one fixed order
+    dP = G·W, stored straight to the pixels: each belongs to exactly one patch, so these are plain stores
+No atomics, so the result is the same bits every time. Products accumulate in fp32 (fp64 for fp64 tensors, interpreted
+only), and so do all sums.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs, reference, runtime, tile
+
+
+@triton.jit
+def _split_rows(start, PER_IMAGE, BLOCK_M: tl.constexpr):
+    """(image as int64, row inside it) of BLOCK_M rows: one 64-bit division a tile, the others are 32-bit and cheap."""
+    image = start // PER_IMAGE
+    row = (start - image * PER_IMAGE).to(tl.int32) + tl.arange(0, BLOCK_M)
+    return (image + row // PER_IMAGE).to(tl.int64), row % PER_IMAGE
+
+
+@triton.jit
+def _patch_offsets(b, n, GRID_W, stride_b, stride_h, stride_w, PH: tl.constexpr, PW: tl.constexpr, ALIGN: tl.constexpr):
+    """Where patch n of image b starts; b is int64."""
+    row = (n // GRID_W).to(tl.int64)
+    col = (n % GRID_W).to(tl.int64)
+    return tl.multiple_of(b * stride_b + row * PH * stride_h + col * PW * stride_w, ALIGN)
+
+
+@triton.jit
+def _pixel_offsets(k, stride_c, stride_h, stride_w, PH: tl.constexpr, PW: tl.constexpr, ALIGN: tl.constexpr):
+    """Where pixel k lies from the start of its patch."""
+    k = k.to(tl.int32)  # divided as 32-bit, which is cheap
+    c = (k // (PH * PW)).to(tl.int64)
+    i = (k // PW % PH).to(tl.int64)
+    j = (k % PW).to(tl.int64)
+    return tl.multiple_of(c * stride_c + i * stride_h, ALIGN) + j * stride_w
+
+
+@triton.jit
+def _patch_embed_fwd_kernel(
+    image_ptr, w_ptr, bias_ptr, pos_ptr, prefix_ptr, out_ptr,
+    M, D, C, T, R, NO_POS, GRID_W,
+    stride_b, stride_c, stride_h, stride_w,
+    PH: tl.constexpr, PW: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    pid_m, pid_d = tile.grouped_tile(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(D, BLOCK_D), GROUP_M)
+    K = C * PH * PW
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_m = offs_m < M
+    mask_d = offs_d < D
+    mask = mask_m[:, None] & mask_d[None, :]
+    b, t = _split_rows(pid_m * BLOCK_M, T, BLOCK_M)
+    is_patch = mask_m & (t >= R)
+    offs_patch = _patch_offsets(b, t - R, GRID_W, stride_b, stride_h, stride_w, PH, PW, ALIGN)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)
+    for start_k in range(0, K, BLOCK_K):
+        offs_k = start_k + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < K
+        offs_pixel = _pixel_offsets(offs_k, stride_c, stride_h, stride_w, PH, PW, ALIGN)
+        offs_image = offs_patch[:, None] + offs_pixel[None, :]
+        patches = tl.load(image_ptr + offs_image, mask=is_patch[:, None] & mask_k[None, :], other=0.0)
+        offs_w = offs_d[None, :] * K + offs_k[:, None]
+        w = tl.load(w_ptr + offs_w, mask=mask_k[:, None] & mask_d[None, :], other=0.0)  # [BLOCK_K, BLOCK_D]
+        acc = tile.dot(patches, w, acc, PRECISION)
+
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(ACC)[None, :]
+    if prefix_ptr is not None:
+        is_prefix = t[:, None] < R
+        offs_prefix = t.to(tl.int64)[:, None] * D + offs_d[None, :]
+        acc = tl.where(is_prefix, tl.load(prefix_ptr + offs_prefix, mask=mask & is_prefix, other=0.0).to(ACC), acc)
+    if pos_ptr is not None:
+        offs_pos = (t - NO_POS).to(tl.int64)[:, None] * D + offs_d[None, :]
+        acc += tl.load(pos_ptr + offs_pos, mask=mask & (t >= NO_POS)[:, None], other=0.0).to(ACC)
+
+    offs_out = offs_m[:, None] * D + offs_d[None, :]
+    tl.store(out_ptr + offs_out, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _patch_embed_dw_kernel(
+    dy_ptr, image_ptr, dw_ptr,
+    M, D, C, N, R, GRID_W, ROWS_PER_SPLIT,
+    stride_dyb, stride_dyt, stride_b, stride_c, stride_h, stride_w,
+    PH: tl.constexpr, PW: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    K = C * PH * PW
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    tiles = tl.cdiv(D, BLOCK_D) * tiles_k
+    split = pid // tiles
+    offs_d = pid % tiles // tiles_k * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_k = pid % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_d = offs_d < D
+    mask_k = offs_k < K
+    offs_pixel = _pixel_offsets(offs_k, stride_c, stride_h, stride_w, PH, PW, ALIGN)
+
+    acc = tl.zeros([BLOCK_D, BLOCK_K], dtype=ACC)
+    for start_m in range(split * ROWS_PER_SPLIT, tl.minimum((split + 1) * ROWS_PER_SPLIT, M), BLOCK_M):
+        mask_m = start_m + tl.arange(0, BLOCK_M) < M
+        b, n = _split_rows(start_m, N, BLOCK_M)
+        offs_dy = (b * stride_dyb + (R + n).to(tl.int64) * stride_dyt)[None, :] + offs_d[:, None]
+        dy = tl.load(dy_ptr + offs_dy, mask=mask_m[None, :] & mask_d[:, None], other=0.0)  # [BLOCK_D, BLOCK_M]
+        offs_patch = _patch_offsets(b, n, GRID_W, stride_b, stride_h, stride_w, PH, PW, ALIGN)
+        offs_image = offs_patch[:, None] + offs_pixel[None, :]
+        patches = tl.load(image_ptr + offs_image, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        acc = tile.dot(dy, patches, acc, PRECISION)
+
+    offs_dw = (split * D + offs_d)[:, None] * K + offs_k[None, :]
+    tl.store(dw_ptr + offs_dw, acc, mask=mask_d[:, None] & mask_k[None, :])
+
+
+@triton.jit
+def _patch_embed_dimage_kernel(
+    dy_ptr, w_ptr, dimage_ptr,
+    M, D, C, N, R, GRID_W,
+    stride_dyb, stride_dyt, stride_b, stride_c, stride_h, stride_w,
+    PH: tl.constexpr, PW: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    K = C * PH * PW
+    pid_m, pid_k = tile.grouped_tile(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP_M)
+    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M) < M
+    mask_k = offs_k < K
+    b, n = _split_rows(pid_m * BLOCK_M, N, BLOCK_M)
+    offs_row = b * stride_dyb + (R + n).to(tl.int64) * stride_dyt
+
+    acc = tl.zeros([BLOCK_M, BLOCK_K], dtype=ACC)
+    for start_d in range(0, D, BLOCK_D):
+        offs_d = start_d + tl.arange(0, BLOCK_D)
+        mask_d = offs_d < D
+        offs_dy = offs_row[:, None] + offs_d[None, :]
+        dy = tl.load(dy_ptr + offs_dy, mask=mask_m[:, None] & mask_d[None, :], other=0.0)
+        offs_w = offs_d.to(tl.int64)[:, None] * K + offs_k[None, :]
+        w = tl.load(w_ptr + offs_w, mask=mask_d[:, None] & mask_k[None, :], other=0.0)
+        acc = tile.dot(dy, w, acc, PRECISION)
+
+    offs_patch = _patch_offsets(b, n, GRID_W, stride_b, stride_h, stride_w, PH, PW, ALIGN)
+    offs_pixel = _pixel_offsets(offs_k, stride_c, stride_h, stride_w, PH, PW, ALIGN)
+    offs_image = offs_patch[:, None] + offs_pixel[None, :]
+    tl.store(dimage_ptr + offs_image, acc.to(dimage_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_k[None, :])
+
+
+def _layout(image: Tensor, PH: int, PW: int) -> dict[str, int]:
+    """Strides, patch, and how many elements the start of every row of a patch is a multiple of: the width of a load."""
+    b, c, h, w = image.stride()
+    align = math.gcd(8, b, c, h, PW * w)
+    return {"stride_b": b, "stride_c": c, "stride_h": h, "stride_w": w, "PH": PH, "PW": PW, "ALIGN": align}
+
+
+@torch.library.custom_op("vit::patch_embed_fwd", mutates_args=())
+def patch_embed_fwd(
+    image: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None, prefix: Tensor | None
+) -> Tensor:
+    """tokens [B, R + N, D]. bias, pos_embed and prefix are contiguous."""
+    out = _patch_embed_fwd_fake(image, weight, bias, pos_embed, prefix)
+    weight = weight.contiguous()
+    (B, T, D), (_, C, PH, PW) = out.shape, weight.shape
+    precision = runtime.precision(image.dtype)
+    config = configs.patch_embed(runtime.arch(image.device), "fwd", image.dtype, precision)
+    runtime.launch(
+        _patch_embed_fwd_kernel, triton.cdiv(B * T, config.block_m) * triton.cdiv(D, config.block_n),
+        image_ptr=image, w_ptr=weight, bias_ptr=bias, pos_ptr=pos_embed, prefix_ptr=prefix, out_ptr=out,
+        M=B * T, D=D, C=C, T=T, R=0 if prefix is None else prefix.shape[1],
+        NO_POS=0 if pos_embed is None else T - pos_embed.shape[1], GRID_W=image.shape[3] // PW,
+        **_layout(image, PH, PW), PRECISION=precision, ACC=runtime.acc_type(image.dtype),
+        BLOCK_M=config.block_m, BLOCK_D=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return out
+
+
+@patch_embed_fwd.register_fake
+def _patch_embed_fwd_fake(image, weight, bias, pos_embed, prefix):
+    B, _, img_h, img_w = image.shape
+    D, _, PH, PW = weight.shape
+    T = (img_h // PH) * (img_w // PW) + (0 if prefix is None else prefix.shape[1])
+    return image.new_empty(B, T, D)
+
+
+@torch.library.custom_op("vit::patch_embed_bwd", mutates_args=())
+def patch_embed_bwd(
+    dy: Tensor, image: Tensor | None, weight: Tensor | None, image_shape: list[int], patch_size: list[int],
+    num_prefix: int, num_pos: int, need_dbias: bool, need_dprefix: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dimage, dw, dbias, dpos, dprefix), each empty unless wanted: dimage needs weight, dw needs image.
+
+    num_pos is the number of rows of the position embedding, or 0 if its gradient is not wanted.
+    """
+    dimage, dw, dbias, dpos, dprefix = _patch_embed_bwd_fake(
+        dy, image, weight, image_shape, patch_size, num_prefix, num_pos, need_dbias, need_dprefix
+    )
+    (B, T, D), C, (PH, PW) = dy.shape, image_shape[1], patch_size
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    if num_pos or need_dbias or need_dprefix:
+        # Contiguous, because the order of PyTorch's sum depends on the strides. Copies, because gradients that shared
+        # memory would be scaled twice by whoever clips them in place.
+        sums = dy.contiguous().sum(dim=0, dtype=wide)  # [T, D]
+        if num_pos:
+            dpos.copy_(sums[None, T - num_pos :])
+        if need_dprefix:
+            dprefix.copy_(sums[None, :num_prefix])
+        if need_dbias:
+            dbias.copy_(sums[num_prefix:].sum(dim=0))
+
+    if dy.stride(2) != 1:
+        dy = dy.contiguous()
+    N, K = T - num_prefix, C * PH * PW
+    arch, precision = runtime.arch(dy.device), runtime.precision(dy.dtype)
+    sizes = {"M": B * N, "D": D, "C": C, "N": N, "R": num_prefix, "GRID_W": image_shape[3] // PW}
+    dy_strides = {"stride_dyb": dy.stride(0), "stride_dyt": dy.stride(1)}
+    numerics = {"PRECISION": precision, "ACC": runtime.acc_type(dy.dtype)}
+
+    if image is not None:
+        config = configs.patch_embed(arch, "dw", dy.dtype, precision)
+        tiles = triton.cdiv(D, config.block_n) * triton.cdiv(K, config.block_k)
+        # About two programs a multiprocessor, each with at least one block of rows.
+        blocks = triton.cdiv(B * N, config.block_m)
+        splits = max(1, min(blocks, 2 * runtime.num_sms(dy.device) // tiles))
+        rows_per_split = max(1, triton.cdiv(blocks, splits)) * config.block_m
+        splits = triton.cdiv(B * N, rows_per_split)
+        partials = dy.new_empty(splits, *dw.shape, dtype=wide)
+        runtime.launch(
+            _patch_embed_dw_kernel, splits * tiles,
+            dy_ptr=dy, image_ptr=image, dw_ptr=partials,
+            **sizes, ROWS_PER_SPLIT=rows_per_split, **dy_strides, **_layout(image, PH, PW), **numerics,
+            BLOCK_M=config.block_m, BLOCK_D=config.block_n, BLOCK_K=config.block_k,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+        dw = partials.sum(dim=0).to(dy.dtype)
+
+    if weight is not None:
+        config = configs.patch_embed(arch, "dimage", dy.dtype, precision)
+        runtime.launch(
+            _patch_embed_dimage_kernel, triton.cdiv(B * N, config.block_m) * triton.cdiv(K, config.block_k),
+            dy_ptr=dy, w_ptr=weight.contiguous(), dimage_ptr=dimage,
+            **sizes, **dy_strides, **_layout(dimage, PH, PW), **numerics,
+            BLOCK_M=config.block_m, BLOCK_D=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return dimage, dw, dbias, dpos, dprefix
+
+
+@patch_embed_bwd.register_fake
+def _patch_embed_bwd_fake(
+    dy, image, weight, image_shape, patch_size, num_prefix, num_pos, need_dbias, need_dprefix
+):  # fmt: skip
+    D = dy.shape[2]
+    return (
+        dy.new_empty(0 if weight is None else image_shape),
+        dy.new_empty(0 if image is None else (D, image_shape[1], *patch_size)),
+        dy.new_empty(D if need_dbias else 0),
+        dy.new_empty((1, num_pos, D) if num_pos else 0),
+        dy.new_empty((1, num_prefix, D) if need_dprefix else 0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    image, weight, _, pos_embed, prefix = inputs
+    need_dimage, need_dw = ctx.needs_input_grad[:2]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(image if need_dw else None, weight if need_dimage else None)
+    ctx.shapes = image.shape, weight.shape[2:]
+    ctx.num_prefix = 0 if prefix is None else prefix.shape[1]
+    ctx.num_pos = 0 if pos_embed is None else pos_embed.shape[1]
+
+
+def _backward(ctx, dy):
+    if dy is None:
+        return (None,) * 5
+    needs = ctx.needs_input_grad[:5]
+    _, _, need_dbias, need_dpos, need_dprefix = needs
+    num_pos = ctx.num_pos if need_dpos else 0
+    grads = patch_embed_bwd(dy, *ctx.saved_tensors, *ctx.shapes, ctx.num_prefix, num_pos, need_dbias, need_dprefix)
+    return tuple(g if needed else None for g, needed in zip(grads, needs, strict=True))
+
+
+patch_embed_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def patch_embed(
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    pos_embed: Tensor | None = None,
+    prefix: Tensor | None = None,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """Images to tokens: the stem of a ViT (Dosovitskiy et al., 2021), without an intermediate in memory.
+
+    Each patch is projected, prefix tokens (class, registers) are put in front, and the position embedding is added.
+
+    Args:
+        image: [B, C, H, W], any strides (channels_last, a slice, an expanded tensor); fp32, fp16 or bf16. H and W are
+            multiples of the patch.
+        weight: [D, C, PH, PW], of the equivalent convolution. bias: [D] or None.
+        pos_embed: [1, R + N, D], or [1, N, D] if the prefix tokens get none, or None; N = (H / PH)·(W / PW).
+        prefix: [1, R, D] or None.
+        impl: "auto", "triton" or "reference".
+
+    Returns:
+        [B, R + N, D] in the dtype of ``image``, contiguous; patches in row-major order of the grid.
+
+    Raises:
+        ValueError: shapes that do not fit, unknown impl. TypeError: dtypes that do not fit.
+        RuntimeError: ``impl="triton"`` where the kernels cannot run.
+    """
+    op = "patch_embed"
+    runtime.check_floating(op, image=image, weight=weight, bias=bias, pos_embed=pos_embed, prefix=prefix)
+    _check(op, image, weight, bias, pos_embed, prefix)
+    if not runtime.use_triton(op, impl, [image, weight, bias, pos_embed, prefix]):
+        return reference.patch_embed(image, weight, bias, pos_embed, prefix)
+    bias, pos_embed, prefix = (None if t is None else t.contiguous() for t in (bias, pos_embed, prefix))
+    return patch_embed_fwd(image, weight, bias, pos_embed, prefix)
+
+
+def _check(
+    op: str, image: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None, prefix: Tensor | None
+) -> None:
+    if image.dim() != 4:
+        raise ValueError(f"{op}: image must have shape [B, C, H, W], got {tuple(image.shape)}")
+    if weight.dim() != 4 or 0 in weight.shape:
+        raise ValueError(f"{op}: weight must have shape [D, C, PH, PW], none of them 0, got {tuple(weight.shape)}")
+    (_, channels, img_h, img_w), (D, C, PH, PW) = image.shape, weight.shape
+    if channels != C:
+        raise ValueError(f"{op}: image has {channels} channels, shape {tuple(image.shape)}, but weight takes {C}")
+    if img_h % PH or img_w % PW or not img_h or not img_w:
+        raise ValueError(
+            f"{op}: image height {img_h} and width {img_w} must be positive multiples of the patch {PH} x {PW}; "
+            "resize, crop or pad the image"
+        )
+    if bias is not None and bias.shape != (D,):
+        raise ValueError(f"{op}: bias must have shape ({D},), got {tuple(bias.shape)}")
+    if prefix is not None and (prefix.dim() != 3 or prefix.shape[0] != 1 or prefix.shape[2] != D):
+        raise ValueError(f"{op}: prefix must have shape (1, R, {D}), got {tuple(prefix.shape)}")
+    N, R = (img_h // PH) * (img_w // PW), 0 if prefix is None else prefix.shape[1]
+    if pos_embed is not None and pos_embed.shape not in ((1, R + N, D), (1, N, D)):
+        without = f" or, without the {R} prefix tokens, (1, {N}, {D})" if R else ""
+        raise ValueError(
+            f"{op}: pos_embed must have shape (1, {R + N}, {D}){without} for {N} patches, got {tuple(pos_embed.shape)}"
+        )
