@@ -1,0 +1,75 @@
+"""Kernels that the compile-only lock must refuse, and one it must not; prints what it says of each as JSON.
+
+Run by test_lock.py in a process of its own, because the tests' process may interpret.
+"""
+
+import json
+
+import lock
+import torch
+import triton
+import triton.language as tl
+
+from vit.kernels import runtime
+
+
+@triton.jit
+def _spilling_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs)  # lives until its sum is known: 512 registers a thread
+    tl.store(out_ptr + offs, x - tl.sum(x))
+
+
+@triton.jit
+def _atomic_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    tl.atomic_add(out_ptr, tl.sum(tl.load(x_ptr + tl.arange(0, BLOCK))))
+
+
+@triton.jit
+def _dot_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for i in range(8):
+        x = tl.load(x_ptr + i * BLOCK * BLOCK + offs)
+        acc = tl.dot(x, x, acc)
+    tl.store(out_ptr + offs, acc.to(tl.bfloat16))
+
+
+@triton.jit
+def _broken_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    tl.store(out_ptr + tl.arange(0, BLOCK + 1), tl.load(x_ptr))  # a range must be a power of two
+
+
+def _what_lock_says(
+    kernel, dtype: torch.dtype, block: int, num_warps: int, num_stages: int, logged: str = ""
+) -> list[str]:
+    said: list[str] = []
+
+    def report(name, arguments, compiled):
+        if isinstance(compiled, Exception):
+            said.append("does not compile")
+        else:
+            log = compiled.metadata.ptxas_log + logged
+            compiled.metadata = compiled.metadata._replace(ptxas_log=log)
+            said.extend(lock.problems(90, lock.figures(compiled)))
+
+    x = torch.empty(block, block, dtype=dtype)
+    with lock.compiling(90, report):
+        runtime.launch(kernel, 1, x_ptr=x, out_ptr=x, BLOCK=block, num_warps=num_warps, num_stages=num_stages)
+    return said
+
+
+if __name__ == "__main__":
+    half, single = torch.bfloat16, torch.float32
+    # A kernel that ptxas serialises depends on its version; here it only seems to have said so.
+    warning = "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized"
+    said = {
+        "good": _what_lock_says(_dot_kernel, half, 64, num_warps=4, num_stages=3),
+        "spills": _what_lock_says(_spilling_kernel, single, 16_384, num_warps=1, num_stages=1),
+        "adds atomically": _what_lock_says(_atomic_kernel, single, 128, num_warps=4, num_stages=1),
+        "half a warp group": _what_lock_says(_dot_kernel, half, 64, num_warps=2, num_stages=3),
+        "nine stages": _what_lock_says(_dot_kernel, half, 128, num_warps=8, num_stages=9),
+        "broken": _what_lock_says(_broken_kernel, single, 64, num_warps=4, num_stages=1),
+        "serialised": _what_lock_says(_dot_kernel, half, 64, 4, 3, warning),
+    }
+    print(json.dumps(said))

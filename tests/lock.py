@@ -1,0 +1,304 @@
+"""Compile-only lock: every kernel, pinned configuration and dtype, compiled for GPUs that this machine need not have.
+
+    python tests/lock.py [--update] [--arch 80,89,90] [--case NAME] [--jobs 2] [--json FILE]
+
+The ops' own host code runs on CPU tensors (lock_cases.py) and the launcher compiles instead of launching, so a kernel
+gets exactly the specialisation of production: aligned pointers, sizes divisible by 16 or equal to 1, constexprs, pinned
+configuration. Checked: it compiles, nothing spills, it fits the device's shared memory, no atomics, wgmma where it is
+due and never serialised, every kernel has a case, and the figures equal the lock file of the installed Triton version.
+TRITON_INTERPRET is ignored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import io
+import json
+import os
+import re
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # fixed when kernels are decorated, so before anything imports them
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["TRITON_CACHE_DIR"] = str(Path(__file__).resolve().parent.parent / "build" / "lock")
+
+import torch
+import triton
+from lock_cases import CASES, EXCUSED
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime import driver
+
+from vit.kernels import runtime
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCK_FILE = ROOT / "tests" / "lock" / f"triton-{triton.__version__}.json"
+# Bytes of shared memory that a program may have: the compiler does not check.
+SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+DTYPES = {arch: ["bf16"] for arch in SHARED_LIMIT} | {90: ["bf16", "fp16", "fp32", "tf32"]}
+TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+
+# ---- compiling -------------------------------------------------------------------------------------------------------
+
+
+class _NoGpu:
+    """The active driver of a machine without a GPU. One device index per architecture: Triton caches by index."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+@functools.cache
+def _prepare() -> None:
+    """Once a process: kernels keep what ptxas said in their metadata, and PyTorch's matrix products compute nothing."""
+    triton.knobs.nvidia.dump_ptxas_log = True
+    make_cubin = CUDABackend.make_cubin
+
+    def make_cubin_and_log(self, src, metadata, *rest):
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            cubin = make_cubin(self, src, metadata, *rest)
+        metadata["ptxas_log"] = log.getvalue()  # goes through Triton's cache with the rest
+        return cubin
+
+    CUDABackend.make_cubin = make_cubin_and_log
+    with warnings.catch_warnings(action="ignore"):
+        library = torch.library.Library("aten", "IMPL")
+        library.impl("mm", lambda a, b: a.new_empty(a.shape[0], b.shape[1]), "CPU")
+        library.impl("addmm", lambda c, a, b, **_: a.new_empty(a.shape[0], b.shape[1]), "CPU")
+    _prepare.library = library  # undone when collected
+
+
+@contextlib.contextmanager
+def compiling(arch: int, report: Callable[[str, dict[str, Any], Any], None]) -> Iterator[None]:
+    """Inside, launches compile for ``arch``: ``report(kernel, arguments, compiled kernel or exception)`` for each."""
+    _prepare()
+    driver.set_active(_NoGpu(arch))
+    warmup = triton.JITFunction.warmup
+
+    def warmup_and_report(self, **arguments):
+        try:
+            result = warmup(self, **arguments)
+        except Exception as error:  # not raised, so that the case's other kernels are still compiled
+            result = error
+        report(self.__name__, arguments, result)
+
+    triton.JITFunction.warmup = warmup_and_report
+    try:
+        with runtime.compile_only(runtime.CompileOnly(arch, lambda *_: None)):
+            yield
+    finally:
+        triton.JITFunction.warmup = warmup
+
+
+def figures(compiled: Any) -> dict[str, Any]:
+    """What the lock file keeps of a compiled kernel, read from ptxas, PTX, TTGIR and metadata."""
+    log, ptx, meta = compiled.metadata.ptxas_log, compiled.asm["ptx"], compiled.metadata
+
+    def said(pattern: str) -> int:
+        return sum(map(int, re.findall(pattern, log)))
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, ptx))
+
+    result = {
+        "registers": said(r"Used (\d+) registers"),
+        "spill": said(r"(\d+) bytes spill"),
+        "stack": said(r"(\d+) bytes stack frame"),
+        "shared": meta.shared + said(r"(\d+) bytes smem"),  # dynamic and static
+        "warps": meta.num_warps,
+        "stages": meta.num_stages,
+        "wgmma": count(r"\bwgmma\.mma_async"),
+        "mma": count(r"\bmma\.sync"),
+        "cp_async": count(r"\bcp\.async\.c[ag]\."),
+        "tma": count(r"\bcp\.async\.bulk\.tensor"),
+        "atomics": count(r"\b(?:atom|red)\."),
+    }
+    # Dots that did not become wgmma though their type and rows (the result's M) would allow it.
+    slow = sum(
+        int(rows) >= 64 and (operand in ("bf16", "f16") or "inputPrecision = tf32" in line)
+        for line in re.findall(r"= tt\.dot .*", compiled.asm["ttgir"])
+        for operand, rows in re.findall(r" : tensor<\d+x\d+x(\w+).* -> tensor<(\d+)x", line)
+    )
+    if meta.target.arch == 90 and slow:
+        result["dots_without_wgmma"] = slow
+    if warned := sorted(set(re.findall(r"C75\d\d", log))):
+        result["ptxas_warnings"] = warned
+    return result
+
+
+def problems(arch: int, got: dict[str, Any]) -> list[str]:
+    """What is wrong with one compiled kernel, each with what to do."""
+    found = []
+    if not got["registers"]:
+        found.append("ptxas said nothing about it; delete build/lock and run again")
+    if got["spill"]:
+        found.append(
+            f"spills {got['spill']} bytes at {got['registers']} registers; pin smaller tiles in kernels/configs.py"
+        )
+    if got["shared"] > SHARED_LIMIT[arch]:
+        found.append(f"needs {got['shared']:,} of {SHARED_LIMIT[arch]:,} bytes of shared memory; pin fewer stages")
+    if got["atomics"]:
+        found.append(f"has {got['atomics']} atomics: not reproducible; write partials and sum them in order")
+    if "ptxas_warnings" in got:
+        found.append(
+            f"ptxas serialises its wgmma ({', '.join(got['ptxas_warnings'])}); free registers or split the dot"
+        )
+    if "dots_without_wgmma" in got:
+        found.append(
+            f"{got['dots_without_wgmma']} dots with 64 rows or more are not wgmma; change the tile or the warps "
+            "(a multiple of 4)"
+        )
+    return found
+
+
+def run_case(name: str, arch: int, dtype: str) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Figures of every kernel that one case compiles, forward, backward and inference, and what failed."""
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+    locked: dict[str, dict[str, Any]] = {}
+    failed: list[str] = []
+    seen: set[str] = set()
+    inputs: list[Tensor] = []
+
+    def make(*shape: int, dtype: torch.dtype | None = None, _default: torch.dtype = TORCH_DTYPE[dtype]) -> Tensor:
+        inputs.append(torch.empty(shape, dtype=dtype or _default).requires_grad_())
+        return inputs[-1]
+
+    def report(mode: str, kernel: str, arguments: dict[str, Any], compiled: Any) -> None:
+        flags = [n if v is True else v for n, v in arguments.items() if n.isupper() and n != "PRECISION"]
+        full = " ".join([kernel, *(f for f in flags if isinstance(f, str)), *mode.split()])
+        where = f"{full} in case {name}, {dtype}, sm_{arch}"
+        if isinstance(compiled, Exception):
+            failed.append(f"{where}: does not compile: {str(compiled).strip()[-600:]}")
+        elif compiled.hash not in seen:
+            seen.add(compiled.hash)
+            key = f"sm_{arch} {dtype} {name} {full}"
+            twin = 1 + sum(k == key or k.startswith(f"{key} #") for k in locked)
+            tile = {n: v for n, v in arguments.items() if n.startswith("BLOCK_")}
+            got = locked[key + (f" #{twin}" if twin > 1 else "")] = tile | figures(compiled)
+            if key not in EXCUSED:
+                failed.extend(f"{where}: {what}" for what in problems(arch, got))
+
+    try:
+        with compiling(arch, functools.partial(report, "")):
+            outputs = CASES[name].call(make)
+            outputs = [o for o in ([outputs] if isinstance(outputs, Tensor) else outputs) if o.requires_grad]
+            torch.autograd.grad(outputs, inputs, [torch.empty_like(o) for o in outputs], allow_unused=True)
+        if dtype == "bf16":
+            with compiling(arch, functools.partial(report, "no_grad")), torch.no_grad():
+                CASES[name].call(make)
+    except Exception as error:
+        failed.append(f"case {name}, {dtype}, sm_{arch}: {type(error).__name__}: {error}")
+    return locked, failed
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def all_kernels() -> set[str]:
+    """Names of the kernels in the tree: every ``@triton.jit`` function called ``_*_kernel``."""
+    sources = (path.read_text() for path in (ROOT / "kernels").glob("*.py"))
+    return {name for s in sources for name in re.findall(r"@triton\.jit[^\n]*\n(?:@[^\n]*\n)*def (_\w+_kernel)\b", s)}
+
+
+def compare(locked: dict[str, Any], recorded: dict[str, Any]) -> list[str]:
+    """What differs from the lock file."""
+    changed = []
+    for key in sorted(locked.keys() | recorded.keys()):
+        old, new = recorded.get(key), locked.get(key)
+        if old is None or new is None:
+            changed.append(f"{key}: {'not in' if old is None else 'only in'} {LOCK_FILE.name}")
+        elif old != new:
+            what = (f"{f} {old.get(f)} -> {new.get(f)}" for f in {**old, **new} if old.get(f) != new.get(f))
+            changed.append(f"{key}: {', '.join(what)}")
+    if changed:
+        changed.append(
+            f"{LOCK_FILE.name} differs: if that is intended, run `python tests/lock.py --update` and commit it"
+        )
+    return changed
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed, by a timeout say, would wait for work forever."""
+    threading.Thread(target=lambda: parent_process().join() or os._exit(1), daemon=True).start()
+
+
+def run(archs: list[int], cases: list[str], jobs: int) -> tuple[dict[str, Any], list[str]]:
+    """Figures of all kernels and all failures but those of the lock file."""
+    tasks = [
+        (case, arch, dtype) for case in cases for arch in archs for dtype in DTYPES[arch] if dtype in CASES[case].dtypes
+    ]
+    locked: dict[str, Any] = {}
+    failed: list[str] = []
+    # Never threads: Triton is not thread-safe.
+    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_end_with_parent) as pool:
+        futures: list[Future] = [pool.submit(run_case, *task) for task in tasks]
+        for task, future in zip(tasks, futures, strict=True):
+            try:
+                kernels_of_case, failures = future.result()
+            except Exception as error:  # a crash of the compiler takes the process and the cases after it along
+                failed.append(f"case {' '.join(map(str, task))}: {type(error).__name__}; try --case {task[0]} --jobs 1")
+            else:
+                locked |= kernels_of_case
+                failed += failures
+    return locked, failed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--update", action="store_true", help="rewrite the lock file of the installed Triton version")
+    parser.add_argument("--arch", default="80,89,90", help="compute capabilities times ten")
+    parser.add_argument("--case", action="append", choices=CASES, help="only this case (may be repeated)")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="also write figures and failures to this file")
+    args = parser.parse_args()
+    archs, start = [int(a) for a in args.arch.split(",")], time.time()
+    locked, failed = run(archs, args.case or list(CASES), args.jobs)
+    if args.case is None:
+        missing = all_kernels() - {key.split()[3] for key in locked} - {f.split()[0] for f in failed}
+        failed += [f"{kernel}: no case compiles it; add one to tests/lock_cases.py" for kernel in sorted(missing)]
+    recorded = json.loads(LOCK_FILE.read_text()) if LOCK_FILE.exists() else None
+    if args.update:
+        recorded = {key: value for key, value in (recorded or {}).items() if not _asked(key, archs, args.case)} | locked
+        lines = (f"{json.dumps(key)}: {json.dumps(recorded[key])}" for key in sorted(recorded))
+        LOCK_FILE.parent.mkdir(exist_ok=True)
+        LOCK_FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    elif recorded is not None:
+        failed += compare(locked, {key: v for key, v in recorded.items() if _asked(key, archs, args.case)})
+    else:
+        print(f"{LOCK_FILE.name} does not exist: figures are checked, but not compared")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"kernels": locked, "failures": failed}, indent=1))
+    print("\n".join(failed), end="\n" if failed else "")
+    summary = f"Triton {triton.__version__}: {len(locked)} compiled kernels, {len(failed)} failures"
+    print(f"{summary}, {time.time() - start:.0f} s")
+    return 1 if failed else 0
+
+
+def _asked(key: str, archs: list[int], cases: list[str] | None) -> bool:
+    arch, _, case = key.split()[:3]
+    return int(arch.removeprefix("sm_")) in archs and (cases is None or case in cases)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""What the compile-only lock compiles: calls of the public functions at shapes of real ViTs.
+
+A new kernel needs a case here (the lock says so); a new shape or dtype is worth one where it compiles to other code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vit import kernels
+
+Make = Callable[..., Tensor]  # make(*shape, dtype=None): a tensor that wants a gradient, contents undefined
+
+
+class Case(NamedTuple):
+    """One call of an op at a shape of a real ViT. The batch of 64 is divisible by 16, as a training batch is."""
+
+    why: str
+    call: Callable[[Make], Any]
+    dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32", "tf32")
+
+
+def _norm(make: Make, batch: int, tokens: int, width: int) -> Tensor:
+    return kernels.layer_norm(make(batch, tokens, width), make(width), make(width), impl="triton")
+
+
+def _residual(make: Make, width: int, scaled: bool, stream: torch.dtype | None = None) -> Any:
+    residual, branch, weight, bias = make(64, 197, width, dtype=stream), make(64, 197, width), make(width), make(width)
+    scales = {"gamma": make(width), "row_scale": make(64).detach()} if scaled else {}
+    return kernels.residual_layer_norm(residual, branch, weight, bias, **scales, impl="triton")
+
+
+def _linear(make: Make, inputs: int, outputs: int) -> Tensor:
+    return kernels.linear(make(64, 197, inputs), make(outputs, inputs), make(outputs), impl="triton")
+
+
+def _mlp(make: Make, width: int, hidden: int, activation: str = "gelu") -> Tensor:
+    fc1, fc2 = (make(hidden, width), make(hidden)), (make(width, hidden), make(width))
+    return kernels.mlp(make(64, 197, width), *fc1, *fc2, activation, impl="triton")
+
+
+def _patch_embed(make: Make, patch: int, width: int, channels_last: bool = False) -> Tensor:
+    image = make(64, 224, 224, 3).permute(0, 3, 1, 2) if channels_last else make(64, 3, 224, 224)
+    weight, bias, tokens = make(width, 3, patch, patch), make(width), (224 // patch) ** 2 + 1
+    return kernels.patch_embed(image, weight, bias, make(1, tokens, width), make(1, 1, width), impl="triton")
+
+
+def _attention(make: Make, tokens: int, heads: int, head_dim: int) -> Tensor:
+    return kernels.attention(make(64, tokens, 3, heads, head_dim), impl="triton")
+
+
+def _attention_qkv(make: Make, queries: int, keys: int, heads: int, head_dim: int) -> Tensor:
+    q, k, v = (make(64, n, heads, head_dim) for n in (queries, keys, keys))
+    return kernels.attention_qkv(q, k, v, impl="triton")
+
+
+# tf32 changes nothing where there is no dot; fp16 compiles to what bf16 does, so one shape an op is enough.
+NO_DOTS, HALF, NO_FP16 = ("bf16", "fp32"), ("bf16", "fp16"), ("bf16", "fp32", "tf32")
+CASES: dict[str, Case] = {
+    "patch_embed_b": Case("ViT-B/16", lambda m: _patch_embed(m, 16, 768)),
+    "patch_embed_h": Case(
+        "ViT-H/14: 588 pixels a patch, no multiple of 16", lambda m: _patch_embed(m, 14, 1280), NO_FP16
+    ),
+    "patch_embed_b_nhwc": Case("channels last", lambda m: _patch_embed(m, 16, 768, True), ("bf16",)),
+    "attention_b": Case("ViT-B, 224: 197 tokens", lambda m: _attention(m, 197, 12, 64)),
+    "attention_h": Case("ViT-H/14: head dimension 64 + 16", lambda m: _attention(m, 257, 16, 80), NO_FP16),
+    "attention_so400m": Case("64 + 8 of 16, 729 tokens", lambda m: _attention(m, 729, 16, 72), ("bf16",)),
+    "attention_big_g": Case("ViT-G: 64 + 32 + 8 of 16", lambda m: _attention(m, 257, 16, 104), ("bf16",)),
+    "attention_128": Case("widest head", lambda m: _attention(m, 257, 8, 128), ("bf16", "fp32")),
+    "attention_cls": Case("one query an image", lambda m: _attention_qkv(m, 1, 197, 12, 64), ("bf16",)),
+    "norm_ti": Case("ViT-Ti, 192 wide: many rows a program", lambda m: _norm(m, 64, 197, 192), NO_DOTS),
+    "norm_b": Case("ViT-B, 768 wide", lambda m: _norm(m, 64, 197, 768), ("bf16", "fp16", "fp32")),
+    "norm_b1": Case("one image: sizes not divisible by 16", lambda m: _norm(m, 1, 197, 768), ("bf16",)),
+    "norm_h": Case("ViT-H, 1280 wide", lambda m: _norm(m, 64, 257, 1280), NO_DOTS),
+    "residual_b": Case("residual alone", lambda m: _residual(m, 768, False), NO_DOTS),
+    "residual_h": Case("ViT-H with LayerScale and stochastic depth", lambda m: _residual(m, 1280, True), NO_DOTS),
+    "residual_b_autocast": Case("fp32 stream", lambda m: _residual(m, 768, True, torch.float32), HALF),
+    "linear_b_qkv": Case("ViT-B qkv; proj differs in nothing", lambda m: _linear(m, 768, 2304)),
+    "linear_b_head": Case("1000 classes: not divisible by 16", lambda m: _linear(m, 768, 1000), ("bf16",)),
+    "mlp_b": Case("ViT-B: 3072 hidden", lambda m: _mlp(m, 768, 3072)),
+    "mlp_so400m": Case("SO400M: 4304 hidden, tanh GELU", lambda m: _mlp(m, 1152, 4304, "gelu_tanh"), ("bf16",)),
+}
+
+# Key in the lock file -> why this one may spill, be serialised or go without wgmma.
+EXCUSED = {
+    "sm_90 bf16 patch_embed_h _patch_embed_dimage_kernel": "Triton 3.6.0 alone: ptxas serialises its wgmma (C7515), so "
+    "it is slower than it could be; it runs only where the image wants a gradient",
+    "sm_90 fp32 attention_h _attention_fwd_kernel": "Triton 3.6.0 alone: 8 bytes, with IEEE fp32 and head_dim 80",
+}
