@@ -92,14 +92,14 @@ def patch_embed(arch: int, role: str, dtype: torch.dtype, precision: str) -> Con
     because a layout that allows no wide loads keeps an address in registers for each of them.
     """
     if arch == 0:
-        return Config(*{"fwd": (32, 64, 32), "dw": (32, 64, 32), "dimage": (32, 32, 32)}[role], group_m=2)
-    num_warps, num_stages = 8, 3
-    if dtype is not torch.float32:
-        blocks = {"fwd": (128, 128, 64), "dw": (64, 128, 64), "dimage": (128, 64, 64)}[role]
-        if role == "fwd" and arch < 90:
-            blocks, num_stages = (128, 128, 32), 4
-    elif precision == "tf32":
-        blocks = {"fwd": (128, 64, 32), "dw": (64 if arch >= 90 else 32, 128, 64), "dimage": (128, 32, 64)}[role]
+        tiles = {"fwd": (32, 64, 32, 8), "dw": (32, 64, 32, 8), "dimage": (32, 32, 32, 8)}
+    elif dtype is torch.float32 and precision == "ieee":
+        tiles = {"fwd": (64, 64, 32, 8, 4, 3), "dw": (32, 64, 32, 8, 8, 3), "dimage": (64, 32, 32, 8, 4, 3)}
+    elif dtype is torch.float32:
+        rows = 64 if arch >= 90 else 32
+        tiles = {"fwd": (128, 64, 32, 8, 8, 3), "dw": (rows, 128, 64, 8, 8, 3), "dimage": (128, 32, 64, 8, 8, 3)}
+    elif arch >= 90:
+        tiles = {"fwd": (128, 128, 64, 8, 8, 3), "dw": (64, 128, 64, 8, 8, 3), "dimage": (64, 64, 64, 8, 4, 3)}
     else:
-        blocks, num_warps = {"fwd": (64, 64, 32), "dw": (32, 64, 32), "dimage": (64, 32, 32)}[role], 4
-    return Config(*blocks, group_m=8, num_warps=num_warps, num_stages=num_stages)
+        tiles = {"fwd": (128, 128, 32, 8, 8, 4), "dw": (64, 128, 64, 8, 8, 3), "dimage": (128, 64, 64, 8, 8, 3)}
+    return Config(*tiles[role])

@@ -87,7 +87,5 @@ CASES: dict[str, Case] = {
 
 # Key in the lock file -> why this one may spill, be serialised or go without wgmma.
 EXCUSED = {
-    "sm_90 bf16 patch_embed_h _patch_embed_dimage_kernel": "Triton 3.6.0 alone: ptxas serialises its wgmma (C7515), so "
-    "it is slower than it could be; it runs only where the image wants a gradient",
     "sm_90 fp32 attention_h _attention_fwd_kernel": "Triton 3.6.0 alone: 8 bytes, with IEEE fp32 and head_dim 80",
 }
