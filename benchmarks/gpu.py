@@ -19,6 +19,7 @@ import functools
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -65,9 +66,13 @@ def main() -> int:
         if args.rehearse:
             command.append("--rehearse")
         start = time.monotonic()
+        # A session of its own, so that a stage that is stopped takes its test processes along, off the GPU.
+        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
         try:
-            ok = subprocess.run(command, cwd=ROOT, timeout=limit).returncode == 0
+            ok = process.wait(timeout=limit) == 0
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
             ok = False
             print(f"{stage}: stopped after {limit:.0f} s; what it had found is in its file", flush=True)
         print(f"== {stage}: {'ok' if ok else 'FAILED'} in {time.monotonic() - start:.0f} s", flush=True)

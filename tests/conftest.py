@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist runs one process a core
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS raises in deterministic mode without it
 
 import pytest
 import torch
