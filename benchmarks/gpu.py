@@ -183,8 +183,9 @@ def ops(log: Log, rehearse: bool) -> None:
     workers = ["-n", str(min(os.cpu_count() or 1, 8))] if importlib.util.find_spec("xdist") else []
     for op in OP_TESTS:
         command = [sys.executable, "-m", "pytest", f"tests/test_{op}.py", "-q", "--tb=short", *workers]
+        command.append("--basetemp=.pytest-tmp-ops")  # not that of a test run which this is a part of
         if rehearse:
-            command += ["-k", "bad_input"]
+            command += ["-k", "bad_", "-n", "0"] if workers else ["-k", "bad_"]
         start = time.perf_counter()
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         summary = next((line for line in reversed(done.stdout.splitlines()) if " in " in line), done.stderr[-300:])

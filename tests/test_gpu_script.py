@@ -27,7 +27,7 @@ def test_without_a_gpu_it_says_so(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("stage", ["smoke", "vit", "time"])
+@pytest.mark.parametrize("stage", ["smoke", "ops", "vit", "time"])
 def test_rehearsal(stage, tmp_path):
     done = gpu_script("--rehearse", "--stage", stage, "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
