@@ -1,4 +1,4 @@
-"""The tolerance policy: one helper, one table, never loosened to pass.
+"""The tolerance policy: one helper, one table; CONTRIBUTING.md says where it is wider than it was meant to be.
 
 Every error is taken against an fp64 reference of the same rounded inputs, and judged beside the error of eager PyTorch
 in the same dtype on the same device. See CONTRIBUTING.md for the policy and `tests/test_tolerances.py` for the bug that
@@ -21,7 +21,7 @@ FACTORS = {
     ("op", torch.float32): (2.0, 4.0),
     ("model", torch.float16): (1.25, 2.0),
     ("model", torch.bfloat16): (1.25, 2.0),
-    ("model", torch.float32): (1.5, 4.0),
+    ("model", torch.float32): (1.5, 4.0),  # the maximum was meant to be 2: two small tensors of the CPU path exceed it
 }
 
 
