@@ -1,4 +1,4 @@
-"""The tolerance policy: one helper, one table; CONTRIBUTING.md says where it is wider than it was meant to be.
+"""The tolerance policy: one helper, one table.
 
 Every error is taken against an fp64 reference of the same rounded inputs, and judged beside the error of eager PyTorch
 in the same dtype on the same device. See CONTRIBUTING.md for the policy and `tests/test_tolerances.py` for the bug that
@@ -12,7 +12,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-__all__ = ["FACTORS", "Report", "check", "check_op", "measure", "rounding_floor"]
+__all__ = ["FACTORS", "Report", "check", "check_op", "measure", "pool", "rounding_floor"]
 
 # (rms factor, max factor): how much worse than eager a result may be.
 FACTORS = {
@@ -21,8 +21,11 @@ FACTORS = {
     ("op", torch.float32): (2.0, 4.0),
     ("model", torch.float16): (1.25, 2.0),
     ("model", torch.bfloat16): (1.25, 2.0),
-    ("model", torch.float32): (1.5, 4.0),  # the maximum was meant to be 2: two small tensors of the CPU path exceed it
+    ("model", torch.float32): (1.5, 2.0),
 }
+# Truncation instead of rounding shifts every value towards zero by about the rms of a right rounding's error. Right
+# errors of an op average out like 5/sqrt(n) at most; elements of a model's tensors share what was rounded before them.
+LEAST_BIAS = {"op": 0.0, "model": 0.25}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +76,10 @@ def measure(ours: Tensor, eager: Tensor, exact: Tensor, *, scope: str = "op", na
         return Report(name, 0, 0, 0, 0, 0, 0, 0, 0)
     dtype, n = ours.dtype, exact.numel()
     rms_factor, max_factor = FACTORS[scope, dtype]
-    # Two right results of n elements differ in rms by about 1/sqrt(n) of it, through their different roundings.
-    rms_factor *= 1.0 + n**-0.5
     floor = rounding_floor(exact, dtype)
     e_ours, e_eager = ours.detach().double() - exact, eager.detach().double() - exact
     rms, rms_eager = e_ours.square().mean().sqrt().item(), e_eager.square().mean().sqrt().item()
     peak, peak_eager = e_ours.abs().max().item(), e_eager.abs().max().item()
-    # Truncation instead of rounding shifts every value towards zero, by about the rms of a right rounding's error. The
-    # mean of right errors is near zero, but not 1/sqrt(n) near: elements of one row share what was rounded before them.
     sign = exact.sign()
     bias, bias_eager = (e_ours * sign).mean().abs().item(), (e_eager * sign).mean().abs().item()
     narrow = dtype in (torch.float16, torch.bfloat16)
@@ -88,7 +87,7 @@ def measure(ours: Tensor, eager: Tensor, exact: Tensor, *, scope: str = "op", na
         name,
         rms, rms_eager, rms_factor * rms_eager + (0.0 if narrow else floor),
         peak, peak_eager, max_factor * peak_eager + floor,
-        bias, 1.5 * bias_eager + max(0.25, 5.0 * n**-0.5) * rms_eager + floor,
+        bias, 1.5 * bias_eager + max(LEAST_BIAS[scope], 5.0 * n**-0.5) * rms_eager + floor,
     )  # fmt: skip
 
 
@@ -100,6 +99,16 @@ def check(ours: Tensor, eager: Tensor, exact: Tensor, *, scope: str = "op", name
     return report
 
 
+def pool(draws: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of several draws as one each, so that they are judged together.
+
+    The largest error of a few dozen numbers is chance: eager PyTorch with its batch reversed, which is the same sum in
+    another order, exceeds twice eager PyTorch's own in some tensor of some draw, and in none of 8 draws pooled
+    (`test_chance_passes_where_draws_are_pooled`).
+    """
+    return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+
+
 def check_op(ours_fn, reference_fn, inputs: dict[str, Tensor | None], dtype: torch.dtype, *, seed: int = 0) -> None:
     """TOL-A for an op: its outputs and the gradient of every input, beside the eager reference and fp64.
 
@@ -107,8 +116,9 @@ def check_op(ours_fn, reference_fn, inputs: dict[str, Tensor | None], dtype: tor
         ours_fn, reference_fn: called with ``inputs`` as keywords; return a tensor or a tuple of tensors.
         inputs: fp32 or fp64 values; rounded to ``dtype`` here, so that all three computations see the same numbers.
         dtype: fp16, bf16 or fp32.
-        seed: of the random cotangents.
+        seed: of the random cotangents, several where the inputs are few numbers, see `pool`.
     """
+    cotangents = 8 if sum(t.numel() for t in inputs.values() if t is not None) < 2048 else 1
     rounded = {k: None if t is None else t.detach().to(dtype) for k, t in inputs.items()}
 
     def run(fn, to: torch.dtype):
@@ -116,11 +126,13 @@ def check_op(ours_fn, reference_fn, inputs: dict[str, Tensor | None], dtype: tor
         out = fn(**leaves)
         outs = out if isinstance(out, tuple) else (out,)
         generator = torch.Generator().manual_seed(seed)
-        cotangents = [torch.randn(o.shape, generator=generator).to(o.device, dtype).to(to) for o in outs]
-        present = {k: t for k, t in leaves.items() if t is not None}
-        grads = torch.autograd.grad(outs, list(present.values()), cotangents)
-        results = {f"output {i}": o for i, o in enumerate(outs)}
-        return results | {f"grad {k}": g for k, g in zip(present, grads, strict=True)}
+        present = {f"grad {k}": t for k, t in leaves.items() if t is not None}
+        draws = []
+        for left in reversed(range(cotangents)):
+            directions = [torch.randn(o.shape, generator=generator).to(o.device, dtype).to(to) for o in outs]
+            grads = torch.autograd.grad(outs, list(present.values()), directions, retain_graph=left > 0)
+            draws.append(dict(zip(present, grads, strict=True)))
+        return {f"output {i}": o for i, o in enumerate(outs)} | pool(draws)
 
     ours, eager, exact = run(ours_fn, dtype), run(reference_fn, dtype), run(reference_fn, torch.float64)
     reports = [measure(ours[k], eager[k], exact[k], name=k) for k in exact]
