@@ -6,9 +6,13 @@ an unrelated package that transformers looks for: under that name it stays empty
 
 if __name__ == "vit.kernels":
     from .attention import attention, attention_qkv
+    from .dropout import dropout, dropout_seed
     from .layer_norm import layer_norm, residual_layer_norm
     from .linear import linear
     from .mlp import mlp
     from .patch_embed import patch_embed
 
-    __all__ = ["attention", "attention_qkv", "layer_norm", "linear", "mlp", "patch_embed", "residual_layer_norm"]
+    __all__ = [
+        "attention", "attention_qkv", "dropout", "dropout_seed", "layer_norm", "linear", "mlp", "patch_embed",
+        "residual_layer_norm",
+    ]  # fmt: skip

@@ -35,6 +35,14 @@ def layer_norm(arch: int, width: int) -> Config:
     return Config(block_m=2 if arch == 0 else max(1, 4096 // block_d), block_n=block_d, num_warps=num_warps)
 
 
+def dropout(arch: int, width: int) -> Config:
+    """Tiles of a pass that only reads and writes."""
+    if arch == 0:
+        return Config(block_m=4, block_n=32)
+    block_n = min(next_power_of_2(width), 1024)
+    return Config(block_m=max(1, 2048 // block_n), block_n=block_n)
+
+
 def gemm_provider(impl: str, epilogue: str | None) -> str:
     """Who runs one matrix product of an op called with ``impl``: "triton" or "cublas".
 

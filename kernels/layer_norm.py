@@ -1,15 +1,15 @@
 """LayerNorm, alone or fused with the residual add before it: one read and one write of the stream.
 
-Forward, per row of D elements (r: row scale of the sample, g: LayerScale gamma):
-    s = residual + r · g · branch            (layer_norm: s = x)
+Forward, per row of D elements (r: row scale of the sample, g: LayerScale gamma, k: 0 or 1/(1 − p), see `tile.keep`):
+    s = residual + r · g · k · branch        (layer_norm: s = x)
     x_hat = (s − mean(s)) · rstd,  rstd = 1 / sqrt(var(s) + eps)
     y = x_hat · w + b
 Saved: s (the output, or x itself), mean, rstd; branch if g wants a gradient. x_hat is recomputed.
 
 Backward, from dy (of y) and ds_out (of s):
     ds = ds_out + rstd · (w·dy − mean(w·dy) − x_hat · mean(w·dy · x_hat))
-    dresidual = ds,  dbranch = r · g · ds
-    dw = Σ_rows dy · x_hat,  db = Σ_rows dy,  dg = Σ_rows r · ds · branch
+    dresidual = ds,  dbranch = r · g · k · ds
+    dw = Σ_rows dy · x_hat,  db = Σ_rows dy,  dg = Σ_rows r · k · ds · branch
 The three sums: every program adds its rows in order into registers and writes one partial row; the partials are then
 summed in one fixed order. No atomics, so the result is the same bits every time.
 
@@ -28,10 +28,10 @@ from . import configs, reference, runtime, tile
 
 @triton.jit
 def _layer_norm_fwd_kernel(
-    x_ptr, branch_ptr, gamma_ptr, row_scale_ptr, w_ptr, b_ptr, stream_ptr, y_ptr, mean_ptr, rstd_ptr,
-    M, D, ROWS_PER_SCALE,
+    x_ptr, branch_ptr, gamma_ptr, row_scale_ptr, w_ptr, b_ptr, seed_ptr, stream_ptr, y_ptr, mean_ptr, rstd_ptr,
+    M, D, ROWS_PER_SCALE, SITE,
     stride_xm, stride_branchm,
-    EPS: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    EPS: tl.constexpr, P: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     offs_m = pid * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -44,6 +44,8 @@ def _layer_norm_fwd_kernel(
     s = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_d[None, :], mask=mask, other=0.0).to(ACC)
     if branch_ptr is not None:
         branch = tl.load(branch_ptr + offs_m[:, None] * stride_branchm + offs_d[None, :], mask=mask, other=0.0).to(ACC)
+        if seed_ptr is not None:
+            branch *= tile.keep(tl.load(seed_ptr), SITE, offs_m[:, None], offs_d[None, :], P).to(ACC)
         if gamma_ptr is not None:
             branch *= tl.load(gamma_ptr + offs_d, mask=mask_d, other=0.0).to(ACC)[None, :]
         if row_scale_ptr is not None:
@@ -66,11 +68,11 @@ def _layer_norm_fwd_kernel(
 
 @triton.jit
 def _layer_norm_bwd_kernel(
-    dy_ptr, ds_out_ptr, s_ptr, mean_ptr, rstd_ptr, w_ptr, branch_ptr, gamma_ptr, row_scale_ptr,
+    dy_ptr, ds_out_ptr, s_ptr, mean_ptr, rstd_ptr, w_ptr, branch_ptr, gamma_ptr, row_scale_ptr, seed_ptr,
     ds_ptr, dbranch_ptr, dw_ptr, db_ptr, dgamma_ptr,
-    M, D, ROWS_PER_SCALE,
+    M, D, ROWS_PER_SCALE, SITE,
     stride_dym, stride_ds_outm, stride_sm, stride_branchm,
-    ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    P: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     num_programs = tl.num_programs(0).to(tl.int64)
@@ -110,6 +112,8 @@ def _layer_norm_bwd_kernel(
 
         if row_scale_ptr is not None:
             ds *= tl.load(row_scale_ptr + offs_m // ROWS_PER_SCALE, mask=mask_m, other=0.0).to(ACC)[:, None]
+        if seed_ptr is not None:
+            ds *= tile.keep(tl.load(seed_ptr), SITE, offs_m[:, None], offs_d[None, :], P).to(ACC)
         if dgamma_ptr is not None:
             offs_branch = offs_m[:, None] * stride_branchm + offs_d[None, :]
             dgamma += tl.sum(ds * tl.load(branch_ptr + offs_branch, mask=mask, other=0.0).to(ACC), axis=0)
@@ -126,12 +130,6 @@ def _layer_norm_bwd_kernel(
         tl.store(dgamma_ptr + pid * D + offs_d, dgamma, mask=mask_d)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x as [M, D] with unit stride inside a row; copies only when its strides leave no choice."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
 def _stat_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
@@ -139,48 +137,49 @@ def _stat_dtype(x: Tensor) -> torch.dtype:
 @torch.library.custom_op("vit::layer_norm_fwd", mutates_args=())
 def layer_norm_fwd(
     x: Tensor, branch: Tensor | None, gamma: Tensor | None, row_scale: Tensor | None,
-    weight: Tensor | None, bias: Tensor | None, eps: float, save: bool,
+    weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, eps: float, dropout_p: float, site: int,
+    out_dtype: torch.dtype, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(stream, y, mean, rstd); stream is empty without a branch, the statistics are empty unless ``save``."""
-    stream, y, mean, rstd = _layer_norm_fwd_fake(x, branch, gamma, row_scale, weight, bias, eps, save)
-    rows = _rows(x)
-    branch_rows = None if branch is None else _rows(branch)
+    stream, y, mean, rstd = _layer_norm_fwd_fake(
+        x, branch, gamma, row_scale, weight, bias, seed, eps, dropout_p, site, out_dtype, save
+    )
+    rows = runtime.rows(x)
+    branch_rows = None if branch is None else runtime.rows(branch)
     M, D = rows.shape
     config = configs.layer_norm(runtime.arch(x.device), D)
     runtime.launch(
         _layer_norm_fwd_kernel, triton.cdiv(M, config.block_m),
         x_ptr=rows, branch_ptr=branch_rows, gamma_ptr=gamma, row_scale_ptr=row_scale, w_ptr=weight, b_ptr=bias,
-        stream_ptr=None if branch is None else stream, y_ptr=y,
+        seed_ptr=seed, stream_ptr=None if branch is None else stream, y_ptr=y,
         mean_ptr=mean if save else None, rstd_ptr=rstd if save else None,
-        M=M, D=D, ROWS_PER_SCALE=_rows_per_scale(M, row_scale),
+        M=M, D=D, ROWS_PER_SCALE=_rows_per_scale(M, row_scale), SITE=site,
         stride_xm=rows.stride(0), stride_branchm=0 if branch is None else branch_rows.stride(0),
-        EPS=eps, ACC=runtime.acc_type(x.dtype), BLOCK_M=config.block_m, BLOCK_D=config.block_n,
+        EPS=eps, P=dropout_p, ACC=runtime.acc_type(x.dtype), BLOCK_M=config.block_m, BLOCK_D=config.block_n,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return stream, y, mean, rstd
 
 
 @layer_norm_fwd.register_fake
-def _layer_norm_fwd_fake(x, branch, gamma, row_scale, weight, bias, eps, save):
+def _layer_norm_fwd_fake(x, branch, gamma, row_scale, weight, bias, seed, eps, dropout_p, site, out_dtype, save):
     rows = x.shape[:-1].numel() if save else 0
     stats = x.new_empty(rows, dtype=_stat_dtype(x)), x.new_empty(rows, dtype=_stat_dtype(x))
-    if branch is None:
-        return x.new_empty(0), x.new_empty(x.shape), *stats
-    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=branch.dtype), *stats
+    return x.new_empty(0 if branch is None else x.shape), x.new_empty(x.shape, dtype=out_dtype), *stats
 
 
 @torch.library.custom_op("vit::layer_norm_bwd", mutates_args=())
 def layer_norm_bwd(
     dy: Tensor, ds_out: Tensor | None, s: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None,
-    branch: Tensor | None, gamma: Tensor | None, row_scale: Tensor | None,
-    need_dbranch: bool, need_dw: bool, need_db: bool, need_dgamma: bool,
+    branch: Tensor | None, gamma: Tensor | None, row_scale: Tensor | None, seed: Tensor | None,
+    dropout_p: float, site: int, need_dbranch: bool, need_dw: bool, need_db: bool, need_dgamma: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(ds, dbranch, dw, db, dgamma); what is not needed is empty. dw, db and dgamma are in the accumulator's type."""
     ds = s.new_empty(s.shape)
     dbranch = dy.new_empty(s.shape if need_dbranch else 0)
-    dy_rows, s_rows = _rows(dy), _rows(s)
-    ds_out_rows = None if ds_out is None else _rows(ds_out)
-    branch_rows = None if branch is None else _rows(branch)
+    dy_rows, s_rows = runtime.rows(dy), runtime.rows(s)
+    ds_out_rows = None if ds_out is None else runtime.rows(ds_out)
+    branch_rows = None if branch is None else runtime.rows(branch)
     M, D = s_rows.shape
     config = configs.layer_norm(runtime.arch(s.device), D)
     num_programs = min(triton.cdiv(M, config.block_m), 2 * runtime.num_sms(s.device))
@@ -193,11 +192,12 @@ def layer_norm_bwd(
         _layer_norm_bwd_kernel, num_programs,
         dy_ptr=dy_rows, ds_out_ptr=ds_out_rows, s_ptr=s_rows, mean_ptr=mean, rstd_ptr=rstd, w_ptr=weight,
         branch_ptr=branch_rows if need_dgamma else None, gamma_ptr=gamma, row_scale_ptr=row_scale,
+        seed_ptr=seed,
         ds_ptr=ds, dbranch_ptr=dbranch if need_dbranch else None, dw_ptr=dw, db_ptr=db, dgamma_ptr=dgamma,
-        M=M, D=D, ROWS_PER_SCALE=_rows_per_scale(M, row_scale),
+        M=M, D=D, ROWS_PER_SCALE=_rows_per_scale(M, row_scale), SITE=site,
         stride_dym=dy_rows.stride(0), stride_ds_outm=0 if ds_out is None else ds_out_rows.stride(0),
         stride_sm=s_rows.stride(0), stride_branchm=branch_rows.stride(0) if need_dgamma else 0,
-        ACC=runtime.acc_type(s.dtype), BLOCK_M=config.block_m, BLOCK_D=config.block_n,
+        P=dropout_p, ACC=runtime.acc_type(s.dtype), BLOCK_M=config.block_m, BLOCK_D=config.block_n,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return ds, dbranch, *(mean.new_empty(0) if p is None else p.sum(dim=0) for p in (dw, db, dgamma))
@@ -205,8 +205,9 @@ def layer_norm_bwd(
 
 @layer_norm_bwd.register_fake
 def _layer_norm_bwd_fake(
-    dy, ds_out, s, mean, rstd, weight, branch, gamma, row_scale, need_dbranch, need_dw, need_db, need_dgamma
-):
+    dy, ds_out, s, mean, rstd, weight, branch, gamma, row_scale, seed, dropout_p, site,
+    need_dbranch, need_dw, need_db, need_dgamma,
+):  # fmt: skip
     sums = (mean.new_empty(s.shape[-1] if needed else 0) for needed in (need_dw, need_db, need_dgamma))
     return s.new_empty(s.shape), dy.new_empty(s.shape if need_dbranch else 0), *sums
 
@@ -216,29 +217,28 @@ def _rows_per_scale(M: int, row_scale: Tensor | None) -> int:
 
 
 def _setup_context(ctx, inputs, output):
-    x, branch, gamma, row_scale, weight, bias, _eps, _save = inputs
+    x, branch, gamma, row_scale, weight, bias, seed, _eps, ctx.dropout_p, ctx.site, ctx.y_dtype, _save = inputs
     stream, _, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd, *([stream] if branch is None else []))
     s = x if branch is None else stream
     # The branch itself is read only by the gradient of gamma.
     kept = branch if gamma is not None and ctx.needs_input_grad[2] else None
-    ctx.save_for_backward(s, mean, rstd, weight, kept, gamma, row_scale)
+    ctx.save_for_backward(s, mean, rstd, weight, kept, gamma, row_scale, seed)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.branch_dtype = None if branch is None else branch.dtype
 
 
 def _backward(ctx, ds_out, dy, _dmean, _drstd):
-    s, mean, rstd, weight, branch, gamma, row_scale = ctx.saved_tensors
+    s, mean, rstd, weight, branch, gamma, row_scale, seed = ctx.saved_tensors
     need_dx, need_dbranch, need_dgamma, _, need_dw, need_db = ctx.needs_input_grad[:6]
-    y_dtype = ctx.branch_dtype or s.dtype
     if dy is None:
-        dy = s.new_zeros(s.shape, dtype=y_dtype)
-    # Without gamma and row scale the branch has the gradient of the residual: the same tensor serves both.
-    separate = need_dbranch and (gamma is not None or row_scale is not None)
+        dy = s.new_zeros(s.shape, dtype=ctx.y_dtype)
+    # Without factors the branch has the gradient of the residual: the same tensor serves both.
+    separate = need_dbranch and any(t is not None for t in (gamma, row_scale, seed))
     ds, dbranch, dw, db, dgamma = layer_norm_bwd(
-        dy, ds_out if ctx.branch_dtype else None, s, mean, rstd, weight, branch, gamma, row_scale,
-        separate, need_dw, need_db, need_dgamma,
+        dy, ds_out if ctx.branch_dtype else None, s, mean, rstd, weight, branch, gamma, row_scale, seed,
+        ctx.dropout_p, ctx.site, separate, need_dw, need_db, need_dgamma,
     )  # fmt: skip
     return (
         ds if need_dx else None,
@@ -247,8 +247,7 @@ def _backward(ctx, ds_out, dy, _dmean, _drstd):
         None,
         dw.to(weight.dtype) if need_dw else None,
         db.to(ctx.bias_dtype) if need_db else None,
-        None,
-        None,
+        *[None] * 6,
     )
 
 
@@ -267,21 +266,29 @@ def layer_norm(
         impl: "auto", "triton" or "reference".
 
     Returns:
-        [..., D] in the dtype of ``x``, contiguous.
+        [..., D], contiguous, in the dtype of ``x``. Under `torch.autocast` in autocast's dtype, from x, weight and bias
+        as they are (PyTorch's own LayerNorm returns fp32 there, which the next matrix product rounds).
 
     Raises:
         ValueError: shapes that do not fit, negative eps, unknown impl. TypeError: dtypes that do not fit.
         RuntimeError: ``impl="triton"`` where the kernels cannot run.
     """
     _check("layer_norm", x, weight, bias, eps)
-    runtime.check_floating("layer_norm", x=x, weight=weight, bias=bias)
+    autocast = runtime.autocast_dtype(x.device) if x.dtype is not torch.float64 else None
+    if autocast is None:
+        runtime.check_floating("layer_norm", x=x, weight=weight, bias=bias)
+    else:
+        runtime.check_floating("layer_norm", x=x)
+        runtime.check_floating("layer_norm", weight=weight, bias=bias)
+    out_dtype = autocast or x.dtype
     if not runtime.use_triton("layer_norm", impl, [x, weight, bias], _too_wide(x)):
-        return reference.layer_norm(x, weight, bias, eps)
+        return reference.layer_norm(x, weight, bias, eps).to(out_dtype)
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     save = runtime.needs_grad(x, weight, bias)
-    return layer_norm_fwd(x, None, None, None, weight, bias, eps, save)[1]
+    return layer_norm_fwd(x, None, None, None, weight, bias, None, eps, 0.0, 0, out_dtype, save)[1]
 
 
+@runtime.autocasts("residual", "weight", "bias", "gamma", "row_scale")
 def residual_layer_norm(
     residual: Tensor,
     branch: Tensor,
@@ -293,20 +300,21 @@ def residual_layer_norm(
     row_scale: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    site: int = 0,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Residual add and the LayerNorm that follows it, in one pass over the stream.
 
-    ``stream = residual + row_scale · gamma · branch``, ``y = layer_norm(stream)``.
+    ``stream = residual + row_scale · gamma · dropout(branch)``, ``y = layer_norm(stream)``.
 
     Args:
         residual: [B, ..., D], the residual stream. May be fp32 beside fp16 or bf16 branches.
-        branch: like ``residual``, output of attention or MLP.
+        branch: like ``residual``, output of attention or MLP. Under `torch.autocast` it is taken in autocast's dtype.
         weight, bias: [D] of the LayerNorm, or None; in the dtype of ``branch`` or of ``residual``.
         eps: added to the biased variance.
-        gamma: [D], LayerScale (Touvron et al., 2021), or None.
+        gamma: [D], LayerScale (Touvron et al., 2021), or None; in the dtype of ``branch`` or of ``residual``.
         row_scale: [B], a factor per sample (stochastic depth), or None. Carries no gradient.
-        dropout_p, seed: dropout on the branch; reserved, only ``dropout_p=0`` runs today.
+        dropout_p, seed, site: dropout of the branch, as in `vit.kernels.dropout`.
         impl: "auto", "triton" or "reference".
 
     Returns:
@@ -314,7 +322,7 @@ def residual_layer_norm(
 
     Raises:
         ValueError: shapes that do not fit, negative eps, dropout_p outside [0, 1). TypeError: dtypes that do not fit.
-        NotImplementedError: ``dropout_p > 0``. RuntimeError: ``impl="triton"`` where the kernels cannot run.
+        RuntimeError: ``impl="triton"`` where the kernels cannot run.
     """
     op = "residual_layer_norm"
     _check(op, residual, weight, bias, eps)
@@ -333,16 +341,22 @@ def residual_layer_norm(
         raise ValueError(f"{op}: row_scale must have shape ({residual.shape[0]},), got {tuple(row_scale.shape)}")
     if row_scale is not None and row_scale.requires_grad:
         raise ValueError(f"{op}: row_scale carries no gradient; pass row_scale.detach()")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
-    if dropout_p > 0.0:
-        raise NotImplementedError(f"{op}: dropout_p > 0 is not supported yet; use dropout_p=0")
+    if gamma is not None and gamma.dtype not in (branch.dtype, residual.dtype):
+        raise TypeError(f"{op}: gamma is {gamma.dtype} but branch is {branch.dtype}; give both the same dtype")
+    runtime.check_dropout(op, dropout_p, seed, residual)
+    if dropout_p == 0.0:
+        seed = None
     tensors = [residual, branch, weight, bias, gamma, row_scale]
     if not runtime.use_triton(op, impl, tensors, _too_wide(residual)):
-        return reference.residual_layer_norm(residual, branch, weight, bias, eps, gamma=gamma, row_scale=row_scale)
+        drop = {"dropout_p": dropout_p, "seed": seed, "site": site}
+        return reference.residual_layer_norm(
+            residual, branch, weight, bias, eps, gamma=gamma, row_scale=row_scale, **drop
+        )
     weight, bias, gamma, row_scale = (None if t is None else t.contiguous() for t in (weight, bias, gamma, row_scale))
     save = runtime.needs_grad(residual, branch, weight, bias, gamma)
-    stream, y, _, _ = layer_norm_fwd(residual, branch, gamma, row_scale, weight, bias, eps, save)
+    stream, y, _, _ = layer_norm_fwd(
+        residual, branch, gamma, row_scale, weight, bias, seed, eps, dropout_p, site, branch.dtype, save
+    )
     return stream, y
 
 

@@ -11,6 +11,47 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def philox(seed: Tensor, counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int]) -> Tensor:
+    """The first word of Philox-4x32-10 (Salmon et al., SC 2011) in int64 arithmetic.
+
+    seed: int64 of one element, the key. counter: four words of 32 bits as int64, broadcast against each other.
+    """
+    low, high = 0xFFFFFFFF, 32
+
+    def multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+        """(high, low) word of a · b, from products below 2⁶³."""
+        upper, lower = a * (b >> 16), a * (b & 0xFFFF)
+        total = upper + (lower >> 16)
+        return total >> 16, (total << 16 | lower & 0xFFFF) & low
+
+    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(c, device=seed.device) for c in counter))
+    k0, k1 = seed & low, (seed >> high) & low
+    for _ in range(10):
+        (h0, l0), (h1, l1) = multiply(0xD2511F53, c0), multiply(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return c0
+
+
+def keep(seed: Tensor, site: int, shape: torch.Size, p: float) -> Tensor:
+    """What dropout multiplies each element of a tensor by, 1/(1 − p) or 0 (fp64): rows are all dimensions but the last.
+
+    A function of (seed, site, row, column) alone, see `vit.kernels.tile.keep`.
+    """
+    rows = torch.arange(shape[:-1].numel(), device=seed.device)[:, None]
+    columns = torch.arange(shape[-1], device=seed.device)[None, :]
+    word = philox(seed.reshape(()), (columns, rows & 0xFFFFFFFF, rows >> 32, site))
+    return torch.where(word >= round(p * 2**32), 1.0 / (1.0 - p), 0.0).to(torch.float64).reshape(shape)
+
+
+def dropout(x: Tensor, p: float, seed: Tensor | None, site: int = 0) -> Tensor:
+    """x times `keep`, rounded once; x itself for p = 0."""
+    if p == 0.0:
+        return x
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(wide) * keep(seed, site, x.shape, p).to(wide)).to(x.dtype)
+
+
 def patch_embed(
     image: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None = None, prefix: Tensor | None = None
 ) -> Tensor:
@@ -33,8 +74,14 @@ def patch_embed(
     return tokens
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-6) -> Tensor:
-    """(x − mean) / sqrt(var + eps) · weight + bias over the last dimension; var is the biased variance."""
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-6) -> Tensor:
+    """(x − mean) / sqrt(var + eps) · weight + bias over the last dimension; var is the biased variance.
+
+    In the widest dtype of the three.
+    """
+    for t in (weight, bias):
+        x = x if t is None else x.to(torch.promote_types(x.dtype, t.dtype))
+    weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
@@ -47,18 +94,19 @@ def residual_layer_norm(
     *,
     gamma: Tensor | None = None,
     row_scale: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    site: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """stream = residual + row_scale · gamma · branch, y = layer_norm(stream); y has the dtype of branch."""
+    """stream = residual + row_scale · gamma · dropout(branch), y = layer_norm(stream); y has the dtype of branch."""
+    dtype = branch.dtype
+    branch = dropout(branch, dropout_p, seed, site)
     if gamma is not None:
-        branch = branch * gamma.to(branch.dtype)
+        branch = branch * gamma
     if row_scale is not None:
         branch = branch * row_scale.to(branch.dtype).reshape(-1, *[1] * (branch.dim() - 1))
-    stream = residual + branch
-    if stream.dtype == weight.dtype:
-        return stream, layer_norm(stream, weight, bias, eps).to(branch.dtype)
-    # A wide residual stream with narrow branches and parameters: normalise in the wide type, then narrow.
-    wide_bias = None if bias is None else bias.to(stream.dtype)
-    return stream, layer_norm(stream, weight.to(stream.dtype), wide_bias, eps).to(branch.dtype)
+    stream = residual + branch.to(residual.dtype)
+    return stream, layer_norm(stream, weight, bias, eps).to(dtype)
 
 
 def gelu(x: Tensor, activation: str) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -182,6 +183,63 @@ def check_floating(op: str, **tensors: torch.Tensor | None) -> None:
             first = (name, t.dtype)
         elif t.dtype != first[1]:
             raise TypeError(f"{op}: {name} is {t.dtype} but {first[0]} is {first[1]}; give both the same dtype")
+
+
+def check_dropout(op: str, p: float, seed: torch.Tensor | None, x: torch.Tensor) -> None:
+    """Raises unless ``p`` is a probability below 1 and, where it is above 0, ``seed`` is one int64 number beside x."""
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {p}")
+    if p == 0.0:
+        return
+    if seed is None:
+        raise ValueError(f"{op}: dropout_p={p} needs a seed; draw one with vit.kernels.dropout_seed(x)")
+    if not isinstance(seed, torch.Tensor) or seed.dtype is not torch.int64 or seed.numel() != 1:
+        got = f"{seed.dtype} {tuple(seed.shape)}" if isinstance(seed, torch.Tensor) else type(seed).__name__
+        raise TypeError(f"{op}: seed must be an int64 tensor of one element, as dropout_seed(x) returns it, got {got}")
+    if seed.device != x.device:
+        raise ValueError(f"{op}: all tensors must be on one device, got {x.device} and {seed.device} (seed)")
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that `torch.autocast` asks of matrix products on this device; None where it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def autocasts(*kept: str) -> Callable[[Callable], Callable]:
+    """Decorates a public op: under `torch.autocast` it takes its tensors in autocast's dtype, and runs with it off.
+
+    As for PyTorch's own ops, fp64 and integer tensors stay what they are; so do the arguments named in ``kept``. The
+    first argument tells the device.
+    """
+
+    def decorate(op: Callable) -> Callable:
+        names = tuple(inspect.signature(op).parameters)
+
+        @functools.wraps(op)
+        def under_autocast(*args, **kwargs):
+            x = args[0] if args else kwargs.get(names[0])
+            dtype = autocast_dtype(x.device) if isinstance(x, torch.Tensor) else None
+            if dtype is None:
+                return op(*args, **kwargs)
+
+            def cast(name: str, value: Any) -> Any:
+                tensor = isinstance(value, torch.Tensor) and value.is_floating_point()
+                return value.to(dtype) if tensor and value.dtype is not torch.float64 and name not in kept else value
+
+            positional = [cast(name, value) for name, value in zip(names, args, strict=False)]
+            named = {name: cast(name, value) for name, value in kwargs.items()}
+            with torch.autocast(x.device.type, enabled=False):
+                return op(*positional, *args[len(names) :], **named)
+
+        return under_autocast
+
+    return decorate
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """x [..., D] as [M, D] with unit stride inside a row; copies only where the strides leave no choice."""
+    x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:

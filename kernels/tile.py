@@ -79,6 +79,21 @@ def gelu_and_grad(x, ACTIVATION: tl.constexpr, CHEAP: tl.constexpr):
         return x * cdf, cdf + x * (exp * small * small * slope)
 
 
+@triton.jit
+def keep(seed, site, row, column, P: tl.constexpr):
+    """1/(1 − P) with probability 1 − P, else 0, for each element: what dropout multiplies it by.
+
+    The first word of Philox-4x32-10 (Salmon et al., 2011) under the key ``seed`` at the counter (column, low and high
+    half of row, site). It depends on nothing else, so the backward, a recomputed forward and any tiling draw it again.
+
+    seed: int64 scalar. site: which dropout of the network. row: int64, column: int32, broadcast against each other.
+    """
+    column = column + tl.zeros_like(row).to(tl.int32)
+    word, _, _, _ = tl.philox(seed, column, row.to(tl.int32), (row >> 32).to(tl.int32), site)
+    THRESHOLD: tl.constexpr = round(P * 4294967296.0)
+    return tl.where(word.to(tl.uint32, bitcast=True).to(tl.int64) >= THRESHOLD, 1.0 / (1.0 - P), 0.0)
+
+
 # Attention works on the rows of one head, [BLOCK, head_dim], as a tuple of tiles with power-of-two widths. PARTS gives
 # (first column, width, valid columns) of each. Rows are (pointer to the head's first, stride between them).
 

@@ -27,6 +27,7 @@ LAYERS = {
     "test_tolerances": "tolerance policy",
     "test_patch_embed": "kernels",
     "test_layer_norm": "kernels",
+    "test_dropout": "kernels",
     "test_linear": "kernels",
     "test_mlp": "kernels",
     "test_attention": "kernels",

@@ -1,0 +1,176 @@
+"""Dropout: known answers of the generator, one mask in every path, its statistics, and `residual_layer_norm` with it."""
+
+import math
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from vit.kernels import dropout, dropout_seed, reference, residual_layer_norm
+from vit.kernels.dropout import dropout_fwd
+from vit.testing import check_op
+
+# Philox-4x32-10: counter, key, first word of the answer (Random123's known-answer tests).
+KNOWN = [
+    ((0, 0, 0, 0), (0, 0), 0x6627E8D5),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, 0x408F276D),
+    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0), 0xD16CFE09),
+]
+
+
+@pytest.fixture
+def seed(device):
+    return torch.tensor([-1234567890123456789], device=device)
+
+
+@pytest.mark.parametrize(("counter", "key", "answer"), KNOWN)
+def test_reference_generator_gives_the_known_answers(counter, key, answer):
+    seed = key[1] << 32 | key[0]
+    seed -= (seed >> 63) << 64  # as a signed number
+    assert reference.philox(torch.tensor(seed), counter).item() == answer
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 5, 67), (30, 2)])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.97])
+def test_kernel_draws_the_mask_of_the_reference(randn, seed, dtype, shape, p):
+    x = randn(*shape).to(dtype)
+    for site in (1, 2**31 - 1):
+        want = reference.dropout(x, p, seed, site)
+        assert torch.equal(dropout(x, p, seed, site, impl="triton"), want)
+    keep = reference.keep(seed, 5, x.shape, p).to(x.dtype)
+    assert set(keep.unique().tolist()) <= {0.0, torch.tensor(1 / (1 - p), dtype=dtype).item()}
+
+
+def test_rows_beyond_32_bits_draw_differently(seed):
+    """The high half of the row counts: 2³² rows apart is another mask."""
+    columns, row = torch.arange(64), torch.tensor(7)
+    low = reference.philox(seed.cpu().reshape(()), (columns, row, row * 0, 3))
+    high = reference.philox(seed.cpu().reshape(()), (columns, row, row * 0 + 1, 3))
+    assert not torch.equal(low, high)
+
+
+def test_gradient(randn, seed, dtype):
+    check_op(
+        lambda x: dropout(x, 0.3, seed, 2, impl="triton"),
+        lambda x: reference.dropout(x, 0.3, seed, 2),
+        {"x": randn(7, 45)},
+        dtype,
+    )
+    x = randn(4, 6, 10).requires_grad_()
+    y = dropout(x.transpose(0, 1), 0.3, seed, 2, impl="triton")
+    (grad,) = torch.autograd.grad(y.sum(), x)  # the gradient arrives with stride 0
+    assert torch.equal(grad, reference.keep(seed, 2, y.shape, 0.3).to(grad).transpose(0, 1))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_statistics(p):
+    """Share of kept elements, and no correlation between neighbours, sites and seeds; all within 5 standard deviations."""
+    rows, columns = 512, 768
+
+    def centred(seed, site):
+        keep = reference.keep(torch.tensor([seed]), site, torch.Size((rows, columns)), p) * (1 - p)
+        return (keep - (1 - p)) / math.sqrt(p * (1 - p))
+
+    base = centred(1, 0)
+    limit = 5 / math.sqrt(rows * columns)
+    assert abs(base.mean().item()) < limit
+    assert base.mean(dim=0).abs().max() < 5.5 / math.sqrt(rows)
+    assert base.mean(dim=1).abs().max() < 5.5 / math.sqrt(columns)
+    others = [centred(2, 0), centred(1, 1), centred(1, 8), base.roll(1, 0), base.roll(1, 1), base.roll((1, 1), (0, 1))]
+    for other in [*others, centred(1 + 2**32, 0)]:
+        assert abs((base * other).mean().item()) < limit
+
+
+def test_seed_follows_torchs_generator(device):
+    x = torch.empty(0, device=device)
+    torch.manual_seed(3)
+    first, second = dropout_seed(x), dropout_seed(x)
+    torch.manual_seed(3)
+    assert torch.equal(dropout_seed(x), first) and not torch.equal(first, second)
+    assert first.dtype is torch.int64 and first.shape == (1,) and first.device == x.device
+
+
+@pytest.mark.parametrize("gamma", [False, True])
+def test_residual_layer_norm(randn, seed, dtype, gamma):
+    B, N, D = 3, 17, 100
+    scale = torch.tensor([0.0, 2.0, 2.0], device=seed.device)
+    inputs = {
+        "residual": randn(B, N, D), "branch": randn(B, N, D), "weight": randn(D) + 1, "bias": randn(D),
+        "gamma": randn(D) if gamma else None,
+    }  # fmt: skip
+    drop = {"dropout_p": 0.25, "seed": seed, "site": 9}
+    check_op(
+        lambda **a: residual_layer_norm(**a, **drop, row_scale=scale.to(a["residual"].dtype), impl="triton"),
+        lambda **a: reference.residual_layer_norm(**a, **drop, row_scale=scale.to(a["residual"].dtype)),
+        inputs,
+        dtype,
+    )
+
+
+@pytest.mark.interpreted
+def test_gradcheck(seed):
+    def op(x, branch, gamma, weight, bias):
+        x = dropout(x, 0.2, seed, 1, impl="triton")
+        drop = {"dropout_p": 0.4, "seed": seed, "site": 2}
+        return residual_layer_norm(x, branch, weight, bias, gamma=gamma, **drop, impl="triton")
+
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in [(2, 3, 6)] * 2 + [(6,)] * 3]
+    assert torch.autograd.gradcheck(op, leaves)
+
+
+def test_opcheck(randn, seed):
+    torch.library.opcheck(dropout_fwd, (randn(3, 10).requires_grad_(), 0.3, seed, 1))
+    torch.library.opcheck(
+        torch.ops.vit.dropout_seed.default, (randn(3),), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputation_draws_the_same_mask(randn, seed, reentrant):
+    x = randn(5, 40).requires_grad_()
+
+    def block(x, seed):
+        return dropout(torch.tanh(x), 0.5, seed, 4, impl="triton")
+
+    (want,) = torch.autograd.grad(block(x, seed).sum(), x)
+    checkpoint(block, x, seed, use_reentrant=reentrant).sum().backward()
+    assert torch.equal(x.grad, want)
+
+
+def test_compiled_code_draws_anew_at_every_call(randn):
+    """The seed is drawn inside the graph, and follows torch.manual_seed as in eager code."""
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(x):
+        return dropout(x, 0.5, dropout_seed(x), 1, impl="triton")
+
+    x = randn(8, 64)
+    torch.manual_seed(5)
+    first, second = compiled(x), compiled(x)
+    torch.manual_seed(5)
+    eager = dropout(x, 0.5, dropout_seed(x), 1, impl="triton")
+    assert torch.equal(first, eager) and not torch.equal(first, second)
+
+
+def test_nothing_to_drop(randn):
+    x = randn(3, 4)
+    assert dropout(x, 0.0) is x
+    assert dropout(x[:0], 0.5, dropout_seed(x), impl="triton").shape == (0, 4)
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_bad_input(randn, seed, impl):
+    x = randn(3, 4)
+    for p in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="dropout_p must be in"):
+            dropout(x, p, seed, impl=impl)
+    with pytest.raises(ValueError, match="needs a seed"):
+        dropout(x, 0.5, impl=impl)
+    with pytest.raises(TypeError, match="int64 tensor of one element"):
+        dropout(x, 0.5, torch.zeros(2, dtype=torch.int64), impl=impl)
+    with pytest.raises(TypeError, match="int64 tensor of one element"):
+        dropout(x, 0.5, 17, impl=impl)
+    with pytest.raises(TypeError, match="floating-point"):
+        dropout(x.long(), 0.5, seed, impl=impl)
+    with pytest.raises(ValueError, match="scalar"):
+        dropout(x[0, 0], 0.5, seed, impl=impl)
