@@ -20,7 +20,7 @@ setup(
     install_requires=["torch>=2.11", "triton>=3.6", "numpy"],
     extras_require={
         "demo": ["Pillow"],
-        "test": ["Pillow", "pytest", "pytest-xdist", "ruff", "setuptools", "wheel"],
+        "test": ["Pillow", "hypothesis", "pytest", "pytest-xdist", "ruff", "setuptools", "wheel"],
     },
     packages=["vit", "vit.kernels"],
     package_dir={"vit": "vit", "vit.kernels": "kernels"},

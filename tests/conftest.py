@@ -36,6 +36,8 @@ LAYERS = {
     "test_vit": "model",
     "test_peers": "model",
     "test_bad_inputs": "bad inputs",
+    "test_transforms": "bad inputs",
+    "test_properties": "properties",
     "test_packaging": "packaging",
     "test_demo": "demo",
     "test_gpu_script": "GPU script, rehearsed",

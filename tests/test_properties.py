@@ -1,0 +1,209 @@
+"""Properties: every op on shapes, strides, dtypes, optional arguments and wanted gradients drawn at random.
+
+What is looked for is structure (a mask, a stride, an absent argument, an unwanted gradient), so the limit is wide and
+one for all; accuracy is judged in each op's own file. HYPOTHESIS_PROFILE=ci draws 500 cases an op, the default 20.
+"""
+
+import math
+import os
+
+import pytest
+import torch
+
+hypothesis = pytest.importorskip("hypothesis")
+from hypothesis import strategies as st  # noqa: E402
+
+from vit import kernels  # noqa: E402
+from vit.kernels import reference  # noqa: E402
+
+for name, examples in {"default": 20, "ci": 500}.items():
+    hypothesis.settings.register_profile(name, max_examples=examples, deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+LAYOUTS = ["contiguous", "transposed", "inside NaN", "every other column"]
+small, batch = st.integers(1, 20), st.integers(0, 3)
+# Of a LayerNorm. Two or three numbers that happen to be close are divided by nearly nothing: no limit fits those.
+widths = st.integers(8, 130)
+
+
+def lay_out(t, layout):
+    """The same values with other strides, or at an offset in a buffer whose rest is NaN."""
+    if layout == "transposed":
+        return t.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "inside NaN":
+        outer = t.new_full([n + 2 for n in t.shape], float("nan"))
+        inner = outer[tuple(slice(1, n + 1) for n in t.shape)]
+    elif layout == "every other column":
+        inner = t.new_full([*t.shape[:-1], 2 * t.shape[-1]], float("nan"))[..., ::2]
+    else:
+        return t
+    return inner.copy_(t)
+
+
+@st.composite
+def maybe(draw, shape):
+    return draw(st.sampled_from([None, shape]))
+
+
+@st.composite
+def layer_norm_cases(draw):
+    width = draw(widths)
+    shape = (*draw(st.sampled_from([(), (draw(batch),), (draw(batch), draw(small))])), width)
+    return {"x": shape, "weight": draw(maybe((width,))), "bias": draw(maybe((width,)))}, {}
+
+
+@st.composite
+def drop(draw):
+    """No dropout, or some."""
+    if draw(st.booleans()):
+        return {}
+    seed = torch.tensor([draw(st.integers(-(2**63), 2**63 - 1))])
+    return {"dropout_p": draw(st.sampled_from([0.1, 0.5])), "seed": seed, "site": draw(st.integers(0, 2**31 - 1))}
+
+
+@st.composite
+def residual_cases(draw):
+    B, N, D = draw(batch), draw(small), draw(widths)
+    shapes = {"residual": (B, N, D), "branch": (B, N, D)}
+    shapes |= {name: draw(maybe((D,))) for name in ("weight", "bias", "gamma")}
+    scale = torch.randint(3, (B,)).float() if draw(st.booleans()) else None
+    return shapes, {"row_scale": scale} | draw(drop())
+
+
+@st.composite
+def linear_cases(draw):
+    rows = draw(st.sampled_from([(), (draw(batch),), (draw(batch), draw(small))]))
+    K, N = draw(st.integers(1, 70)), draw(st.integers(1, 70))
+    activation = draw(st.sampled_from([None, "gelu", "gelu_tanh", "quick_gelu"]))
+    return {"x": (*rows, K), "weight": (N, K), "bias": draw(maybe((N,)))}, {"activation": activation}
+
+
+@st.composite
+def mlp_cases(draw):
+    rows = draw(st.sampled_from([(), (draw(batch),), (draw(batch), draw(small))]))
+    D, H, E = (draw(st.integers(1, 70)) for _ in range(3))
+    shapes = {"x": (*rows, D), "fc1_weight": (H, D), "fc1_bias": draw(maybe((H,)))}
+    shapes |= {"fc2_weight": (E, H), "fc2_bias": draw(maybe((E,)))}
+    return shapes, {"activation": draw(st.sampled_from(["gelu", "gelu_tanh", "quick_gelu"]))} | draw(drop())
+
+
+head_dims = st.sampled_from([16, 24, 32, 40, 72, 80])
+scales = st.sampled_from([None, 0.05, 1.0])
+
+
+@st.composite
+def attention_cases(draw):
+    shape = (draw(batch), draw(st.integers(1, 70)), 3, draw(st.integers(1, 3)), draw(head_dims))
+    return {"qkv": shape}, {"scale": draw(scales)} | draw(drop())
+
+
+@st.composite
+def attention_qkv_cases(draw):
+    B, HEADS, E = draw(batch), draw(st.integers(1, 3)), draw(head_dims)
+    NQ, NK = draw(st.integers(0, 70)), draw(st.integers(1, 70))
+    shapes = {"q": (B, NQ, HEADS, E), "k": (B, NK, HEADS, E), "v": (B, NK, HEADS, E)}
+    return shapes, {"scale": draw(scales)} | draw(drop())
+
+
+@st.composite
+def patch_embed_cases(draw):
+    B, C, D = draw(batch), draw(st.integers(1, 4)), draw(st.integers(1, 70))
+    ph, pw = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    gh, gw = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    N, prefix = gh * gw, draw(st.integers(0, 3))
+    pos = draw(st.sampled_from([None, (1, N, D), (1, prefix + N, D)]))
+    shapes = {"image": (B, C, gh * ph, gw * pw), "weight": (D, C, ph, pw), "bias": draw(maybe((D,)))}
+    shapes |= {"pos_embed": pos, "prefix": (1, prefix, D) if prefix else None}
+    if draw(st.booleans()):
+        return shapes, {}
+    return shapes | {"mask_token": (1, 1, D)}, {"bool_masked_pos": torch.rand(B, N) < 0.5}
+
+
+@st.composite
+def dropout_cases(draw):
+    shape = (*draw(st.sampled_from([(), (draw(batch),), (draw(batch), draw(small))])), draw(st.integers(1, 130)))
+    drawn = draw(drop())
+    return {"x": shape}, {"p": drawn.pop("dropout_p", 0.0)} | (drawn or {"seed": None})
+
+
+def first(fn):
+    return lambda *args, **kwargs: fn(*args, **kwargs)[0]
+
+
+CASES = {
+    "layer_norm": (layer_norm_cases, reference.layer_norm),
+    "residual_layer_norm": (residual_cases, reference.residual_layer_norm),
+    "linear": (linear_cases, reference.linear),
+    "mlp": (mlp_cases, reference.mlp),
+    "attention": (attention_cases, first(reference.attention)),
+    "attention_qkv": (attention_qkv_cases, first(reference.attention_qkv)),
+    "patch_embed": (patch_embed_cases, reference.patch_embed),
+    "dropout": (dropout_cases, reference.dropout),
+}
+
+
+def results(fn, values, options, dtype, wanted, cotangent):
+    """Outputs, and the gradients of what is wanted, by name; asserts that nothing else got one."""
+    to = {n: None if t is None else t.to(dtype).requires_grad_(n in wanted) for n, t in values.items()}
+    options = {
+        n: o.to(dtype) if isinstance(o, torch.Tensor) and o.is_floating_point() else o for n, o in options.items()
+    }
+    outs = fn(**to, **options)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    found = {f"output {i}": o.detach() for i, o in enumerate(outs)}
+    if wanted:
+        live = [(o, cotangent(i, o)) for i, o in enumerate(outs) if o.requires_grad]
+        torch.autograd.backward(*zip(*live, strict=True))
+    for n, t in to.items():
+        assert t is None or (t.grad is not None) == (n in wanted), f"gradient of {n}"
+    return found | {f"gradient of {n}": to[n].grad for n in wanted}
+
+
+@pytest.mark.parametrize("op", CASES)
+@hypothesis.given(data=st.data())
+def test_op(op, device, data):
+    cases, reference_op = CASES[op]
+    draw = data.draw
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    shapes, options = draw(cases())
+    dtype = draw(st.sampled_from(DTYPES))
+    options = {n: o.to(device) if isinstance(o, torch.Tensor) else o for n, o in options.items()}
+    layouts = {n: draw(st.sampled_from(LAYOUTS)) for n, shape in shapes.items() if shape is not None}
+    present = sorted(layouts)
+    wanted = [n for n in present if draw(st.booleans())]
+    values = {}
+    for n, shape in shapes.items():
+        fan_in = math.prod(shape[1:]) if shape is not None and n.endswith("weight") and len(shape) > 1 else 1
+        values[n] = None if shape is None else (torch.randn(shape) * fan_in**-0.5).to(device, dtype)
+    flat = draw(st.booleans())  # .sum().backward(): a gradient with stride 0
+    layout = draw(st.sampled_from(LAYOUTS))
+
+    def cotangent(i, out):
+        if flat:
+            return out.new_ones(()).expand(out.shape)
+        t = torch.randn(out.shape, generator=torch.Generator().manual_seed(i)).to(out.device, dtype).to(out.dtype)
+        return lay_out(t, layout) if t.dim() else t
+
+    def plain(t):
+        return None if t is None else t.clone()
+
+    laid = {n: None if t is None else lay_out(t.clone(), layouts[n]).detach() for n, t in values.items()}
+    before = {n: plain(t) for n, t in laid.items()}
+    ours_op = getattr(kernels, op)
+    ours = results(lambda **a: ours_op(**a, impl="triton"), laid, options, dtype, wanted, cotangent)
+    for n, t in laid.items():
+        assert t is None or torch.equal(t, before[n]), f"{n} was changed"
+    eager, exact = (
+        results(reference_op, {n: plain(t) for n, t in values.items()}, options, to, wanted, cotangent)
+        for to in (dtype, torch.float64)
+    )
+    for n, want in exact.items():
+        assert ours[n].shape == want.shape and ours[n].dtype is eager[n].dtype, n
+        if want.numel() == 0:
+            continue
+        error, error_eager = ((t[n].double() - want).abs().max().item() for t in (ours, eager))
+        limit = 4 * error_eager + 4 * torch.finfo(dtype).eps * want.abs().max().item()
+        # Eager PyTorch may have no error in a small tensor by luck, where terms that cancelled left theirs in ours.
+        limit += 4 * torch.finfo(dtype).eps * max(t.abs().max().item() for t in exact.values() if t.numel())
+        assert error <= limit, f"{n}: {error:.2e}, eager {error_eager:.2e}, limit {limit:.2e}"
