@@ -136,7 +136,7 @@ def figures(compiled: Any) -> dict[str, Any]:
         "tma": count(r"\bcp\.async\.bulk\.tensor"),
         "atomics": count(r"\b(?:atom|red)\."),
     }
-    if arch >= 100:
+    if arch == 100:
         result |= {"tcgen05": count(r"\btcgen05\.mma\."), "tensor_memory": meta.tmem_size}
     # Dots that became no instruction of the asynchronous tensor core though type and rows (the result's M) allow it.
     slow = sum(
