@@ -25,6 +25,7 @@ from vit.kernels import runtime
 LAYERS = {
     "test_strict": "strict interpreter",
     "test_tolerances": "tolerance policy",
+    "test_kernel_lint": "kernel lint",
     "test_patch_embed": "kernels",
     "test_layer_norm": "kernels",
     "test_linear": "kernels",
