@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Children of a process that has imported PyTorch, but nothing of ours: importing it takes longer than most tests.
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["torch", "torch._dynamo", "pytest"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,14 +317,14 @@ MUTANTS = [
         "kernels/patch_embed.py",
         "partials.sum(dim=0).to(",
         "partials[0].to(",
-        (f"{PATCH}::test_patch_embed",),
+        (f"{PATCH}::test_sums_over_many_rows",),
     ),
     Mutant(
         "patch_embed: dimage at the pixels of a patch on its side",
         "kernels/patch_embed.py",
         "**_layout(dimage, PH, PW)",
         "**_layout(dimage, PW, PH)",
-        (f"{PATCH}::test_patch_embed", "-k", "rectangular"),
+        (f"{PATCH}::test_patch_embed[float32-rectangular patch]",),
     ),
     Mutant(
         "patch_embed: dW accumulates in 16 bits",
@@ -341,7 +345,7 @@ MUTANTS = [
         "kernels/patch_embed.py",
         "sums[None, T - num_pos :]",
         "sums[None, :num_pos]",
-        (f"{PATCH}::test_patch_embed", "-k", "patches only"),
+        (f"{PATCH}::test_patch_embed[float32-position embedding of patches only]",),
     ),
     Mutant(
         "runtime: an explicit request falls back",
@@ -429,19 +433,34 @@ def sources(mutant: Mutant, folder: Path) -> None:
     path.write_text(text.replace(mutant.old, mutant.new))
 
 
+def _pytest(folder: Path, tests: tuple[str, ...]) -> None:
+    """The whole life of a child process: pytest in ``folder``, whose output goes to ``folder/log``."""
+    log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+        del os.environ[name]
+    import pytest
+
+    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={folder}/tmp", *tests]))
+
+
 def caught(mutant: Mutant) -> tuple[bool, str]:
     """Whether a test fails with the bug in place, and what pytest printed."""
     folder = ROOT / "build" / "mutants" / "".join(c if c.isalnum() else "-" for c in mutant.name)
     sources(mutant, folder)
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"--basetemp={folder}/tmp"]
-    env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    env = {k: v for k, v in env.items() if not k.startswith("PYTEST_")}
-    done = subprocess.run([*command, *mutant.tests], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    child = FORK.Process(target=_pytest, args=(folder, mutant.tests))
+    child.start()
+    child.join(timeout=300)
+    child.kill()
+    output = (folder / "log").read_text()
     shutil.rmtree(folder, ignore_errors=True)
     # 1 means that tests ran and failed; a bug that breaks the import or matches no test was not caught by a test.
-    summary = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
-    ok = done.returncode == 1 and " failed" in f" {summary}" and " error" not in summary
-    return ok, done.stdout + done.stderr
+    summary = output.strip().splitlines()[-1] if output.strip() else ""
+    ok = child.exitcode == 1 and " failed" in f" {summary}" and " error" not in summary
+    return ok, output
 
 
 def timed(mutant: Mutant) -> tuple[bool, str, float]:
