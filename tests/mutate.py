@@ -449,8 +449,10 @@ def _pytest(folder: Path, tests: tuple[str, ...]) -> None:
 
 def caught(mutant: Mutant) -> tuple[bool, str]:
     """Whether a test fails with the bug in place, and what pytest printed."""
-    folder = ROOT / "build" / "mutants" / "".join(c if c.isalnum() else "-" for c in mutant.name)
+    name = "".join(c if c.isalnum() else "-" for c in mutant.name)
+    folder = ROOT / "build" / "mutants" / f"{name}-{os.getpid()}"
     sources(mutant, folder)
+    (folder / "log").touch()
     child = FORK.Process(target=_pytest, args=(folder, mutant.tests))
     child.start()
     child.join(timeout=300)
