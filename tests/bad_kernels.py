@@ -36,12 +36,24 @@ def _dot_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _wide_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    a = tl.zeros([BLOCK, BLOCK], tl.float32)
+    b = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for i in range(8):
+        x = tl.load(x_ptr + i * BLOCK * BLOCK + offs)
+        a = tl.dot(x, x.T, a)
+        b = tl.dot(x.T, x, b)
+    tl.store(out_ptr + offs, (a + b).to(tl.bfloat16))
+
+
+@triton.jit
 def _broken_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
     tl.store(out_ptr + tl.arange(0, BLOCK + 1), tl.load(x_ptr))  # a range must be a power of two
 
 
 def _what_lock_says(
-    kernel, dtype: torch.dtype, block: int, num_warps: int, num_stages: int, logged: str = ""
+    kernel, dtype: torch.dtype, block: int, num_warps: int, num_stages: int, logged: str = "", arch: int = 90
 ) -> list[str]:
     said: list[str] = []
 
@@ -51,10 +63,10 @@ def _what_lock_says(
         else:
             log = compiled.metadata.ptxas_log + logged
             compiled.metadata = compiled.metadata._replace(ptxas_log=log)
-            said.extend(lock.problems(90, lock.figures(compiled)))
+            said.extend(lock.problems(arch, lock.figures(compiled)))
 
     x = torch.empty(block, block, dtype=dtype)
-    with lock.compiling(90, report):
+    with lock.compiling(arch, report):
         runtime.launch(kernel, 1, x_ptr=x, out_ptr=x, BLOCK=block, num_warps=num_warps, num_stages=num_stages)
     return said
 
@@ -70,6 +82,11 @@ if __name__ == "__main__":
         "half a warp group": _what_lock_says(_dot_kernel, half, 64, num_warps=2, num_stages=3),
         "nine stages": _what_lock_says(_dot_kernel, half, 128, num_warps=8, num_stages=9),
         "broken": _what_lock_says(_broken_kernel, single, 64, num_warps=4, num_stages=1),
+        "good on sm_100": _what_lock_says(_dot_kernel, half, 64, num_warps=4, num_stages=3, arch=100),
+        "half a warp group on sm_100": _what_lock_says(_dot_kernel, half, 64, num_warps=2, num_stages=3, arch=100),
+        "accumulators beyond tensor memory": _what_lock_says(
+            _wide_kernel, half, 256, num_warps=8, num_stages=1, arch=100
+        ),
         "serialised": _what_lock_says(_dot_kernel, half, 64, 4, 3, warning),
     }
     print(json.dumps(said))

@@ -25,6 +25,7 @@ from vit.kernels import runtime
 LAYERS = {
     "test_strict": "strict interpreter",
     "test_tolerances": "tolerance policy",
+    "test_kernel_lint": "kernel lint",
     "test_patch_embed": "kernels",
     "test_layer_norm": "kernels",
     "test_dropout": "kernels",
@@ -91,28 +92,29 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_terminal_summary(terminalreporter):
+    """One table: what each layer of verification ran, and how it ended."""
     rows: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for outcome in ("passed", "failed", "error", "skipped"):
-        for report in terminalreporter.stats.get(outcome, []):
-            stem = report.nodeid.split("::")[0].rsplit("/", 1)[-1].removesuffix(".py")
-            row = rows[LAYERS.get(stem, stem)]
-            row[outcome] += 1
-    for reports in terminalreporter.stats.values():
+    for outcome, reports in terminalreporter.stats.items():
         for report in reports:
             if hasattr(report, "duration"):
                 stem = report.nodeid.split("::")[0].rsplit("/", 1)[-1].removesuffix(".py")
-                rows[LAYERS.get(stem, stem)]["seconds"] += report.duration
+                row = rows[LAYERS.get(stem, stem)]
+                row[outcome] += 1
+                row["seconds"] += report.duration
     if not rows:
         return
     terminalreporter.section("layers")
-    terminalreporter.write_line(f"{'layer':<22}{'cases':>7}{'failed':>8}{'skipped':>9}{'cpu seconds':>13}")
+    write = terminalreporter.write_line
+    write(f"{'layer':<22}{'cases':>7}{'failed':>8}{'skipped':>9}{'seconds':>10}  result")
     for layer, row in sorted(rows.items()):
-        cases = row["passed"] + row["failed"] + row["error"]
         failed = row["failed"] + row["error"]
-        terminalreporter.write_line(
-            f"{layer:<22}{cases:>7.0f}{failed:>8.0f}{row['skipped']:>9.0f}{row['seconds']:>13.1f}"
-        )
-    terminalreporter.write_line(f"{'wall clock':<46}{time.time() - _started:>13.1f}")
+        cases, result = row["passed"] + failed, "FAILED" if failed else "ok" if row["passed"] else "skipped"
+        write(f"{layer:<22}{cases:>7.0f}{failed:>8.0f}{row['skipped']:>9.0f}{row['seconds']:>10.1f}  {result}")
+    write(f"{'wall clock':<46}{time.time() - _started:>10.1f}")
+    reports = [r for o in ("passed", "failed") for r in terminalreporter.stats.get(o, [])]
+    caught = [r.passed for r in reports if "test_mutants.py::test_caught" in r.nodeid]
+    if caught:
+        write(f"seeded bugs: {sum(caught)} of {len(caught)} caught")
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,12 @@
 """Compile-only lock: every kernel, pinned configuration and dtype, compiled for GPUs that this machine need not have.
 
-    python tests/lock.py [--update] [--arch 80,89,90] [--case NAME] [--jobs 2] [--json FILE]
+    python tests/lock.py [--update] [--arch 80,89,90,100] [--case NAME] [--jobs 2] [--json FILE]
 
 The ops' own host code runs on CPU tensors (lock_cases.py) and the launcher compiles instead of launching, so a kernel
 gets exactly the specialisation of production: aligned pointers, sizes divisible by 16 or equal to 1, constexprs, pinned
-configuration. Checked: it compiles, nothing spills, it fits the device's shared memory, no atomics, wgmma where it is
-due and never serialised, every kernel has a case, and the figures equal the lock file of the installed Triton version.
-TRITON_INTERPRET is ignored.
+configuration. Checked: it compiles, nothing spills, it fits the device's shared and tensor memory, no atomics, wgmma
+(sm_100: tcgen05) where it is due and never serialised, every kernel has a case, and the figures equal the lock file of
+the installed Triton version. TRITON_INTERPRET is ignored.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LOCK_FILE = ROOT / "tests" / "lock" / f"triton-{triton.__version__}.json"
 # Bytes of shared memory that a program may have: the compiler does not check.
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+TENSOR_MEMORY_LIMIT = 512  # columns; sm_100 keeps accumulators there
+ASYNC_DOT = {90: "wgmma", 100: "tcgen05"}  # how tensor cores work beside the warps, from 64 rows and 4 warps on
 DTYPES = {arch: ["bf16"] for arch in SHARED_LIMIT} | {90: ["bf16", "fp16", "fp32", "tf32"]}
 TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 
@@ -113,6 +115,7 @@ def compiling(arch: int, report: Callable[[str, dict[str, Any], Any], None]) -> 
 def figures(compiled: Any) -> dict[str, Any]:
     """What the lock file keeps of a compiled kernel, read from ptxas, PTX, TTGIR and metadata."""
     log, ptx, meta = compiled.metadata.ptxas_log, compiled.asm["ptx"], compiled.metadata
+    arch = meta.target.arch
 
     def said(pattern: str) -> int:
         return sum(map(int, re.findall(pattern, log)))
@@ -133,14 +136,16 @@ def figures(compiled: Any) -> dict[str, Any]:
         "tma": count(r"\bcp\.async\.bulk\.tensor"),
         "atomics": count(r"\b(?:atom|red)\."),
     }
-    # Dots that did not become wgmma though their type and rows (the result's M) would allow it.
+    if arch == 100:
+        result |= {"tcgen05": count(r"\btcgen05\.mma\."), "tensor_memory": meta.tmem_size}
+    # Dots that became no instruction of the asynchronous tensor core though type and rows (the result's M) allow it.
     slow = sum(
         int(rows) >= 64 and (operand in ("bf16", "f16") or "inputPrecision = tf32" in line)
         for line in re.findall(r"= tt\.dot .*", compiled.asm["ttgir"])
         for operand, rows in re.findall(r" : tensor<\d+x\d+x(\w+).* -> tensor<(\d+)x", line)
     )
-    if meta.target.arch == 90 and slow:
-        result["dots_without_wgmma"] = slow
+    if slow and arch in ASYNC_DOT:
+        result[f"dots_without_{ASYNC_DOT[arch]}"] = slow
     if warned := sorted(set(re.findall(r"C75\d\d", log))):
         result["ptxas_warnings"] = warned
     return result
@@ -157,16 +162,20 @@ def problems(arch: int, got: dict[str, Any]) -> list[str]:
         )
     if got["shared"] > SHARED_LIMIT[arch]:
         found.append(f"needs {got['shared']:,} of {SHARED_LIMIT[arch]:,} bytes of shared memory; pin fewer stages")
+    if got.get("tensor_memory", 0) > TENSOR_MEMORY_LIMIT:
+        found.append(
+            f"needs {got['tensor_memory']} of {TENSOR_MEMORY_LIMIT} columns of tensor memory; pin smaller tiles"
+        )
     if got["atomics"]:
         found.append(f"has {got['atomics']} atomics: not reproducible; write partials and sum them in order")
     if "ptxas_warnings" in got:
         found.append(
             f"ptxas serialises its wgmma ({', '.join(got['ptxas_warnings'])}); free registers or split the dot"
         )
-    if "dots_without_wgmma" in got:
+    instruction = ASYNC_DOT.get(arch)
+    if slow := got.get(f"dots_without_{instruction}"):
         found.append(
-            f"{got['dots_without_wgmma']} dots with 64 rows or more are not wgmma; change the tile or the warps "
-            "(a multiple of 4)"
+            f"{slow} dots with 64 rows or more are not {instruction}; change the tile or the warps (a multiple of 4)"
         )
     return found
 
@@ -266,7 +275,7 @@ def run(archs: list[int], cases: list[str], jobs: int) -> tuple[dict[str, Any], 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--update", action="store_true", help="rewrite the lock file of the installed Triton version")
-    parser.add_argument("--arch", default="80,89,90", help="compute capabilities times ten")
+    parser.add_argument("--arch", default="80,89,90,100", help="compute capabilities times ten")
     parser.add_argument("--case", action="append", choices=CASES, help="only this case (may be repeated)")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path, help="also write figures and failures to this file")

@@ -1,18 +1,27 @@
 """Seeded bugs: each is applied alone to a copy of the sources, and the tests named beside it must fail.
 
-Run all of them with ``python tests/mutate.py``, some with ``python tests/mutate.py NAME …``.
+    python tests/mutate.py [--jobs 2] [NAME …]
+
+runs all of them, or those whose name contains a NAME; it fails if fewer than 95 % are caught.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Children of a process that has imported PyTorch, but nothing of ours: importing it takes longer than most tests.
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["torch", "torch._dynamo", "pytest"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +158,265 @@ MUTANTS = [
         "return next_norm.add(x, self.mlp(y), self.ls1 and self.ls1.gamma)",
         (f"{VIT}::test_cpu_path",),
     ),
+    Mutant(
+        "layer_norm: the mean is not corrected",
+        "kernels/tile.py",
+        "return mean + shift, 1.0",
+        "return mean, 1.0",
+        (f"{LN}::test_extreme_rows",),
+    ),
+    Mutant(
+        "layer_norm: the last row is not written",
+        "kernels/layer_norm.py",
+        "y.to(y_ptr.dtype.element_ty), mask=mask)",
+        "y.to(y_ptr.dtype.element_ty), mask=mask & (offs_m < M - 1)[:, None])",
+        (f"{LN}::test_layer_norm",),
+    ),
+    Mutant(
+        "layer_norm: a masked load without other",
+        "kernels/layer_norm.py",
+        "stride_xm + offs_d[None, :], mask=mask, other=0.0)",
+        "stride_xm + offs_d[None, :], mask=mask)",
+        (f"{LN}::test_layer_norm",),
+    ),
+    Mutant(
+        "layer_norm: the partial sums of the first program alone",
+        "kernels/layer_norm.py",
+        "p.sum(dim=0) for p in",
+        "p[0] for p in",
+        (f"{LN}::test_layer_norm",),
+    ),
+    Mutant(
+        "layer_norm: the gradient of the bias is summed in 16 bits",
+        "kernels/layer_norm.py",
+        "db += tl.sum(dy, axis=0)",
+        "db = (db + tl.sum(dy, axis=0)).to(dy_ptr.dtype.element_ty).to(ACC)",
+        (f"{LN}::test_sums_over_many_rows",),
+    ),
+    Mutant(
+        "layer_norm: the gradient of the stream is left out",
+        "kernels/layer_norm.py",
+        "if ds_out_ptr is not None:",
+        "if dw_ptr is None:",
+        (f"{LN}::test_residual_layer_norm",),
+    ),
+    Mutant(
+        "layer_norm: the gradient of the branch without gamma",
+        "kernels/layer_norm.py",
+        "ds *= gamma",
+        "ds *= 1.0",
+        (f"{LN}::test_residual_layer_norm",),
+    ),
+    Mutant(
+        "layer_norm: an fp32 stream is rounded to the type of the branch",
+        "kernels/layer_norm.py",
+        "return x.new_empty(x.shape), x.new_empty(x.shape, dtype=branch.dtype)",
+        "return x.new_empty(x.shape, dtype=branch.dtype), x.new_empty(x.shape, dtype=branch.dtype)",
+        (f"{LN}::test_fp32_stream_with_16_bit_branch",),
+    ),
+    Mutant(
+        "attention: wrong head stride",
+        "kernels/tile.py",
+        "h * stride[2]",
+        "h * stride[1]",
+        (f"{ATTENTION}::test_packed",),
+    ),
+    Mutant(
+        "attention: columns of the next head are read",
+        "kernels/attention.py",
+        "min(width, head_dim - start)",
+        "width",
+        (f"{ATTENTION}::test_every_head_dim",),
+    ),
+    Mutant(
+        "attention: statistics of the first query are not written",
+        "kernels/attention.py",
+        "tl.store(m_ptr + offs_stats, m_i, mask=mask_m)",
+        "tl.store(m_ptr + offs_stats, m_i, mask=mask_m & (offs_m > 0))",
+        (f"{ATTENTION}::test_packed",),
+    ),
+    Mutant(
+        "attention: packed q and k exchanged",
+        "kernels/attention.py",
+        "q, k, v = _unit_rows(qkv)[0].unbind(dim=2)",
+        "k, q, v = _unit_rows(qkv)[0].unbind(dim=2)",
+        (f"{ATTENTION}::test_packed",),
+    ),
+    Mutant(
+        "attention: dk and dv exchanged",
+        "kernels/attention.py",
+        "dk_ptr=dk, dv_ptr=dv",
+        "dk_ptr=dv, dv_ptr=dk",
+        (f"{ATTENTION}::test_packed",),
+    ),
+    Mutant(
+        "attention: dq without the scale",
+        "kernels/attention.py",
+        "tile.scale_parts(dq, SCALE)",
+        "dq",
+        (f"{ATTENTION}::test_packed",),
+    ),
+    Mutant(
+        "gelu_tanh: slope off by a factor of three in x squared",
+        "kernels/tile.py",
+        "0.21406444881780076 * square",
+        "0.07135481627260025 * square",
+        (f"{LINEAR}::test_gelu_and_grad",),
+    ),
+    Mutant(
+        "gemm: the cheap erf in fp32",
+        "kernels/linear.py",
+        "primitive_bitwidth == 16",
+        "primitive_bitwidth <= 32",
+        (f"{LINEAR}::test_only_16_bit_results_take_the_cheap_form",),
+    ),
+    Mutant(
+        "gemm: a ragged group of tiles is taken for a whole one",
+        "kernels/tile.py",
+        "rows = tl.minimum(TILES_M - first_m, GROUP_M)",
+        "rows = GROUP_M",
+        (f"{LINEAR}::test_linear",),
+    ),
+    Mutant(
+        "gemm: the bias is read beyond its end",
+        "kernels/linear.py",
+        "tl.load(bias_ptr + offs_n, mask=mask_n,",
+        "tl.load(bias_ptr + offs_n, mask=offs_n <= N,",
+        (f"{LINEAR}::test_linear",),
+    ),
+    Mutant(
+        "gemm: tf32 without being asked",
+        "kernels/runtime.py",
+        'else "ieee"',
+        'else "tf32"',
+        (f"{LINEAR}::test_fp32_precision_follows_pytorch",),
+    ),
+    Mutant(
+        "linear: the gradient of the bias is summed in 16 bits",
+        "kernels/linear.py",
+        "dy.sum(dim=0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(dy.dtype)",
+        "sum(some.sum(dim=0) for some in dy.split(64))",
+        (f"{LINEAR}::test_sums_over_many_rows",),
+    ),
+    Mutant(
+        "patch_embed: dW from rows of dy that are one prefix too early",
+        "kernels/patch_embed.py",
+        "(R + n).to(tl.int64) * stride_dyt)[None, :]",
+        "n.to(tl.int64) * stride_dyt)[None, :]",
+        (f"{PATCH}::test_patch_embed",),
+    ),
+    Mutant(
+        "patch_embed: dW from the first image alone",
+        "kernels/patch_embed.py",
+        "offs_dy = (b * stride_dyb",
+        "offs_dy = (0 * b * stride_dyb",
+        (f"{PATCH}::test_patch_embed",),
+    ),
+    Mutant(
+        "patch_embed: the first partial tile of dW alone",
+        "kernels/patch_embed.py",
+        "partials.sum(dim=0).to(",
+        "partials[0].to(",
+        (f"{PATCH}::test_sums_over_many_rows",),
+    ),
+    Mutant(
+        "patch_embed: dimage at the pixels of a patch on its side",
+        "kernels/patch_embed.py",
+        "**_layout(dimage, PH, PW)",
+        "**_layout(dimage, PW, PH)",
+        (f"{PATCH}::test_patch_embed[float32-rectangular patch]",),
+    ),
+    Mutant(
+        "patch_embed: dW accumulates in 16 bits",
+        "kernels/patch_embed.py",
+        "acc = tile.dot(dy, patches, acc, PRECISION)",
+        "acc = tile.dot(dy, patches, acc, PRECISION).to(dy.dtype).to(ACC)",
+        (f"{PATCH}::test_sums_over_many_rows",),
+    ),
+    Mutant(
+        "patch_embed: prefix tokens in the gradient of the bias",
+        "kernels/patch_embed.py",
+        "sums[num_prefix:].sum(dim=0)",
+        "sums.sum(dim=0)",
+        (f"{PATCH}::test_patch_embed",),
+    ),
+    Mutant(
+        "patch_embed: the gradient of the position embedding from the first rows",
+        "kernels/patch_embed.py",
+        "sums[None, T - num_pos :]",
+        "sums[None, :num_pos]",
+        (f"{PATCH}::test_patch_embed[float32-position embedding of patches only]",),
+    ),
+    Mutant(
+        "runtime: an explicit request falls back",
+        "kernels/runtime.py",
+        'if impl == "triton" and why_not is not None:',
+        'if impl == "never" and why_not is not None:',
+        (f"{ATTENTION}::test_unsupported_head_dim",),
+    ),
+    Mutant(
+        "reference: tanh GELU for erf",
+        "kernels/reference.py",
+        'approximate="tanh" if activation == "gelu_tanh" else "none"',
+        'approximate="tanh"',
+        (f"{VIT}::test_cpu_path[plain]",),
+    ),
+    Mutant(
+        "model: norm1 of the block before",
+        "vit/model.py",
+        "for block in self.blocks[1:]",
+        "for block in self.blocks[:-1]",
+        (f"{VIT}::test_cpu_path[plain]",),
+    ),
+    Mutant(
+        "model: gamma is ignored where no norm follows",
+        "vit/layers.py",
+        "branch if gamma is None else branch * gamma",
+        "branch",
+        (f"{VIT}::test_cpu_path[LayerScale, avg pool]",),
+    ),
+    Mutant(
+        "model: norm_eps is ignored",
+        "vit/layers.py",
+        "eps=config.norm_eps",
+        "eps=1e-6",
+        (f"{VIT}::test_cpu_path[norm_eps]",),
+    ),
+    Mutant(
+        "model: tanh GELU is ignored",
+        "vit/layers.py",
+        "self.activation = config.act_layer",
+        'self.activation = "gelu"',
+        (f"{VIT}::test_cpu_path[tanh GELU]",),
+    ),
+    Mutant(
+        "model: the pool takes a prefix token along",
+        "vit/model.py",
+        "self.config.num_prefix_tokens :].mean",
+        "self.config.num_prefix_tokens - 1 :].mean",
+        (f"{VIT}::test_cpu_path[avg pool]",),
+    ),
+    Mutant(
+        "model: register tokens before the class token",
+        "vit/model.py",
+        "(self.cls_token, self.reg_token) if",
+        "(self.reg_token, self.cls_token) if",
+        (f"{VIT}::test_cpu_path[registers]",),
+    ),
+    Mutant(
+        "model: the position embedding is resized in the other dialect",
+        "vit/model.py",
+        "(new + 0.1) / old",
+        "new / old",
+        (f"{VIT}::test_position_embedding_is_resized",),
+    ),
+    Mutant(
+        "model: the resized position embedding is transposed",
+        "vit/model.py",
+        "ha,wb,abd->hwd",
+        "ha,wb,abd->whd",
+        (f"{VIT}::test_position_embedding_is_resized",),
+    ),
 ]
 
 
@@ -165,32 +433,59 @@ def sources(mutant: Mutant, folder: Path) -> None:
     path.write_text(text.replace(mutant.old, mutant.new))
 
 
+def _pytest(folder: Path, tests: tuple[str, ...]) -> None:
+    """The whole life of a child process: pytest in ``folder``, whose output goes to ``folder/log``."""
+    log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+        del os.environ[name]
+    import pytest
+
+    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={folder}/tmp", *tests]))
+
+
 def caught(mutant: Mutant) -> tuple[bool, str]:
     """Whether a test fails with the bug in place, and what pytest printed."""
-    folder = ROOT / "build" / "mutants" / "".join(c if c.isalnum() else "-" for c in mutant.name)
+    name = "".join(c if c.isalnum() else "-" for c in mutant.name)
+    folder = ROOT / "build" / "mutants" / f"{name}-{os.getpid()}"
     sources(mutant, folder)
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"--basetemp={folder}/tmp"]
-    env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    env = {k: v for k, v in env.items() if not k.startswith("PYTEST_")}
-    done = subprocess.run([*command, *mutant.tests], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    (folder / "log").touch()
+    child = FORK.Process(target=_pytest, args=(folder, mutant.tests))
+    child.start()
+    child.join(timeout=300)
+    child.kill()
+    output = (folder / "log").read_text()
     shutil.rmtree(folder, ignore_errors=True)
     # 1 means that tests ran and failed; a bug that breaks the import or matches no test was not caught by a test.
-    summary = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
-    ok = done.returncode == 1 and " failed" in f" {summary}" and " error" not in summary
-    return ok, done.stdout + done.stderr
+    summary = output.strip().splitlines()[-1] if output.strip() else ""
+    ok = child.exitcode == 1 and " failed" in f" {summary}" and " error" not in summary
+    return ok, output
+
+
+def timed(mutant: Mutant) -> tuple[bool, str, float]:
+    start = time.time()
+    return *caught(mutant), time.time() - start
 
 
 def main() -> int:
-    chosen = [m for m in MUTANTS if not sys.argv[1:] or any(word in m.name for word in sys.argv[1:])]
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only bugs whose name contains one of these")
+    parser.add_argument("--jobs", type=int, default=2, help="bugs at a time")
+    args = parser.parse_args()
+    chosen = [m for m in MUTANTS if not args.names or any(name in m.name for name in args.names)]
     survivors = []
-    for mutant in chosen:
-        ok, output = caught(mutant)
-        print(f"{'caught' if ok else 'SURVIVED':<9} {mutant.name}", flush=True)
-        if not ok:
-            survivors.append(mutant.name)
-            print(output[-2000:])
-    print(f"{len(chosen) - len(survivors)} of {len(chosen)} seeded bugs caught")
-    return bool(survivors)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for mutant, (ok, output, seconds) in zip(chosen, pool.map(timed, chosen), strict=True):
+            print(f"{'caught' if ok else 'SURVIVED':<9}{seconds:5.1f} s  {mutant.name}", flush=True)
+            if not ok:
+                survivors.append(mutant.name)
+                print(output[-2000:])
+    print(f"seeded bugs: {len(chosen) - len(survivors)} of {len(chosen)} caught")
+    print("".join(f"survived: {name}\n" for name in survivors), end="")
+    return int(len(survivors) > 0.05 * len(chosen))
 
 
 if __name__ == "__main__":

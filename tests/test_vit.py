@@ -24,6 +24,8 @@ VARIANTS = {
     "registers": {"reg_tokens": 4},
     "registers, patches embedded only": {"reg_tokens": 4, "no_embed_class": True},
     "LayerScale": {"init_values": 0.1},
+    "LayerScale, avg pool": {"init_values": 0.1, "global_pool": "avg"},
+    "norm_eps": {"norm_eps": 1e-2},
     "no qkv bias": {"qkv_bias": False},
     "tanh GELU": {"act_layer": "gelu_tanh"},
     "rectangular patch": {"patch_size": (8, 16), "img_size": (40, 32)},
