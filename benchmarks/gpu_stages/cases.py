@@ -59,7 +59,7 @@ class Case:
 
 def op_cases(device: torch.device, rehearse: bool, head_dim: int = 64, heads: int = 12, batch: int = 8) -> list[Case]:
     """Every op at the shapes of a ViT in bf16; ViT-B by default, tiny in a rehearsal."""
-    batch, grid, patch = (1, 2, 16) if rehearse else (batch, 14, 16)
+    batch, grid, patch = (1, 2, 8) if rehearse else (batch, 14, 16)
     heads = 1 if rehearse else heads
     tokens, dim = 1 + grid * grid, head_dim * heads
     hidden = (2 if rehearse else 4) * dim
@@ -100,7 +100,7 @@ def outputs_and_grads(fn: Callable[..., Any], tensors: dict[str, Tensor], cotang
 
 def pair(name: str, device: torch.device, dtype: torch.dtype, rehearse: bool) -> tuple[Any, Any]:
     """Our model and the eager reference with the same weights."""
-    small = {"img_size": 32, "depth": 1, "num_classes": 10, "impl": "triton"} if rehearse else {}
+    small = {"img_size": 32, "embed_dim": 48, "depth": 1, "num_classes": 10, "impl": "triton"} if rehearse else {}
     ours = vit.create_model(name, seed=0, **small).to(device, dtype)
     eager = vit.reference.VisionTransformer(ours.config).to(device, dtype)
     eager.load_state_dict(ours.state_dict())
@@ -113,9 +113,9 @@ def large_model(rehearse: bool) -> str:
 
 def small_model(device: torch.device, rehearse: bool, impl: str = "triton") -> tuple[torch.nn.Module, Tensor, Tensor]:
     """A small ViT in bf16 with every kind of parameter, images, and a cotangent of its logits."""
-    size, width, heads, depth, batch = (32, 32, 2, 1, 1) if rehearse else (96, 192, 3, 3, 4)
+    size, patch, width, heads, depth, batch = (16, 8, 32, 2, 1, 1) if rehearse else (96, 16, 192, 3, 3, 4)
     config = vit.ViTConfig(
-        img_size=size, patch_size=16, embed_dim=width, depth=depth, num_heads=heads, num_classes=16,
+        img_size=size, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads, num_classes=16,
         reg_tokens=1, init_values=0.5, mlp_ratio=2.0, impl=impl,
     )  # fmt: skip
     model = vit.VisionTransformer(config, seed=0, device=device, dtype=torch.bfloat16)

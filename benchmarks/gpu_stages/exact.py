@@ -17,7 +17,7 @@ from benchmarks.gpu_stages.record import Log
 
 def determinism(log: Log, rehearse: bool) -> None:
     """Every op and a small ViT, forward and backward, 100 times."""
-    device, times = cases.device(rehearse), 2 if rehearse else 100
+    device, times = cases.device(rehearse), 1 if rehearse else 100
     for case in cases.op_cases(device, rehearse):
         log.attempt(lambda case=case: _again(case.results, times), op=case.op)
     for impl in ("triton", "auto"):

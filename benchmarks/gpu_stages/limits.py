@@ -44,7 +44,7 @@ def large(log: Log, rehearse: bool) -> None:
 def _large(op: str, rehearse: bool) -> dict:
     """For a ViT-B of 14,400 images: 2.2·10⁹ elements in a [B, N, D] tensor; some 20 to 45 GB at work."""
     device = cases.device(rehearse)
-    batch, grid, dim, patch = (4, 2, 32, 16) if rehearse else (14_400, 14, 768, 16)
+    batch, grid, dim, patch = (4, 2, 32, 8) if rehearse else (14_400, 14, 768, 16)
     tokens, head_count = 1 + grid * grid, dim // (16 if rehearse else 64)
     rand = functools.partial(_rand, device)
     x = functools.partial(rand, batch, tokens, dim)

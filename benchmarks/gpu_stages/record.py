@@ -27,6 +27,9 @@ def run_stage(target: str, path: Path, gpu: str, rehearse: bool) -> None:
         import strict
 
         strict.install()
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False  # on by default: the eager convolution in fp32 would be no yardstick
     log = Log(path, gpu, rehearse)
     module, function = target.split(":")
     try:

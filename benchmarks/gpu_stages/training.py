@@ -1,21 +1,19 @@
 """1,000 steps of training, ours beside eager PyTorch: do the loss curves agree.
 
 The task is made on the device: noisy gratings, whose orientation is the class. AdamW on fp32 copies of the weights; the
-model computes in fp32, and in bf16.
+model computes in bf16, and in fp32.
 
-Two right trainings drift apart: a rounding difference grows from step to step. How far is measured, not guessed: eager
-PyTorch trains twice, the second time on every batch in reversed order, which is the same mean in another order of
-sums. Our curve may differ from eager's by `FACTOR` times as much, or by `FLOOR` of the first loss, whichever is more.
-Compared are means over windows of steps, the root mean square over all windows, because one step's loss is the noise of
-its batch. The factor leaves room because each distance is a single draw of chance; a training with a wrong gradient is
-another curve altogether: the tests see one that is beyond the limit (`tests/test_gpu_script.py`).
+Judged as everything else is (`vit.testing`), against fp64 and beside eager PyTorch's own error: eager trains once in
+fp64, and our loss curve may be `FACTOR` times as far from that one as eager's in the same dtype is, or `FLOOR` of the
+first loss, whichever is more. The factor is 2 for what the policy lets an fp32 op err beside eager, times 2 for chance,
+because rounding errors grow from step to step and each distance is a single draw. Compared are means over windows of
+steps, the root mean square over all windows, because one step's loss is the noise of its batch. What that catches in
+fp32 is small: a LayerNorm's weight that learns in the wrong direction (`tests/test_gpu_script.py`).
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import time
 from statistics import fmean
 
 import torch
@@ -25,63 +23,58 @@ import vit
 from benchmarks.gpu_stages import cases
 from benchmarks.gpu_stages.record import Log
 
-FACTOR, FLOOR = 3.0, 0.02
+FACTOR, FLOOR = 4.0, 1e-4
 CLASSES = 10
 
 
 def training(log: Log, rehearse: bool) -> None:
-    device = cases.device(rehearse)
-    for dtype in (torch.bfloat16,) if rehearse else (torch.bfloat16, torch.float32):
-        log.attempt(functools.partial(_compare, device, dtype, rehearse), dtype=cases.name_of(dtype))
-
-
-def _compare(device: torch.device, dtype: torch.dtype, rehearse: bool) -> dict:
-    steps, batch, window = (2, 2, 1) if rehearse else (1000, 128, 50)
+    device, (steps, batch, window) = cases.device(rehearse), (2, 2, 1) if rehearse else (1000, 128, 50)
     config = vit.ViTConfig(
         img_size=16 if rehearse else 32, patch_size=8 if rehearse else 4, embed_dim=32 if rehearse else 192,
         depth=1 if rehearse else 4, num_heads=2 if rehearse else 3, mlp_ratio=2.0, num_classes=CLASSES,
         init_values=0.5, impl="triton",
     )  # fmt: skip
-    curves, seconds = {}, {}
-    for name in ("ours", "eager", "reversed"):
-        model = (vit.VisionTransformer if name == "ours" else vit.reference.VisionTransformer)(config, seed=0)
-        start = time.perf_counter()
-        losses = train(model.to(device, dtype), steps, batch, flip=name == "reversed")
-        seconds[name] = time.perf_counter() - start
-        curves[name] = [fmean(losses[i : i + window]) for i in range(0, steps, window)]
-    record = verdict(**curves, initial=math.log(CLASSES))
-    learned = rehearse or curves["ours"][-1] < 0.7 * curves["ours"][0]
-    return record | {
-        "ok": record["ok"] and learned, "learned": learned, "steps": steps, "batch": batch, "window": window,
-        "loss": curves, "run_s": seconds,
-    }  # fmt: skip
+
+    def curve(model_class: type, dtype: torch.dtype) -> list[float]:
+        losses = train(model_class(config, seed=0).to(device), dtype, steps, batch)
+        return [fmean(losses[i : i + window]) for i in range(0, steps, window)]
+
+    exact = curve(vit.reference.VisionTransformer, torch.float64)
+    for dtype in (torch.bfloat16,) if rehearse else (torch.bfloat16, torch.float32):
+
+        def compare(dtype: torch.dtype = dtype) -> dict:
+            ours, eager = (curve(m, dtype) for m in (vit.VisionTransformer, vit.reference.VisionTransformer))
+            learned = rehearse or ours[-1] < 0.7 * ours[0]
+            record = verdict(ours, eager, exact)
+            loss = {"ours": ours, "eager": eager, "exact": exact}
+            return record | {"ok": record["ok"] and learned, "learned": learned, "window": window, "loss": loss}
+
+        log.attempt(compare, dtype=cases.name_of(dtype), steps=steps, batch=batch)
 
 
-def verdict(ours: list[float], eager: list[float], reversed: list[float], initial: float) -> dict:
-    """Whether ours is as near to eager as chance explains; NaN fails."""
-    distance, chance = _distance(ours, eager), _distance(reversed, eager)
-    limit = max(FACTOR * chance, FLOOR * initial)
-    return {"ok": distance <= limit, "distance": distance, "chance": chance, "limit": limit, "final": ours[-1]}
+def verdict(ours: list[float], eager: list[float], exact: list[float]) -> dict:
+    """Whether ours is about as near to exact as eager is; NaN fails."""
+    distance, distance_eager = _distance(ours, exact), _distance(eager, exact)
+    limit = max(FACTOR * distance_eager, FLOOR * exact[0])
+    return {"ok": distance <= limit, "distance": distance, "distance_eager": distance_eager, "limit": limit}
 
 
 def _distance(a: list[float], b: list[float]) -> float:
     return math.sqrt(fmean((x - y) ** 2 for x, y in zip(a, b, strict=True)))
 
 
-def train(model: torch.nn.Module, steps: int, batch: int, flip: bool = False) -> list[float]:
-    """The loss of every step; the batches depend on the step alone."""
-    params = list(model.parameters())
-    device = params[0].device
-    masters = [p.detach().float().clone() for p in params]
+def train(model: torch.nn.Module, dtype: torch.dtype, steps: int, batch: int) -> list[float]:
+    """The loss of every step of ``model``, which computes in ``dtype``; the batches depend on the step alone."""
+    wide = torch.promote_types(dtype, torch.float32)
+    masters = [p.detach().to(wide, copy=True) for p in model.parameters()]
+    params = list(model.to(dtype).parameters())
     optimizer = torch.optim.AdamW(masters, lr=5e-4, weight_decay=0.05)
     losses = []
     for step in range(steps):
-        image, label = gratings(batch, model.config.img_size[0], step, device)
-        if flip:
-            image, label = image.flip(0), label.flip(0)
-        loss = F.cross_entropy(model(image.to(params[0].dtype)).float(), label)
+        image, label = gratings(batch, model.config.img_size[0], step, params[0].device)
+        loss = F.cross_entropy(model(image.to(dtype)).to(wide), label)
         for master, grad in zip(masters, torch.autograd.grad(loss, params), strict=True):
-            master.grad = grad.float()
+            master.grad = grad.to(wide)
         optimizer.step()
         with torch.no_grad():
             torch._foreach_copy_(params, masters)
