@@ -55,10 +55,10 @@ STAGES = {
     "race": Stage(_AT + "exact:race", 20),
     "heads": Stage(_AT + "limits:heads", 15),
     "time": Stage(_AT + "timing:timing", 35),
-    "compile": Stage(_AT + "modes:compiled", 35),
+    "compile": Stage(_AT + "modes:compiled", 50),
     "large": Stage(_AT + "limits:large", 35),
     "training": Stage(_AT + "training:training", 60),
-    "sanitizer": Stage(_AT + "sanitizer:sanitizer", 60),
+    "sanitizer": Stage(_AT + "sanitizer:sanitizer", 90),
 }
 
 

@@ -30,6 +30,7 @@ def run_stage(target: str, path: Path, gpu: str, rehearse: bool) -> None:
     import torch
 
     torch.backends.cudnn.allow_tf32 = False  # on by default: the eager convolution in fp32 would be no yardstick
+    torch.manual_seed(0)
     log = Log(path, gpu, rehearse)
     module, function = target.split(":")
     try:
