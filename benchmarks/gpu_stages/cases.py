@@ -57,10 +57,10 @@ class Case:
         return outputs_and_grads(fn or self.ours, tensors or self.tensors, self.cotangents)
 
 
-def op_cases(device: torch.device, rehearse: bool, head_dim: int = 64, heads: int = 12, batch: int = 8) -> list[Case]:
+def op_cases(device: torch.device, rehearse: bool, head_dim: int = 0, heads: int = 12, batch: int = 8) -> list[Case]:
     """Every op at the shapes of a ViT in bf16; ViT-B by default, tiny in a rehearsal."""
-    batch, grid, patch = (1, 2, 8) if rehearse else (batch, 14, 16)
-    heads = 1 if rehearse else heads
+    batch, grid, patch = (1, 2, 4) if rehearse else (batch, 14, 16)
+    head_dim, heads = (head_dim or 16, 1) if rehearse else (head_dim or 64, heads)
     tokens, dim = 1 + grid * grid, head_dim * heads
     hidden = (2 if rehearse else 4) * dim
 
