@@ -1,0 +1,156 @@
+"""What the stages run: every op and small models, their gradients, and how two results are compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vit
+from vit import kernels
+from vit.kernels import reference
+
+
+def device(rehearse: bool) -> torch.device:
+    return torch.device("cpu" if rehearse else "cuda")
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclasses.dataclass
+class Case:
+    """One op and its arguments; every tensor wants a gradient."""
+
+    op: str
+    tensors: dict[str, Tensor]
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def ours(self) -> Callable[..., Any]:
+        return functools.partial(getattr(kernels, self.op), impl="triton", **self.options)
+
+    @property
+    def eager(self) -> Callable[..., Any]:
+        return functools.partial(getattr(reference, self.op), **self.options)
+
+    @functools.cached_property
+    def cotangents(self) -> list[Tensor]:
+        """The same for every call; as many as the op has outputs with a gradient."""
+        with torch.no_grad():
+            outs = as_tuple(self.ours(**self.tensors))
+        generator = torch.Generator().manual_seed(0)
+        return [torch.randn(o.shape, generator=generator).to(o) for o in outs]
+
+    def results(self, fn: Callable[..., Any] | None = None, tensors: dict[str, Tensor] | None = None) -> list[Tensor]:
+        """Outputs and the gradient of every tensor."""
+        return outputs_and_grads(fn or self.ours, tensors or self.tensors, self.cotangents)
+
+
+def op_cases(device: torch.device, rehearse: bool, head_dim: int = 0, heads: int = 12, batch: int = 8) -> list[Case]:
+    """Every op at the shapes of a ViT in bf16; ViT-B by default, tiny in a rehearsal."""
+    batch, grid, patch = (1, 2, 4) if rehearse else (batch, 14, 16)
+    head_dim, heads = (head_dim or 16, 1) if rehearse else (head_dim or 64, heads)
+    tokens, dim = 1 + grid * grid, head_dim * heads
+    hidden = (2 if rehearse else 4) * dim
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+    x = rand(batch, tokens, dim)
+    qkv = rand(batch, tokens, 3, heads, head_dim)
+    q, k, v = (t.contiguous() for t in qkv.unbind(2))
+    fc1, fc2 = rand(hidden, dim) * dim**-0.5, rand(dim, hidden) * hidden**-0.5
+    norm = {"weight": rand(dim), "bias": rand(dim)}
+    stem = {"image": rand(batch, 3, grid * patch, grid * patch), "weight": rand(dim, 3, patch, patch) * 0.04}
+    tables = {"bias": rand(dim), "pos_embed": rand(1, tokens, dim), "prefix": rand(1, 1, dim)}
+    return [
+        Case("patch_embed", stem | tables),
+        Case("layer_norm", {"x": x} | norm),
+        Case("residual_layer_norm", {"residual": x, "branch": rand(batch, tokens, dim), "gamma": rand(dim)} | norm),
+        Case("linear", {"x": x, "weight": rand(dim, dim) * dim**-0.5, "bias": rand(dim)}),
+        Case("mlp", {"x": x, "fc1_weight": fc1, "fc1_bias": rand(hidden), "fc2_weight": fc2, "fc2_bias": rand(dim)}),
+        Case("attention", {"qkv": qkv}),
+        Case("attention_qkv", {"q": q, "k": k, "v": v}),
+    ]
+
+
+def as_tuple(out: Any) -> tuple[Tensor, ...]:
+    """Outputs that have a gradient: without the logsumexp that the reference of attention returns."""
+    outs = out if isinstance(out, tuple) else (out,)
+    return tuple(o for o in outs if o.dtype == outs[0].dtype)
+
+
+def outputs_and_grads(fn: Callable[..., Any], tensors: dict[str, Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
+    leaves = {k: t.detach().requires_grad_() for k, t in tensors.items()}
+    outs = as_tuple(fn(**leaves))[: len(cotangents)]
+    grads = torch.autograd.grad(outs, list(leaves.values()), cotangents)
+    return [*(o.detach() for o in outs), *grads]
+
+
+def pair(name: str, device: torch.device, dtype: torch.dtype, rehearse: bool) -> tuple[Any, Any]:
+    """Our model and the eager reference with the same weights."""
+    small = {"img_size": 32, "depth": 1, "num_classes": 10, "impl": "triton"} if rehearse else {}
+    ours = vit.create_model(name, seed=0, **small).to(device, dtype)
+    eager = vit.reference.VisionTransformer(ours.config).to(device, dtype)
+    eager.load_state_dict(ours.state_dict())
+    return ours, eager
+
+
+def large_model(rehearse: bool) -> str:
+    return "vit_tiny_patch16_224" if rehearse else "vit_base_patch16_224"
+
+
+def small_model(device: torch.device, rehearse: bool, impl: str = "triton") -> tuple[torch.nn.Module, Tensor, Tensor]:
+    """A small ViT in bf16 with every kind of parameter, images, and a cotangent of its logits."""
+    size, patch, width, heads, depth, batch = (16, 8, 32, 2, 1, 1) if rehearse else (96, 16, 192, 3, 3, 4)
+    config = vit.ViTConfig(
+        img_size=size, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads, num_classes=16,
+        reg_tokens=1, init_values=0.5, mlp_ratio=2.0, impl=impl,
+    )  # fmt: skip
+    model = vit.VisionTransformer(config, seed=0, device=device, dtype=torch.bfloat16)
+    image = torch.randn(batch, 3, size, size, device=device, dtype=torch.bfloat16)
+    return model, image, torch.randn(batch, 16, device=device, dtype=torch.bfloat16)
+
+
+def model_results(model: torch.nn.Module, image: Tensor, cotangent: Tensor) -> list[Tensor]:
+    """Logits, gradient of the image and of every parameter; nothing of the graph stays alive."""
+    image = image.detach().clone().requires_grad_()
+    out = model(image)
+    return [out.detach(), *torch.autograd.grad(out, [image, *model.parameters()], cotangent)]
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits_differ(a: Tensor, b: Tensor) -> Tensor:
+    """Whether any bit does, as a tensor on the device: nothing waits for the answer."""
+    kind = _BITS[a.element_size()]
+    return (a.contiguous().view(kind) != b.contiguous().view(kind)).any()
+
+
+def same_bits(expected: Sequence[Tensor], repeats: Sequence[Sequence[Tensor]] | Any) -> dict[str, Any]:
+    """A record: every repeat has the bits of ``expected``, which are finite. ``repeats`` may be a generator."""
+    differing, times = torch.zeros(len(expected), dtype=torch.int64, device=expected[0].device), 0
+    for times, again in enumerate(repeats, start=1):  # noqa: B007 (the number of repeats is wanted)
+        differing += torch.stack([bits_differ(a, b) for a, b in zip(expected, again, strict=True)])
+    finite = bool(torch.stack([t.isfinite().all() for t in expected]).all())
+    counts = differing.tolist()  # waits for the device
+    return {
+        "ok": finite and not any(counts), "times": times, "count": len(expected), "finite": finite,
+        "differing": {i: n for i, n in enumerate(counts) if n},
+    }  # fmt: skip

@@ -1,0 +1,113 @@
+"""The same bits: run after run, in poisoned memory, beside other work, and as views into buffers of NaN.
+
+Every op runs by our kernels alone (``impl="triton"``), so that a difference is theirs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_stages import cases
+from benchmarks.gpu_stages.record import Log
+
+
+def determinism(log: Log, rehearse: bool) -> None:
+    """Every op and a small ViT, forward and backward, 100 times."""
+    device, times = cases.device(rehearse), 1 if rehearse else 100
+    for case in cases.op_cases(device, rehearse):
+        log.attempt(lambda case=case: _again(case.results, times), op=case.op)
+    for impl in ("triton", "auto"):
+        model, *inputs = cases.small_model(device, rehearse, impl)
+        log.attempt(lambda m=model, i=inputs: _again(lambda: cases.model_results(m, *i), times), op="vit", impl=impl)
+
+
+def _again(run: Callable[[], list[Tensor]], times: int) -> dict:
+    return cases.same_bits(run(), (run() for _ in range(times)))
+
+
+def race(log: Log, rehearse: bool) -> None:
+    """250 times in fresh memory that held NaN, at another offset each time, while a second stream keeps the GPU busy.
+
+    Nothing waits between the runs, so that kernels of consecutive ones can meet, too.
+    """
+    device, times = cases.device(rehearse), 2 if rehearse else 250
+    for case in cases.op_cases(device, rehearse):
+        log.attempt(lambda case=case: _raced(case, times), op=case.op)
+
+
+def _raced(case: cases.Case, times: int) -> dict:
+    busy = _Busy(case.cotangents[0].device)
+
+    def runs() -> Iterator[list[Tensor]]:
+        for i in range(times):
+            busy.more()
+            yield case.results(tensors={k: _at_offset(t, 16 * (i % 31)) for k, t in case.tensors.items()})
+
+    with nan_outputs():
+        return cases.same_bits(case.results(), runs())
+
+
+def _at_offset(t: Tensor, offset: int) -> Tensor:
+    """A copy that starts ``offset`` elements into a new buffer of NaN; 16 elements keep the alignment of 16 bytes."""
+    buffer = torch.full((t.numel() + 2 * offset,), float("nan"), dtype=t.dtype, device=t.device)
+    return buffer[offset : offset + t.numel()].view(t.shape).copy_(t)
+
+
+class _Busy:
+    """Matrix products on a stream of their own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream() if device.type == "cuda" else None
+        if self.stream is not None:
+            self.x = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
+            self.out = torch.empty_like(self.x)
+            self.stream.wait_stream(torch.cuda.current_stream())
+
+    def more(self) -> None:
+        if self.stream is not None:
+            with torch.cuda.stream(self.stream):
+                for _ in range(4):
+                    torch.mm(self.x, self.x, out=self.out)
+
+
+def nan_bands(log: Log, rehearse: bool) -> None:
+    """Inputs and cotangents as views into buffers of NaN, outputs in memory of NaN: nothing beyond the edges is read,
+    nothing inside them is left unwritten."""
+    for case in cases.op_cases(cases.device(rehearse), rehearse):
+        log.attempt(lambda case=case: _banded(case), op=case.op)
+
+
+def _banded(case: cases.Case) -> dict:
+    expected = case.results()
+    with nan_outputs():
+        tensors = {k: _in_nans(t) for k, t in case.tensors.items()}
+        cotangents = [_in_nans(t) for t in case.cotangents]
+        return cases.same_bits(expected, [cases.outputs_and_grads(case.ours, tensors, cotangents)])
+
+
+def _in_nans(t: Tensor) -> Tensor:
+    """A copy inside a buffer of NaN: rows in front and behind, 16 elements left and right of every row.
+
+    Rows stay equally far apart, so that no op copies the view, and aligned, so that the kernel is the same.
+    """
+    width = t.shape[-1]
+    buffer = torch.full((t.numel() // width + 2, width + 32), float("nan"), dtype=t.dtype, device=t.device)
+    view = buffer[1:-1, 16:-16]
+    if t.dim() > 1:
+        return view.unflatten(0, t.shape[:-1]).copy_(t)
+    return view[0].copy_(t)
+
+
+@contextlib.contextmanager
+def nan_outputs() -> Iterator[None]:
+    """Fills what torch.empty returns with NaN, so that an element that a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,0 +1,146 @@
+"""The same bits however the code is run: on another stream, from a CUDA graph, checkpointed, compiled."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recomputed
+
+from benchmarks.gpu_stages import cases
+from benchmarks.gpu_stages.record import Log
+
+IMPLS = ("triton", "auto")  # every product by our kernel; plain ones by cuBLAS
+
+
+def streams(log: Log, rehearse: bool) -> None:
+    """Every op on a side stream, where its inputs arrive late: a kernel on any other stream would read NaN."""
+    device = cases.device(rehearse)
+    for case in cases.op_cases(device, rehearse):
+        log.attempt(functools.partial(_on_side_stream, case, device), op=case.op)
+
+
+def _on_side_stream(case: cases.Case, device: torch.device) -> dict:
+    expected = case.results()
+    late = {k: torch.full_like(t, float("nan")) for k, t in case.tensors.items()}
+    if device.type == "cpu":
+        for k, t in late.items():
+            t.copy_(case.tensors[k])
+        return cases.same_bits(expected, [case.results(tensors=late)])
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(100_000_000)  # cycles: some 50 ms, longer than all launches take
+        for k, t in late.items():
+            t.copy_(case.tensors[k])
+        found = case.results(tensors=late)
+    torch.cuda.current_stream().wait_stream(side)
+    return cases.same_bits(expected, [found])
+
+
+def graphs(log: Log, rehearse: bool) -> None:
+    """A small ViT, captured once, replayed with other images: the forward alone, and forward and backward."""
+    device = cases.device(rehearse)
+    for impl in IMPLS:
+        for mode in ("fwd", "full"):
+            log.attempt(functools.partial(_replayed, device, rehearse, impl, mode), op="vit", impl=impl, mode=mode)
+
+
+def _replayed(device: torch.device, rehearse: bool, impl: str, mode: str) -> dict:
+    model, image, cotangent = cases.small_model(device, rehearse, impl)
+    others = [torch.randn_like(image) for _ in range(1 if rehearse else 3)]
+
+    def run(x: Tensor) -> list[Tensor]:
+        if mode == "fwd":
+            with torch.no_grad():
+                return [model(x)]
+        return cases.model_results(model, x, cotangent)
+
+    static = image.clone()
+    replay = _captured(functools.partial(run, static))
+    records = []
+    for other in others:
+        static.copy_(other)
+        found = [t.clone() for t in replay()]
+        records.append(cases.same_bits(run(other), [found]))
+    return next((r for r in records if not r["ok"]), records[0]) | {"times": len(records)}
+
+
+def _captured(run: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
+    """A function that replays ``run`` and returns the same tensors every time; on a CPU, ``run`` itself."""
+    if not torch.cuda.is_available():
+        return run
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles the kernels and makes cuBLAS allocate, neither of which can be captured
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    gc.collect()  # no autograd node of the warm-up may live on: it would wait for a stream outside the capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = run()
+
+    def replay() -> list[Tensor]:
+        graph.replay()
+        return outs
+
+    return replay
+
+
+def checkpoint(log: Log, rehearse: bool) -> None:
+    """Every block recomputed in the backward, by both kinds of `torch.utils.checkpoint`."""
+    device = cases.device(rehearse)
+    for impl in IMPLS:
+        for reentrant in (True, False):
+            run = functools.partial(_checkpointed, device, rehearse, impl, reentrant)
+            log.attempt(run, op="vit", impl=impl, use_reentrant=reentrant)
+
+
+def _checkpointed(device: torch.device, rehearse: bool, impl: str, reentrant: bool) -> dict:
+    model, image, cotangent = cases.small_model(device, rehearse, impl)
+    expected = cases.model_results(model, image, cotangent)
+    calls: list[object] = []  # of a block's forward, the recomputed ones among them
+    for block in model.blocks:
+        counted = functools.partial(_counted, block.forward, calls)
+        block.forward = functools.partial(recomputed, counted, use_reentrant=reentrant)
+    image = image.clone().requires_grad_()
+    out = model(image)
+    out.backward(cotangent)  # the reentrant kind knows nothing of autograd.grad
+    found = [out.detach(), image.grad, *(p.grad for p in model.parameters())]
+    record = cases.same_bits(expected, [found])
+    again = len(calls) - len(model.blocks)
+    return record | {"ok": record["ok"] and again == len(model.blocks), "recomputed_blocks": again}
+
+
+def _counted(forward: Callable, calls: list[object], *args: object) -> object:
+    calls.append(None)
+    return forward(*args)
+
+
+def compiled(log: Log, rehearse: bool) -> None:
+    """torch.compile without a graph break. Our ops keep their bits; what Inductor makes of the rest may round apart.
+
+    With ``impl="auto"`` Inductor picks the plain products, so there the errors are compared, not the bits.
+    """
+    device = cases.device(rehearse)
+    runs = [("aot_eager", "triton"), ("inductor", "triton"), ("inductor", "auto")]
+    for backend, impl in runs[:1] if rehearse else runs:
+        log.attempt(functools.partial(_compiled, device, rehearse, backend, impl), op="vit", backend=backend, impl=impl)
+
+
+def _compiled(device: torch.device, rehearse: bool, backend: str, impl: str) -> dict:
+    torch._dynamo.reset()
+    model, image, cotangent = cases.small_model(device, rehearse, impl)
+    expected = cases.model_results(model, image, cotangent)
+    model.compile(fullgraph=True, backend=backend)
+    found = cases.model_results(model, image, cotangent)
+    record = cases.same_bits(expected, [found])
+    error = max(cases.relative_error(a, b) for a, b in zip(found, expected, strict=True))
+    if (backend, impl) == ("inductor", "auto"):
+        record["ok"] = record["finite"] and error < 0.03
+    return record | {"error_rms": error}

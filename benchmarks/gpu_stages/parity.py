@@ -1,0 +1,80 @@
+"""Right at all: every op once, the kernel tests compiled, and ViT-B/16 against `vit.reference`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_stages import cases
+from benchmarks.gpu_stages.record import ROOT, Log
+from vit.testing import measure
+
+OP_TESTS = ("patch_embed", "layer_norm", "linear", "mlp", "attention")
+
+
+def smoke(log: Log, rehearse: bool) -> None:
+    """One launch of every kernel, forward and backward, head_dim 64 and 80."""
+    device = cases.device(rehearse)
+    for head_dim, heads in ((64, 12), (80, 16)):
+        for case in cases.op_cases(device, rehearse, head_dim, heads):
+            start = time.perf_counter()
+            try:
+                ours = case.results()
+                cases.synchronize(device)
+                seconds = time.perf_counter() - start
+                errors = [cases.relative_error(a, b) for a, b in zip(ours, case.results(case.eager), strict=True)]
+                worst = max(errors)
+                log.add(ok=worst < 0.03, op=case.op, head_dim=head_dim, error_rms=worst, first_call_s=seconds)
+            except Exception as error:
+                log.add(ok=False, op=case.op, head_dim=head_dim, error=f"{type(error).__name__}: {error}"[:2000])
+
+
+def ops(log: Log, rehearse: bool) -> None:
+    """The kernel tests, one file after another; several processes, because most of the time is compilation."""
+    workers = ["-n", str(min(os.cpu_count() or 1, 8))] if importlib.util.find_spec("xdist") else []
+    for op in OP_TESTS[1:2] if rehearse else OP_TESTS:
+        command = [sys.executable, "-m", "pytest", f"tests/test_{op}.py", "-q", "--tb=short", *workers]
+        command.append("--basetemp=.pytest-tmp-ops")  # not that of a test run which this is a part of
+        if rehearse:
+            command += ["-k", "bad_", "-n", "0"] if workers else ["-k", "bad_"]
+        start = time.perf_counter()
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        summary = next((line for line in reversed(done.stdout.splitlines()) if " in " in line), done.stderr[-300:])
+        failures = [line[:400] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR", "E  "))]
+        log.add(
+            ok=done.returncode == 0, op=op, summary=summary.strip("= "), seconds=time.perf_counter() - start,
+            failures=failures[:60],
+        )  # fmt: skip
+
+
+def whole_model(log: Log, rehearse: bool) -> None:
+    """Logits and every gradient of ViT-B/16, each tensor judged by the policy for whole models."""
+    device = cases.device(rehearse)
+    name = cases.large_model(rehearse)
+    for dtype in (torch.bfloat16,) if rehearse else (torch.bfloat16, torch.float16, torch.float32):
+        ours, eager = cases.pair(name, device, dtype, rehearse)
+        _, exact = cases.pair(name, device, torch.float64, rehearse)
+        exact.load_state_dict(eager.state_dict())
+        image = torch.randn(2, 3, *ours.config.img_size, device=device, dtype=dtype)
+        cotangent = torch.randn(2, ours.config.num_classes, device=device, dtype=dtype)
+
+        a, b, c = (_named_results(m, image, cotangent) for m in (ours, eager, exact))
+        reports = [measure(a[k], b[k], c[k], scope="model", name=k) for k in c]
+        worst = max(reports, key=lambda r: r.rms / max(r.rms_limit, 1e-30))
+        log.add(
+            ok=all(r.ok for r in reports), shape=name, dtype=cases.name_of(dtype), tensors=[str(r) for r in reports],
+            count=len(reports), failed=[r.name for r in reports if not r.ok][:40], worst=str(worst),
+        )  # fmt: skip
+        del ours, eager, exact, a, b, c
+
+
+def _named_results(model: torch.nn.Module, image: torch.Tensor, cotangent: torch.Tensor) -> dict[str, Any]:
+    dtype = next(model.parameters()).dtype
+    names = ["logits", "image", *(name for name, _ in model.named_parameters())]
+    return dict(zip(names, cases.model_results(model, image.to(dtype), cotangent.to(dtype)), strict=True))

@@ -1,0 +1,113 @@
+"""How a stage runs, in a process of its own, and how it writes down what it finds as soon as that is known."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_stage(target: str, path: Path, gpu: str, rehearse: bool) -> None:
+    """The whole of a stage's process: exit code 0 if every record is ok, 1 if one is not."""
+    os.setsid()  # so that a stage that is stopped takes its own processes along, off the GPU
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS raises in deterministic mode without it
+    if rehearse:
+        sys.path.insert(0, str(ROOT / "tests"))
+        import strict
+
+        strict.install()
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False  # on by default: the eager convolution in fp32 would be no yardstick
+    torch.manual_seed(0)
+    log = Log(path, gpu, rehearse)
+    module, function = target.split(":")
+    try:
+        getattr(importlib.import_module(module), function)(log, rehearse)
+    except Exception:
+        log.add(ok=False, error=traceback.format_exc(limit=8))
+    sys.exit(0 if log.ok else 1)
+
+
+class Log:
+    """Records of one stage; the file on disk is whole after every record."""
+
+    def __init__(self, path: Path, gpu: str, rehearse: bool = False) -> None:
+        import torch
+        import triton
+
+        self.path, self.rehearse = path, rehearse
+        self.about = {
+            "gpu": gpu,
+            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "commit": _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"),
+            "command": f"python -m benchmarks.gpu --stage {path.stem}",
+            "utc": utc(),
+        }
+        self.records: list[dict[str, Any]] = []
+        write(self.path, self.about, self.records)
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.records) and all(r["ok"] for r in self.records)
+
+    def add(self, *, ok: bool, **record: Any) -> None:
+        """Adds a record. One with ``skipped``, a reason, says nothing about the kernels."""
+        self.records.append({"ok": ok, **record} | ({"rehearsal": True} if self.rehearse else {}))
+        shown = {
+            k: f"{v:.4g}" if isinstance(v, float) else v for k, v in record.items() if k not in ("tensors", "loss")
+        }
+        verdict = "FAILED" if not ok else "skip  " if "skipped" in record else "ok    "
+        print(f"{verdict} {' '.join(f'{k}={v}' for k, v in shown.items())}", flush=True)
+        write(self.path, self.about, self.records)
+
+    def attempt(self, fn: Callable[[], dict[str, Any]], **about: Any) -> None:
+        """Adds ``about`` with what ``fn`` returns; too little memory is a reason to skip, any other error a failure."""
+        import torch
+
+        start = time.perf_counter()
+        try:
+            found = fn()
+        except torch.OutOfMemoryError as error:
+            found = {"ok": True, "skipped": f"memory: {error}"[:300]}
+        except Exception as error:
+            found = {"ok": False, "error": f"{type(error).__name__}: {error}"[:2000]}
+        self.add(**about, **found, seconds=time.perf_counter() - start)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def write(path: Path, about: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    lines = ",\n".join(json.dumps(r) for r in records)
+    path.write_text(f'{{"about": {json.dumps(about)},\n"records": [\n{lines}\n]}}\n')
+
+
+def amend(path: Path, record: dict[str, Any]) -> None:
+    """Adds a record to the file of a stage that can no longer do so itself."""
+    found = json.loads(path.read_text()) if path.exists() else {"about": {"utc": utc()}, "records": []}
+    write(path, found["about"], [*found["records"], record])
+
+
+def utc() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip() or None
+    except OSError:
+        return None
