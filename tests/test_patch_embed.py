@@ -10,7 +10,7 @@ from views import nan_padded
 
 from vit.kernels import configs, patch_embed, reference
 from vit.kernels.patch_embed import _layout, patch_embed_bwd, patch_embed_fwd
-from vit.testing import check_op
+from vit.testing import check, check_op
 
 
 def ours(**inputs):
@@ -159,6 +159,94 @@ def test_unused_mask_token(randn):
     assert torch.equal(with_token, without)
     with_token.sum().backward()
     assert inputs["mask_token"].grad is None
+
+
+HALF = pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+IMPL = pytest.mark.parametrize("impl", ["triton", "reference"])
+
+
+def fp32_tokens(inputs, half):
+    """The form that the op has under autocast: 16-bit pixels and projection, the rest of the tokens fp32."""
+    return {k: t.to(half) if k in ("image", "weight", "bias") and t is not None else t for k, t in inputs.items()}
+
+
+@HALF
+@pytest.mark.parametrize("case", ["plain", "five prefix tokens", "position embedding of patches only"])
+@pytest.mark.parametrize("token", [False, True])
+def test_fp32_tokens(randn, half, case, token):
+    """fp32 position embedding beside 16-bit pixels: fp32 tokens, nothing in between rounded to 16 bits."""
+    inputs = fp32_tokens(make(randn, **CASES[case], token=token), half)
+    mask = {"bool_masked_pos": hide(inputs)} if token else {}
+    dy = randn(*reference.patch_embed(**inputs, **mask).shape)
+    got, eager = grads(inputs, dy, **mask), grads(inputs, dy, reference.patch_embed, **mask)
+    exact = grads({k: t.double() for k, t in inputs.items()}, dy.double(), reference.patch_embed, **mask)
+    assert [t.dtype for t in got] == [torch.float32, *(t.dtype for t in inputs.values())]
+    reports = [check(a, b, c, name=n) for n, a, b, c in zip(["output", *inputs], got, eager, exact, strict=True)]
+    assert reports[0].rms < 0.02 * reports[0].rms_eager
+
+
+@HALF
+@IMPL
+@pytest.mark.parametrize("token", [False, True])
+def test_autocast_takes_the_projection_in_16_bits(randn, half, impl, token):
+    """The same bits as casting image, weight and bias by hand; gradients in the leaves' dtype."""
+    inputs = make(randn, patch=(4, 4), D=24, R=2, token=token)
+    mask = {"bool_masked_pos": hide(inputs)} if token else {}
+    dy = randn(2, 8, 24)
+
+    def under_autocast(**kwargs):
+        with torch.autocast(dy.device.type, half):
+            return patch_embed(**kwargs, impl=impl)
+
+    got = grads(inputs, dy, under_autocast, **mask)
+    by_hand = grads(fp32_tokens(inputs, half), dy, lambda **kwargs: patch_embed(**kwargs, impl=impl), **mask)
+    for name, a, b in zip(["output", *inputs], got, by_hand, strict=True):
+        assert a.dtype is torch.float32 and torch.equal(a, b.float()), name
+    alone = under_autocast(**{k: inputs[k] for k in ("image", "weight", "bias")})
+    assert alone.dtype is half  # as PyTorch's convolution
+    with torch.autocast(dy.device.type, half):
+        kept = patch_embed(**{k: t.double() for k, t in inputs.items()}, **mask, impl="reference")
+    assert kept.dtype is torch.float64
+
+
+@HALF
+@IMPL
+def test_autocast_agrees_with_timm(randn, half, impl):
+    """Dtype and values of timm's PatchEmbed, then cat, then the position embedding, under the same autocast."""
+    peers.import_timm()
+    from timm.layers import PatchEmbed
+
+    inputs = make(randn, patch=(4, 4), grid=(3, 3), D=24, R=2)
+    dy = randn(2, 11, 24)
+
+    def theirs(image, weight, bias, pos_embed, prefix):
+        module = PatchEmbed(img_size=12, patch_size=4, in_chans=3, embed_dim=24)
+        tokens = torch.func.functional_call(module, {"proj.weight": weight, "proj.bias": bias}, (image,))
+        return torch.cat([prefix.expand(2, -1, -1), tokens], dim=1) + pos_embed
+
+    def run(fn, **inputs):
+        with torch.autocast(dy.device.type, half):
+            return fn(**inputs)
+
+    got = grads(inputs, dy, lambda **a: run(patch_embed, **a, impl=impl))
+    eager = grads(inputs, dy, lambda **a: run(theirs, **a))
+    exact = grads({k: t.double() for k, t in fp32_tokens(inputs, half).items()}, dy.double(), theirs)
+    for name, a, b, c in zip(["output", *inputs], got, eager, exact, strict=True):
+        assert a.dtype is b.dtype is torch.float32
+        check(a, b, c, name=name)
+
+
+@HALF
+def test_autocast_compile_fullgraph(randn, half):
+    inputs = make(randn, patch=(4, 4), D=24, token=True)
+    masked, dy = hide(inputs), randn(2, 7, 24)
+
+    def fn(**kwargs):
+        with torch.autocast(dy.device.type, half):
+            return patch_embed(**kwargs, bool_masked_pos=masked, impl="triton")
+
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    assert all(map(torch.equal, grads(inputs, dy, fn), grads(inputs, dy, compiled)))
 
 
 def test_agrees_with_conv2d(randn):
@@ -376,6 +464,12 @@ def test_double_backward_raises(randn):
         ({"pos_embed": torch.ones(1, 9, 40)}, ValueError, r"pos_embed must have shape \(1, 7, 40\) or.* \(1, 6, 40\)"),
         ({"prefix": torch.ones(2, 1, 40)}, ValueError, r"prefix must have shape \(1, R, 40\)"),
         ({"bias": torch.ones(40, dtype=torch.float16)}, TypeError, "bias is torch.float16 but image is torch.float32"),
+        ({"prefix": torch.ones(1, 1, 40).half()}, TypeError, "prefix is torch.float16 but pos_embed is torch.float32"),
+        (
+            {"pos_embed": torch.ones(1, 7, 40).half(), "prefix": None, "mask_token": None},
+            TypeError,
+            "pos_embed is torch",
+        ),
         ({"mask_token": torch.ones(1, 40)}, ValueError, r"mask_token must have shape \(1, 1, 40\), got \(1, 40\)"),
         ({"mask_token": None}, ValueError, "bool_masked_pos needs a mask_token"),
         ({"bool_masked_pos": torch.ones(2, 7).bool()}, ValueError, r"must have shape \(2, 6\).* 2 x 3 grid.*\(2, 7\)"),
