@@ -10,7 +10,7 @@ from views import nan_padded
 
 from vit.kernels import configs, patch_embed, reference
 from vit.kernels.patch_embed import _layout, patch_embed_bwd, patch_embed_fwd
-from vit.testing import check, check_op
+from vit.testing import as_good, check, check_mirror, check_op
 
 
 def ours(**inputs):
@@ -183,6 +183,46 @@ def test_fp32_tokens(randn, half, case, token):
     assert [t.dtype for t in got] == [torch.float32, *(t.dtype for t in inputs.values())]
     reports = [check(a, b, c, name=n) for n, a, b, c in zip(["output", *inputs], got, eager, exact, strict=True)]
     assert reports[0].rms < 0.02 * reports[0].rms_eager
+
+
+def mirror(image, weight, bias, pos_embed, prefix, mask_token=None, bool_masked_pos=None):
+    """The algorithm of the kernels in PyTorch: fp32, rounded once; fp32 gradients are rounded for products."""
+    projected = torch.nn.functional.conv2d(image.float(), weight.float(), stride=weight.shape[2:]).flatten(2).mT
+    projected.register_hook(lambda g: g.to(image.dtype).float())
+    tokens = projected if bias is None else projected + bias.float()
+    if bool_masked_pos is not None:
+        tokens = torch.where(bool_masked_pos[..., None], mask_token.float(), tokens)
+    if prefix is not None:
+        tokens = torch.cat([prefix.float().expand(len(image), -1, -1), tokens], dim=1)
+    if pos_embed is not None:
+        tokens = tokens + torch.nn.functional.pad(pos_embed.float(), (0, 0, tokens.shape[1] - pos_embed.shape[1], 0))
+    added = next((t for t in (pos_embed, prefix, mask_token) if t is not None), image)
+    return tokens.to(added.dtype)
+
+
+@HALF
+@pytest.mark.parametrize("case", MASKED)
+def test_as_good_as_its_mirror(randn, half, case):
+    inputs = make(randn, **CASES[case], token=True)
+    masked = hide(inputs)
+    check_mirror(
+        lambda **a: ours(**a, bool_masked_pos=masked),
+        lambda **a: mirror(**a, bool_masked_pos=masked),
+        lambda **a: reference.patch_embed(**a, bool_masked_pos=masked),
+        inputs,
+        half,
+    )
+
+
+@HALF
+def test_fp32_tokens_as_good_as_their_mirror(randn, half):
+    inputs = fp32_tokens(make(randn, **CASES["many tiles"], R=2, token=True), half)
+    masked, dy = hide(inputs), randn(3, 27, 72)
+    mine, mirrors = (grads(inputs, dy, fn, bool_masked_pos=masked) for fn in (ours, mirror))
+    wide = {k: t.double() for k, t in inputs.items()}
+    exact = grads(wide, dy.double(), reference.patch_embed, bool_masked_pos=masked)
+    for name, *tensors in zip(["output", *inputs], mine, mirrors, exact, strict=True):
+        as_good(*tensors, name=name)
 
 
 @HALF
