@@ -208,7 +208,7 @@ def test_as_good_as_its_mirror(randn, half, case):
     inputs = make(randn, **CASES[case], token=True)
     if inputs["pos_embed"] is not None:
         inputs["pos_embed"] *= 0.1
-    masked = hide(inputs)
+    masked = hide(inputs, 0.1)
     check_mirror(
         lambda **a: ours(**a, bool_masked_pos=masked),
         lambda **a: mirror(**a, bool_masked_pos=masked),
