@@ -181,7 +181,7 @@ def layer_norm_bwd(
     ds_out_rows = None if ds_out is None else runtime.rows(ds_out)
     branch_rows = None if branch is None else runtime.rows(branch)
     M, D = s_rows.shape
-    config = configs.layer_norm(runtime.arch(s.device), D)
+    config = configs.layer_norm(runtime.arch(s.device), D, seed is not None)
     num_programs = min(triton.cdiv(M, config.block_m), 2 * runtime.num_sms(s.device))
 
     def partials(needed: bool) -> Tensor | None:

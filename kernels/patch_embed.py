@@ -69,6 +69,7 @@ def _patch_embed_fwd_kernel(
     pid = tl.program_id(0).to(tl.int64)
     pid_m, pid_d = tile.grouped_tile(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(D, BLOCK_D), GROUP_M)
     K = C * PH * PW
+    tl.assume(K > 0)  # else ptxas serialises the wgmma of fp32 tokens, which leave from the accumulator
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_m = offs_m < M

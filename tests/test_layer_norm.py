@@ -256,7 +256,7 @@ def test_extreme_rows(randn, dtype, kind):
 
 def test_sums_over_many_rows(randn, monkeypatch):
     """dγ, dβ over 16k rows: accumulating them in bf16 would be off by far more than eager."""
-    monkeypatch.setattr(configs, "layer_norm", lambda arch, width: configs.Config(block_m=256, block_n=16))
+    monkeypatch.setattr(configs, "layer_norm", lambda *args: configs.Config(block_m=256, block_n=16))
     inputs = {"x": randn(16_500, 16), "weight": randn(16), "bias": randn(16)}
     check_op(ours_layer_norm, reference.layer_norm, inputs, torch.bfloat16)
 
@@ -332,7 +332,7 @@ def test_same_bits(randn, dtype):
 
 @pytest.mark.parametrize("block_m", [1, 2, 4, 16])
 def test_every_tile_is_right(randn, monkeypatch, block_m):
-    monkeypatch.setattr(configs, "layer_norm", lambda arch, width: configs.Config(block_m=block_m, block_n=128))
+    monkeypatch.setattr(configs, "layer_norm", lambda *args: configs.Config(block_m=block_m, block_n=128))
     shape = (5, 5, 100)
     inputs = {"residual": randn(*shape), "branch": randn(*shape), "weight": randn(100), "bias": randn(100)}
     check_op(ours_residual, reference.residual_layer_norm, inputs, torch.float16)
