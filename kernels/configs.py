@@ -28,11 +28,16 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def layer_norm(arch: int, width: int) -> Config:
-    """Rows of ``width`` elements held whole in registers, about 4,096 elements a program."""
+def layer_norm(arch: int, width: int, redraws: bool = False) -> Config:
+    """Rows of ``width`` elements held whole in registers, about 4,096 elements a program.
+
+    Half as many where a backward draws the mask of dropout again, beside all that it holds.
+    """
     block_d = next_power_of_2(width)
     num_warps = min(max(block_d // 512, 4), 16)
-    return Config(block_m=2 if arch == 0 else max(1, 4096 // block_d), block_n=block_d, num_warps=num_warps)
+    return Config(
+        block_m=2 if arch == 0 else max(1, (2048 if redraws else 4096) // block_d), block_n=block_d, num_warps=num_warps
+    )
 
 
 def dropout(arch: int, width: int) -> Config:

@@ -181,7 +181,7 @@ def layer_norm_bwd(
     ds_out_rows = None if ds_out is None else runtime.rows(ds_out)
     branch_rows = None if branch is None else runtime.rows(branch)
     M, D = s_rows.shape
-    config = configs.layer_norm(runtime.arch(s.device), D)
+    config = configs.layer_norm(runtime.arch(s.device), D, seed is not None)
     num_programs = min(triton.cdiv(M, config.block_m), 2 * runtime.num_sms(s.device))
 
     def partials(needed: bool) -> Tensor | None:
@@ -310,9 +310,9 @@ def residual_layer_norm(
     Args:
         residual: [B, ..., D], the residual stream. May be fp32 beside fp16 or bf16 branches.
         branch: like ``residual``, output of attention or MLP. Under `torch.autocast` it is taken in autocast's dtype.
-        weight, bias: [D] of the LayerNorm, or None; in the dtype of ``branch`` or of ``residual``.
+        weight, bias: [D] of the LayerNorm, or None; in the dtype of ``branch``, or fp32 beside fp16 or bf16.
         eps: added to the biased variance.
-        gamma: [D], LayerScale (Touvron et al., 2021), or None; in the dtype of ``branch`` or of ``residual``.
+        gamma: [D], LayerScale (Touvron et al., 2021), or None; in a dtype that ``weight`` may have.
         row_scale: [B], a factor per sample (stochastic depth), or None. Carries no gradient.
         dropout_p, seed, site: dropout of the branch, as in `vit.kernels.dropout`.
         impl: "auto", "triton" or "reference".
@@ -331,18 +331,16 @@ def residual_layer_norm(
         raise ValueError(f"{op}: branch must have the shape of residual {shapes}")
     if residual.dtype is not torch.float32 or branch.dtype not in runtime.HALF:
         runtime.check_floating(op, residual=residual, branch=branch)
-    dtype_of_weight = next((t.dtype for t in (weight, bias) if t is not None), branch.dtype)
-    if dtype_of_weight not in (branch.dtype, residual.dtype):
-        raise TypeError(f"{op}: weight is {dtype_of_weight} but branch is {branch.dtype}; give both the same dtype")
     runtime.check_floating(op, weight=weight, bias=bias)
+    for name, t in (("weight", weight), ("bias", bias), ("gamma", gamma)):
+        if t is not None and (t.dtype is not torch.float32 or branch.dtype not in runtime.HALF):
+            runtime.check_floating(op, branch=branch, **{name: t})
     if gamma is not None and gamma.shape != residual.shape[-1:]:
         raise ValueError(f"{op}: gamma must have shape ({residual.shape[-1]},), got {tuple(gamma.shape)}")
     if row_scale is not None and row_scale.shape != residual.shape[:1]:
         raise ValueError(f"{op}: row_scale must have shape ({residual.shape[0]},), got {tuple(row_scale.shape)}")
     if row_scale is not None and row_scale.requires_grad:
         raise ValueError(f"{op}: row_scale carries no gradient; pass row_scale.detach()")
-    if gamma is not None and gamma.dtype not in (branch.dtype, residual.dtype):
-        raise TypeError(f"{op}: gamma is {gamma.dtype} but branch is {branch.dtype}; give both the same dtype")
     runtime.check_dropout(op, dropout_p, seed, residual)
     if dropout_p == 0.0:
         seed = None

@@ -4,18 +4,20 @@ N = GRID_H · GRID_W patches of C × PH × PW pixels an image, K = C · PH · PW
     P[b·N + n, k] = image[b, c, row(n)·PH + i, col(n)·PW + j]   with k = (c·PH + i)·PW + j,  n = row·GRID_W + col
 Forward:
     tokens[b, t] = prefix[t]          + pos[t]   for t < R
+    tokens[b, t] = mask_token         + pos[t]   for masked patches
     tokens[b, t] = P[b·N + t − R]·Wᵀ + bias + pos[t]   otherwise
 pos has T rows, or only the last N of them. P never exists in memory: the kernels turn (patch, k) into the address of a
-pixel with the image's own four strides, so that any layout is read as it is. Saved: image if W wants a gradient, W if
-the image does.
+pixel with the image's own four strides, so that any layout is read as it is. The pixels of masked patches are never
+read. Saved: image if W wants a gradient, W if the image does, the mask.
 
-Backward, from dy [B, T, D], with G the rows of dy that belong to patches:
-    sums = Σ_b dy,  dpos = sums (its last N rows),  dprefix = sums[:R],  dbias = Σ_n sums[R + n]
+Backward, from dy [B, T, D], with G the rows of dy that belong to patches, zero for masked ones:
+    sums = Σ_b dy,  dpos = sums (its last N rows),  dprefix = sums[:R],  dbias = Σ G
+    dmask_token = Σ of the rows of masked patches
     dW = Gᵀ·P: a program owns one tile of dW and one range of patches, walks it in order and writes a partial tile; the
         partials are then summed in one fixed order
     dP = G·W, stored straight to the pixels: each belongs to exactly one patch, so these are plain stores
 No atomics, so the result is the same bits every time. Products accumulate in fp32 (fp64 for fp64 tensors, interpreted
-only), and so do all sums.
+only), and so do all sums. Where the tokens are fp32 beside 16-bit pixels, G is rounded to 16 bits for the products.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ def _pixel_offsets(k, stride_c, stride_h, stride_w, PH: tl.constexpr, PW: tl.con
 
 @triton.jit
 def _patch_embed_fwd_kernel(
-    image_ptr, w_ptr, bias_ptr, pos_ptr, prefix_ptr, out_ptr,
+    image_ptr, w_ptr, bias_ptr, pos_ptr, prefix_ptr, mask_token_ptr, masked_ptr, out_ptr,
     M, D, C, T, R, NO_POS, GRID_W,
     stride_b, stride_c, stride_h, stride_w,
     PH: tl.constexpr, PW: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
@@ -67,6 +69,7 @@ def _patch_embed_fwd_kernel(
     pid = tl.program_id(0).to(tl.int64)
     pid_m, pid_d = tile.grouped_tile(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(D, BLOCK_D), GROUP_M)
     K = C * PH * PW
+    tl.assume(K > 0)  # else ptxas serialises the wgmma of fp32 tokens, which leave from the accumulator
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_m = offs_m < M
@@ -74,6 +77,9 @@ def _patch_embed_fwd_kernel(
     mask = mask_m[:, None] & mask_d[None, :]
     b, t = _split_rows(pid_m * BLOCK_M, T, BLOCK_M)
     is_patch = mask_m & (t >= R)
+    if masked_ptr is not None:
+        is_masked = tl.load(masked_ptr + b * (T - R) + (t - R), mask=is_patch, other=0)
+        is_patch = is_patch & (is_masked == 0)
     offs_patch = _patch_offsets(b, t - R, GRID_W, stride_b, stride_h, stride_w, PH, PW, ALIGN)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)
@@ -89,6 +95,9 @@ def _patch_embed_fwd_kernel(
 
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(ACC)[None, :]
+    if masked_ptr is not None:  # a selection: not even NaN in the weight reaches a masked patch
+        mask_token = tl.load(mask_token_ptr + offs_d, mask=mask_d, other=0.0).to(ACC)
+        acc = tl.where(is_masked[:, None] != 0, mask_token[None, :], acc)
     if prefix_ptr is not None:
         is_prefix = t[:, None] < R
         offs_prefix = t.to(tl.int64)[:, None] * D + offs_d[None, :]
@@ -103,7 +112,7 @@ def _patch_embed_fwd_kernel(
 
 @triton.jit
 def _patch_embed_dw_kernel(
-    dy_ptr, image_ptr, dw_ptr,
+    dy_ptr, image_ptr, masked_ptr, dw_ptr,
     M, D, C, N, R, GRID_W, ROWS_PER_SPLIT,
     stride_dyb, stride_dyt, stride_b, stride_c, stride_h, stride_w,
     PH: tl.constexpr, PW: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
@@ -124,6 +133,8 @@ def _patch_embed_dw_kernel(
     for start_m in range(split * ROWS_PER_SPLIT, tl.minimum((split + 1) * ROWS_PER_SPLIT, M), BLOCK_M):
         mask_m = start_m + tl.arange(0, BLOCK_M) < M
         b, n = _split_rows(start_m, N, BLOCK_M)
+        if masked_ptr is not None:  # both factors become 0, because 0 times a NaN is none
+            mask_m = mask_m & (tl.load(masked_ptr + b * N + n, mask=mask_m, other=0) == 0)
         offs_dy = (b * stride_dyb + (R + n).to(tl.int64) * stride_dyt)[None, :] + offs_d[:, None]
         dy = tl.load(dy_ptr + offs_dy, mask=mask_m[None, :] & mask_d[:, None], other=0.0)  # [BLOCK_D, BLOCK_M]
         offs_patch = _patch_offsets(b, n, GRID_W, stride_b, stride_h, stride_w, PH, PW, ALIGN)
@@ -177,17 +188,19 @@ def _layout(image: Tensor, PH: int, PW: int) -> dict[str, int]:
 
 @torch.library.custom_op("vit::patch_embed_fwd", mutates_args=())
 def patch_embed_fwd(
-    image: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None, prefix: Tensor | None
-) -> Tensor:
-    """tokens [B, R + N, D]. bias, pos_embed and prefix are contiguous."""
-    out = _patch_embed_fwd_fake(image, weight, bias, pos_embed, prefix)
+    image: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None, prefix: Tensor | None,
+    mask_token: Tensor | None, masked: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """tokens [B, R + N, D] in the wider dtype. All but image and weight are contiguous."""
+    out = _patch_embed_fwd_fake(image, weight, bias, pos_embed, prefix, mask_token, masked)
     weight = weight.contiguous()
     (B, T, D), (_, C, PH, PW) = out.shape, weight.shape
     precision = runtime.precision(image.dtype)
     config = configs.patch_embed(runtime.arch(image.device), "fwd", image.dtype, precision)
     runtime.launch(
         _patch_embed_fwd_kernel, triton.cdiv(B * T, config.block_m) * triton.cdiv(D, config.block_n),
-        image_ptr=image, w_ptr=weight, bias_ptr=bias, pos_ptr=pos_embed, prefix_ptr=prefix, out_ptr=out,
+        image_ptr=image, w_ptr=weight, bias_ptr=bias, pos_ptr=pos_embed, prefix_ptr=prefix,
+        mask_token_ptr=mask_token, masked_ptr=masked, out_ptr=out,
         M=B * T, D=D, C=C, T=T, R=0 if prefix is None else prefix.shape[1],
         NO_POS=0 if pos_embed is None else T - pos_embed.shape[1], GRID_W=image.shape[3] // PW,
         **_layout(image, PH, PW), PRECISION=precision, ACC=runtime.acc_type(image.dtype),
@@ -198,38 +211,51 @@ def patch_embed_fwd(
 
 
 @patch_embed_fwd.register_fake
-def _patch_embed_fwd_fake(image, weight, bias, pos_embed, prefix):
+def _patch_embed_fwd_fake(image, weight, bias, pos_embed, prefix, mask_token, masked):
     B, _, img_h, img_w = image.shape
     D, _, PH, PW = weight.shape
     T = (img_h // PH) * (img_w // PW) + (0 if prefix is None else prefix.shape[1])
-    return image.new_empty(B, T, D)
+    added = next((t for t in (pos_embed, prefix, mask_token) if t is not None), image)
+    return image.new_empty(B, T, D, dtype=torch.promote_types(image.dtype, added.dtype))
 
 
 @torch.library.custom_op("vit::patch_embed_bwd", mutates_args=())
 def patch_embed_bwd(
-    dy: Tensor, image: Tensor | None, weight: Tensor | None, image_shape: list[int], patch_size: list[int],
-    num_prefix: int, num_pos: int, need_dbias: bool, need_dprefix: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dimage, dw, dbias, dpos, dprefix), each empty unless wanted: dimage needs weight, dw needs image.
+    dy: Tensor, image: Tensor | None, weight: Tensor | None, masked: Tensor | None,
+    image_shape: list[int], patch_size: list[int], dtype: torch.dtype, num_prefix: int, num_pos: int,
+    need_dbias: bool, need_dprefix: bool, need_dmask_token: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dimage, dw, dbias, dpos, dprefix, dmask_token), each empty unless wanted: dimage needs weight, dw needs image.
 
-    num_pos is the number of rows of the position embedding, or 0 if its gradient is not wanted.
+    The first three are in ``dtype``, the others in that of dy. num_pos is the number of rows of the position embedding,
+    or 0 if its gradient is not wanted.
     """
-    dimage, dw, dbias, dpos, dprefix = _patch_embed_bwd_fake(
-        dy, image, weight, image_shape, patch_size, num_prefix, num_pos, need_dbias, need_dprefix
-    )
+    dimage, dw, dbias, dpos, dprefix, dmask_token = _patch_embed_bwd_fake(
+        dy, image, weight, masked, image_shape, patch_size, dtype, num_prefix, num_pos,
+        need_dbias, need_dprefix, need_dmask_token,
+    )  # fmt: skip
     (B, T, D), C, (PH, PW) = dy.shape, image_shape[1], patch_size
     wide = torch.promote_types(dy.dtype, torch.float32)
+    of_masked = None
+    if masked is not None:
+        rows = torch.nn.functional.pad(masked, (num_prefix, 0)).unsqueeze(2)
+        if num_pos or need_dmask_token:
+            of_masked = dy.contiguous().masked_fill(~rows, 0.0).sum(dim=0, dtype=wide)  # [T, D]
+        dy = dy.masked_fill(rows, 0.0)
     if num_pos or need_dbias or need_dprefix:
         # Contiguous, because the order of PyTorch's sum depends on the strides. Copies, because gradients that shared
         # memory would be scaled twice by whoever clips them in place.
         sums = dy.contiguous().sum(dim=0, dtype=wide)  # [T, D]
-        if num_pos:
-            dpos.copy_(sums[None, T - num_pos :])
-        if need_dprefix:
-            dprefix.copy_(sums[None, :num_prefix])
         if need_dbias:
             dbias.copy_(sums[num_prefix:].sum(dim=0))
+        if need_dprefix:
+            dprefix.copy_(sums[None, :num_prefix])
+        if num_pos:
+            dpos.copy_((sums if of_masked is None else sums + of_masked)[None, T - num_pos :])
+    if need_dmask_token:
+        dmask_token.copy_(of_masked.sum(dim=0))
 
+    dy = dy.to(dtype)
     if dy.stride(2) != 1:
         dy = dy.contiguous()
     N, K = T - num_prefix, C * PH * PW
@@ -249,7 +275,7 @@ def patch_embed_bwd(
         partials = dy.new_empty(splits, *dw.shape, dtype=wide)
         runtime.launch(
             _patch_embed_dw_kernel, splits * tiles,
-            dy_ptr=dy, image_ptr=image, dw_ptr=partials,
+            dy_ptr=dy, image_ptr=image, masked_ptr=masked, dw_ptr=partials,
             **sizes, ROWS_PER_SPLIT=rows_per_split, **dy_strides, **_layout(image, PH, PW), **numerics,
             BLOCK_M=config.block_m, BLOCK_D=config.block_n, BLOCK_K=config.block_k,
             num_warps=config.num_warps, num_stages=config.num_stages,
@@ -265,46 +291,47 @@ def patch_embed_bwd(
             BLOCK_M=config.block_m, BLOCK_D=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
-    return dimage, dw, dbias, dpos, dprefix
+    return dimage, dw, dbias, dpos, dprefix, dmask_token
 
 
 @patch_embed_bwd.register_fake
 def _patch_embed_bwd_fake(
-    dy, image, weight, image_shape, patch_size, num_prefix, num_pos, need_dbias, need_dprefix
+    dy, image, weight, masked, image_shape, patch_size, dtype, num_prefix, num_pos,
+    need_dbias, need_dprefix, need_dmask_token,
 ):  # fmt: skip
     D = dy.shape[2]
     return (
-        dy.new_empty(0 if weight is None else image_shape),
-        dy.new_empty(0 if image is None else (D, image_shape[1], *patch_size)),
-        dy.new_empty(D if need_dbias else 0),
+        dy.new_empty(0 if weight is None else image_shape, dtype=dtype),
+        dy.new_empty(0 if image is None else (D, image_shape[1], *patch_size), dtype=dtype),
+        dy.new_empty(D if need_dbias else 0, dtype=dtype),
         dy.new_empty((1, num_pos, D) if num_pos else 0),
         dy.new_empty((1, num_prefix, D) if need_dprefix else 0),
+        dy.new_empty((1, 1, D) if need_dmask_token else 0),
     )
 
 
 def _setup_context(ctx, inputs, output):
-    image, weight, _, pos_embed, prefix = inputs
+    image, weight, _, pos_embed, prefix, _, masked = inputs
     need_dimage, need_dw = ctx.needs_input_grad[:2]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(image if need_dw else None, weight if need_dimage else None)
-    ctx.shapes = image.shape, weight.shape[2:]
-    ctx.num_prefix = 0 if prefix is None else prefix.shape[1]
+    ctx.save_for_backward(image if need_dw else None, weight if need_dimage else None, masked)
+    ctx.sizes = image.shape, weight.shape[2:], image.dtype, 0 if prefix is None else prefix.shape[1]
     ctx.num_pos = 0 if pos_embed is None else pos_embed.shape[1]
 
 
 def _backward(ctx, dy):
     if dy is None:
-        return (None,) * 5
-    needs = ctx.needs_input_grad[:5]
-    _, _, need_dbias, need_dpos, need_dprefix = needs
-    num_pos = ctx.num_pos if need_dpos else 0
-    grads = patch_embed_bwd(dy, *ctx.saved_tensors, *ctx.shapes, ctx.num_prefix, num_pos, need_dbias, need_dprefix)
-    return tuple(g if needed else None for g, needed in zip(grads, needs, strict=True))
+        return (None,) * 7
+    needs = ctx.needs_input_grad[:6]
+    _, _, need_dbias, need_dpos, *need_rest = needs
+    grads = patch_embed_bwd(dy, *ctx.saved_tensors, *ctx.sizes, ctx.num_pos if need_dpos else 0, need_dbias, *need_rest)
+    return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), None
 
 
 patch_embed_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
+@runtime.autocasts("pos_embed", "prefix", "mask_token")
 def patch_embed(
     image: Tensor,
     weight: Tensor,
@@ -312,34 +339,51 @@ def patch_embed(
     pos_embed: Tensor | None = None,
     prefix: Tensor | None = None,
     *,
+    mask_token: Tensor | None = None,
+    bool_masked_pos: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Images to tokens: the stem of a ViT (Dosovitskiy et al., 2021), without an intermediate in memory.
 
-    Each patch is projected, prefix tokens (class, registers) are put in front, and the position embedding is added.
+    Each patch is projected, or replaced by the mask token, prefix tokens (class, registers) are put in front, and the
+    position embedding is added.
 
     Args:
         image: [B, C, H, W], any strides (channels_last, a slice, an expanded tensor); fp32, fp16 or bf16. H and W are
-            multiples of the patch.
+            multiples of the patch. Under `torch.autocast` image, weight and bias are taken in autocast's dtype.
         weight: [D, C, PH, PW], of the equivalent convolution. bias: [D] or None.
         pos_embed: [1, R + N, D], or [1, N, D] if the prefix tokens get none, or None; N = (H / PH)·(W / PW).
         prefix: [1, R, D] or None.
+        mask_token: [1, 1, D], for masked-image modelling; unused without ``bool_masked_pos``.
+        bool_masked_pos: [B, N], bool: which patches the mask token replaces. Whatever their pixels are, NaN too,
+            neither the result nor a gradient depends on them.
         impl: "auto", "triton" or "reference".
 
+    pos_embed, prefix and mask_token share one dtype: that of ``image``, or fp32 beside fp16 or bf16.
+
     Returns:
-        [B, R + N, D] in the dtype of ``image``, contiguous; patches in row-major order of the grid.
+        [B, R + N, D], contiguous, in the wider of the dtypes; patches in row-major order of the grid.
 
     Raises:
         ValueError: shapes that do not fit, unknown impl. TypeError: dtypes that do not fit.
         RuntimeError: ``impl="triton"`` where the kernels cannot run.
     """
     op = "patch_embed"
-    runtime.check_floating(op, image=image, weight=weight, bias=bias, pos_embed=pos_embed, prefix=prefix)
+    runtime.check_floating(op, image=image, weight=weight, bias=bias)
+    runtime.check_floating(op, pos_embed=pos_embed, prefix=prefix, mask_token=mask_token)
+    for name, t in (("pos_embed", pos_embed), ("prefix", prefix), ("mask_token", mask_token)):
+        if t is not None and (t.dtype is not torch.float32 or image.dtype not in runtime.HALF):
+            runtime.check_floating(op, image=image, **{name: t})
     _check(op, image, weight, bias, pos_embed, prefix)
-    if not runtime.use_triton(op, impl, [image, weight, bias, pos_embed, prefix]):
-        return reference.patch_embed(image, weight, bias, pos_embed, prefix)
-    bias, pos_embed, prefix = (None if t is None else t.contiguous() for t in (bias, pos_embed, prefix))
-    return patch_embed_fwd(image, weight, bias, pos_embed, prefix)
+    _check_mask(op, image, weight, mask_token, bool_masked_pos)
+    if bool_masked_pos is None:
+        mask_token = None
+    optional = [bias, pos_embed, prefix, mask_token, bool_masked_pos]
+    if not runtime.use_triton(op, impl, [image, weight, *optional]):
+        return reference.patch_embed(
+            image, weight, bias, pos_embed, prefix, mask_token=mask_token, bool_masked_pos=bool_masked_pos
+        )
+    return patch_embed_fwd(image, weight, *(None if t is None else t.contiguous() for t in optional))
 
 
 def _check(
@@ -366,4 +410,23 @@ def _check(
         without = f" or, without the {R} prefix tokens, (1, {N}, {D})" if R else ""
         raise ValueError(
             f"{op}: pos_embed must have shape (1, {R + N}, {D}){without} for {N} patches, got {tuple(pos_embed.shape)}"
+        )
+
+
+def _check_mask(op: str, image: Tensor, weight: Tensor, mask_token: Tensor | None, masked: Tensor | None) -> None:
+    D, _, PH, PW = weight.shape
+    if mask_token is not None and mask_token.shape != (1, 1, D):
+        raise ValueError(f"{op}: mask_token must have shape (1, 1, {D}), got {tuple(mask_token.shape)}")
+    if masked is None:
+        return
+    if mask_token is None:
+        raise ValueError(f"{op}: bool_masked_pos needs a mask_token of shape (1, 1, {D})")
+    if not isinstance(masked, Tensor) or masked.dtype is not torch.bool:
+        got = masked.dtype if isinstance(masked, Tensor) else type(masked).__name__
+        raise TypeError(f"{op}: bool_masked_pos must be a bool tensor, got {got}; convert it with .bool()")
+    B, rows, columns = image.shape[0], image.shape[2] // PH, image.shape[3] // PW
+    if masked.shape != (B, rows * columns):
+        raise ValueError(
+            f"{op}: bool_masked_pos must have shape ({B}, {rows * columns}), a value for each patch of the {rows} x "
+            f"{columns} grid and none for prefix tokens, got {tuple(masked.shape)}"
         )

@@ -41,7 +41,7 @@ def keep(seed: Tensor, site: int, shape: torch.Size, p: float) -> Tensor:
     rows = torch.arange(shape[:-1].numel(), device=seed.device)[:, None]
     columns = torch.arange(shape[-1], device=seed.device)[None, :]
     word = philox(seed.reshape(()), (columns, rows & 0xFFFFFFFF, rows >> 32, site))
-    return torch.where(word >= round(p * 2**32), 1.0 / (1.0 - p), 0.0).to(torch.float64).reshape(shape)
+    return torch.where(word >= int(p * 2**32), 1.0 / (1.0 - p), 0.0).to(torch.float64).reshape(shape)
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None, site: int = 0) -> Tensor:
@@ -53,18 +53,30 @@ def dropout(x: Tensor, p: float, seed: Tensor | None, site: int = 0) -> Tensor:
 
 
 def patch_embed(
-    image: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None = None, prefix: Tensor | None = None
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None = None,
+    prefix: Tensor | None = None,
+    *,
+    mask_token: Tensor | None = None,
+    bool_masked_pos: Tensor | None = None,
 ) -> Tensor:
     """Non-overlapping patches times weight, plus bias; prefix tokens in front; plus position embedding.
 
     image [B, C, H, W], weight [D, C, PH, PW], bias [D], prefix [1, R, D], pos_embed [1, R + N, D] or [1, N, D] (then
-    the prefix tokens get none) -> [B, R + N, D], patches in row-major order of the grid.
+    the prefix tokens get none), mask_token [1, 1, D] instead of the patches where bool_masked_pos [B, N] is true
+    -> [B, R + N, D], patches in row-major order of the grid.
     """
     batch, channels, height, width = image.shape
     dim, _, ph, pw = weight.shape
     patches = image.reshape(batch, channels, height // ph, ph, width // pw, pw)
     patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [B, N, C·PH·PW]
+    if bool_masked_pos is not None:  # before the product, whose gradient would multiply the pixels by 0
+        patches = patches.masked_fill(bool_masked_pos.unsqueeze(2), 0.0)
     tokens = F.linear(patches, weight.reshape(dim, -1), bias)
+    if bool_masked_pos is not None:
+        tokens = torch.where(bool_masked_pos.unsqueeze(2), mask_token, tokens)
     if pos_embed is not None and pos_embed.shape[1] == tokens.shape[1]:
         tokens = tokens + pos_embed
     if prefix is not None:

@@ -28,10 +28,16 @@ def _norm(make: Make, batch: int, tokens: int, width: int) -> Tensor:
     return kernels.layer_norm(make(batch, tokens, width), make(width), make(width), impl="triton")
 
 
-def _residual(make: Make, width: int, scaled: bool, stream: torch.dtype | None = None) -> Any:
+def _residual(make: Make, width: int, scaled: bool, stream: torch.dtype | None = None, drop: bool = False) -> Any:
     residual, branch, weight, bias = make(64, 197, width, dtype=stream), make(64, 197, width), make(width), make(width)
-    scales = {"gamma": make(width), "row_scale": make(64).detach()} if scaled else {}
-    return kernels.residual_layer_norm(residual, branch, weight, bias, **scales, impl="triton")
+    options = {"gamma": make(width), "row_scale": make(64).detach()} if scaled else {}
+    if drop:
+        options |= {"dropout_p": 0.1, "seed": torch.zeros(1, dtype=torch.int64), "site": 2}
+    return kernels.residual_layer_norm(residual, branch, weight, bias, **options, impl="triton")
+
+
+def _dropout(make: Make, width: int) -> Tensor:
+    return kernels.dropout(make(64, 197, width), 0.1, torch.zeros(1, dtype=torch.int64), 2, impl="triton")
 
 
 def _linear(make: Make, inputs: int, outputs: int) -> Tensor:
@@ -47,6 +53,14 @@ def _patch_embed(make: Make, patch: int, width: int, channels_last: bool = False
     image = make(64, 224, 224, 3).permute(0, 3, 1, 2) if channels_last else make(64, 3, 224, 224)
     weight, bias, tokens = make(width, 3, patch, patch), make(width), (224 // patch) ** 2 + 1
     return kernels.patch_embed(image, weight, bias, make(1, tokens, width), make(1, 1, width), impl="triton")
+
+
+def _patch_embed_tokens(make: Make, dtype: torch.dtype | None, masked: bool) -> Tensor:
+    image, weight, bias = make(64, 3, 224, 224), make(768, 3, 16, 16), make(768)
+    pos_embed, prefix, mask_token = (make(1, n, 768, dtype=dtype) for n in (197, 1, 1))
+    mask = torch.zeros(64, 196, dtype=torch.bool) if masked else None
+    tokens = {"pos_embed": pos_embed, "prefix": prefix, "mask_token": mask_token, "bool_masked_pos": mask}
+    return kernels.patch_embed(image, weight, bias, **tokens, impl="triton")
 
 
 def _attention(make: Make, tokens: int, heads: int, head_dim: int) -> Tensor:
@@ -66,6 +80,8 @@ CASES: dict[str, Case] = {
         "ViT-H/14: 588 pixels a patch, no multiple of 16", lambda m: _patch_embed(m, 14, 1280), NO_FP16
     ),
     "patch_embed_b_nhwc": Case("channels last", lambda m: _patch_embed(m, 16, 768, True), ("bf16",)),
+    "patch_embed_b_masked": Case("mask token", lambda m: _patch_embed_tokens(m, None, True), ("bf16",)),
+    "patch_embed_b_autocast": Case("fp32 tokens", lambda m: _patch_embed_tokens(m, torch.float32, False), ("bf16",)),
     "attention_b": Case("ViT-B, 224: 197 tokens", lambda m: _attention(m, 197, 12, 64)),
     "attention_h": Case("ViT-H/14: head dimension 64 + 16", lambda m: _attention(m, 257, 16, 80), NO_FP16),
     "attention_so400m": Case("64 + 8 of 16, 729 tokens", lambda m: _attention(m, 729, 16, 72), ("bf16",)),
@@ -79,6 +95,9 @@ CASES: dict[str, Case] = {
     "residual_b": Case("residual alone", lambda m: _residual(m, 768, False), NO_DOTS),
     "residual_h": Case("ViT-H with LayerScale and stochastic depth", lambda m: _residual(m, 1280, True), NO_DOTS),
     "residual_b_autocast": Case("fp32 stream", lambda m: _residual(m, 768, True, torch.float32), HALF),
+    "residual_b_dropout": Case("ViT-B with dropout", lambda m: _residual(m, 768, False, drop=True), ("bf16",)),
+    "residual_h_dropout": Case("all at once", lambda m: _residual(m, 1280, True, drop=True), ("bf16",)),
+    "dropout_b": Case("ViT-B, after the embedding", lambda m: _dropout(m, 768), NO_DOTS),
     "linear_b_qkv": Case("ViT-B qkv; proj differs in nothing", lambda m: _linear(m, 768, 2304)),
     "linear_b_head": Case("1000 classes: not divisible by 16", lambda m: _linear(m, 768, 1000), ("bf16",)),
     "mlp_b": Case("ViT-B: 3072 hidden", lambda m: _mlp(m, 768, 3072)),

@@ -152,6 +152,13 @@ MUTANTS = [
         (f"{PATCH}::test_patch_embed",),
     ),
     Mutant(
+        "patch_embed: masked patches multiplied by 0 in the gradient of the weight",
+        "kernels/patch_embed.py",
+        "mask_m = mask_m & (tl.load(masked_ptr + b * N + n, mask=mask_m, other=0) == 0)",
+        "pass",
+        (f"{PATCH}::test_masked_pixels_do_not_matter",),
+    ),
+    Mutant(
         "model: gamma of the attention used for the MLP",
         "vit/layers.py",
         "return next_norm.add(x, self.mlp(y), self.ls2 and self.ls2.gamma)",

@@ -6,7 +6,7 @@ from views import nan_padded
 
 from vit.kernels import configs, layer_norm, reference, residual_layer_norm
 from vit.kernels.layer_norm import layer_norm_bwd, layer_norm_fwd
-from vit.testing import check, check_op
+from vit.testing import check, check_mirror, check_op
 
 
 def ours_layer_norm(**inputs):
@@ -15,6 +15,10 @@ def ours_layer_norm(**inputs):
 
 def ours_residual(**inputs):
     return residual_layer_norm(**inputs, impl="triton")
+
+
+def ours_positional(*inputs):
+    return residual_layer_norm(*inputs, impl="triton")
 
 
 @pytest.mark.parametrize("width", [1, 48, 100, 192, 257])
@@ -71,6 +75,171 @@ def test_fp32_stream_with_16_bit_branch(randn, half):
         check(a, b, c, name=name)
 
 
+class Mirror(torch.autograd.Function):
+    """The algorithm of the kernels in PyTorch: statistics and sums in fp32, each result rounded once.
+
+    The backward sees the stream as it was stored, rounded, beside statistics of the unrounded one.
+    """
+
+    @staticmethod
+    def forward(ctx, x, branch, weight, bias, gamma, row_scale, eps=1e-6):
+        s, factor = x.float(), torch.ones((), device=x.device)
+        if branch is not None:
+            for t in (None if gamma is None else gamma, None if row_scale is None else row_scale[:, None, None]):
+                factor = factor if t is None else factor * t.float()
+            s = s + branch.float() * factor
+        mean = s.mean(dim=-1, keepdim=True)
+        shift = (s - mean).mean(dim=-1, keepdim=True)
+        variance = (s - mean).square().mean(dim=-1, keepdim=True) - shift.square()
+        mean, rstd = mean + shift, 1 / (variance + eps).sqrt()
+        y = (s - mean) * rstd
+        y = y if weight is None else y * weight.float()
+        y = y if bias is None else y + bias.float()
+        stream = s.to(x.dtype)
+        ctx.save_for_backward(stream, mean, rstd, branch, weight, bias, gamma, row_scale, factor)
+        return stream, y.to(x.dtype if branch is None else branch.dtype)
+
+    @staticmethod
+    def backward(ctx, dstream, dy):
+        stream, mean, rstd, branch, weight, bias, gamma, row_scale, factor = ctx.saved_tensors
+        x_hat, dy = (stream.float() - mean) * rstd, dy.float()
+        rows = tuple(range(dy.dim() - 1))
+        dweight, dbias = (dy * x_hat).sum(dim=rows), dy.sum(dim=rows)
+        dy = dy if weight is None else dy * weight.float()
+        c1, c2 = dy.mean(dim=-1, keepdim=True), (dy * x_hat).mean(dim=-1, keepdim=True)
+        ds = rstd * (dy - c1 - x_hat * c2)
+        ds = ds if branch is None else ds + dstream.float()
+        dgamma = None
+        if gamma is not None:
+            scale = 1.0 if row_scale is None else row_scale.float()[:, None, None]
+            dgamma = (ds * scale * branch.float()).sum(dim=rows).to(gamma.dtype)
+        return (
+            ds.to(stream.dtype),
+            None if branch is None else (ds * factor).to(branch.dtype),
+            None if weight is None else dweight.to(weight.dtype),
+            None if bias is None else dbias.to(bias.dtype),
+            dgamma,
+            None,
+        )
+
+
+@pytest.mark.parametrize("width", [100, 192])
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_layer_norm_as_good_as_its_mirror(randn, dtype, width, offset):
+    inputs = {"x": randn(3, 17, width) * 2 + offset, "weight": randn(width) + 1, "bias": randn(width)}
+    check_mirror(
+        ours_layer_norm,
+        lambda x, weight, bias: Mirror.apply(x, None, weight, bias, None, None)[1],
+        reference.layer_norm,
+        inputs,
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_residual_layer_norm_as_good_as_its_mirror(randn, dtype, scaled):
+    B, N, D = 3, 17, 192
+    inputs = {
+        "residual": randn(B, N, D), "branch": randn(B, N, D), "weight": randn(D) + 1, "bias": randn(D),
+        "gamma": randn(D) if scaled else None,
+    }  # fmt: skip
+    scale = {"row_scale": torch.tensor([0.0, 1.25, 1.25], device=inputs["residual"].device) if scaled else None}
+
+    def mirror(residual, branch, weight, bias, gamma):
+        return Mirror.apply(residual, branch, weight, bias, gamma, scale["row_scale"])
+
+    check_mirror(
+        lambda **a: ours_residual(**a, **scale), mirror, lambda **a: reference.residual_layer_norm(**a, **scale),
+        inputs, dtype,
+    )  # fmt: skip
+
+
+HALF = pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+IMPL = pytest.mark.parametrize("impl", ["triton", "reference"])
+
+
+def _autocast_grads(fn, leaves, cotangents, half):
+    """Outputs and gradients of the leaves that are there, the forward under autocast unless half is None."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in leaves]
+    device = cotangents[0].device.type
+    with torch.autocast(device, half, enabled=half is not None):
+        outs = fn(*leaves)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    cotangents = [c.to(o.dtype) for c, o in zip(cotangents, outs, strict=True)]
+    return [*outs, *torch.autograd.grad(outs, [t for t in leaves if t is not None], cotangents)]
+
+
+@HALF
+@IMPL
+@pytest.mark.parametrize("stream", [torch.float32, "half"], ids=str)
+def test_layer_norm_under_autocast(randn, half, impl, stream):
+    """fp32 parameters; y in autocast's dtype, rounded once; gradients in the dtypes of the leaves."""
+    x, weight, bias, dy = randn(3, 7, 96) + 1, randn(96) + 1, randn(96), randn(3, 7, 96).to(half)
+    x = x.to(half if stream == "half" else stream)
+    leaves = [x, weight, bias]
+    got = _autocast_grads(lambda *a: layer_norm(*a, impl=impl), leaves, [dy], half)
+    eager = _autocast_grads(
+        lambda *a: torch.nn.functional.layer_norm(a[0], (96,), *a[1:], 1e-6).to(half), leaves, [dy], half
+    )
+    exact = _autocast_grads(reference.layer_norm, [t.double() for t in leaves], [dy.double()], None)
+    assert [t.dtype for t in got] == [half, x.dtype, torch.float32, torch.float32]
+    for name, a, b, c in zip(["y", "dx", "dweight", "dbias"], got, eager, exact, strict=True):
+        check(a, b, c, name=name)
+
+
+@HALF
+@IMPL
+@pytest.mark.parametrize("stream", [torch.float32, "half"], ids=str)
+@pytest.mark.parametrize("with_gamma", [False, True])
+def test_residual_layer_norm_under_autocast(randn, half, impl, stream, with_gamma):
+    """A stream of any dtype beside fp32 parameters and a 16-bit branch; stream keeps its dtype, y has autocast's."""
+    x, branch, dstream, dy = (randn(3, 7, 96) for _ in range(4))
+    x, branch = x.to(half if stream == "half" else stream), branch.to(half)
+    leaves = [x, branch, randn(96) + 1, randn(96), randn(96) if with_gamma else None]
+    cotangents = [dstream.to(x.dtype), dy.to(half)]
+
+    def eager(x, branch, weight, bias, gamma):
+        s = x + (branch if gamma is None else branch * gamma).to(x.dtype)
+        return s, torch.nn.functional.layer_norm(s, (96,), weight, bias, 1e-6).to(half)
+
+    got = _autocast_grads(lambda *a: residual_layer_norm(*a[:4], gamma=a[4], impl=impl), leaves, cotangents, half)
+    theirs = _autocast_grads(eager, leaves, cotangents, half)
+    exact = _autocast_grads(
+        lambda *a: reference.residual_layer_norm(*a[:4], gamma=a[4]),
+        [None if t is None else t.double() for t in leaves], [t.double() for t in cotangents], None,
+    )  # fmt: skip
+    dtypes = [x.dtype, half, x.dtype, half, torch.float32, torch.float32]
+    assert [t.dtype for t in got] == dtypes + ([torch.float32] if with_gamma else [])
+    names = ["stream", "y", "dresidual", "dbranch", "dweight", "dbias", "dgamma"]
+    for name, a, b, c in zip(names, got, theirs, exact, strict=False):
+        check(a, b, c, name=name)
+
+
+@HALF
+def test_autocast_takes_the_branch_in_16_bits(randn, half):
+    """An fp32 branch is rounded as by hand, and its gradient is fp32."""
+    leaves, cotangents = [randn(2, 5, 48), randn(2, 5, 48), randn(48), randn(48)], [randn(2, 5, 48), randn(2, 5, 48)]
+    got = _autocast_grads(ours_positional, leaves, cotangents, half)
+    leaves[1] = leaves[1].to(half)
+    for a, b in zip(got, _autocast_grads(ours_positional, leaves, cotangents, None), strict=True):
+        assert torch.equal(a, b.to(a.dtype))
+    assert got[1].dtype is half and got[3].dtype is torch.float32
+
+
+@HALF
+def test_autocast_compile_fullgraph(randn, half):
+    leaves, cotangents = [randn(2, 5, 48), randn(2, 5, 48), randn(48), randn(48)], [randn(2, 5, 48)] * 3
+
+    def fn(*args):
+        stream, y = residual_layer_norm(*args, impl="triton")
+        return stream, y, layer_norm(stream, *args[2:], impl="triton")
+
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    direct = _autocast_grads(fn, leaves, cotangents, half)
+    assert direct[2].dtype is half
+    assert all(map(torch.equal, direct, _autocast_grads(compiled, leaves, cotangents, half)))
+
+
 @pytest.mark.parametrize("kind", ["constant rows", "large offset", "subnormal", "one spike a row"])
 def test_extreme_rows(randn, dtype, kind):
     x = randn(6, 100)
@@ -87,7 +256,7 @@ def test_extreme_rows(randn, dtype, kind):
 
 def test_sums_over_many_rows(randn, monkeypatch):
     """dγ, dβ over 16k rows, beside sums in fp32: eager PyTorch on a CPU adds them in bf16, off by 50 times more."""
-    monkeypatch.setattr(configs, "layer_norm", lambda arch, width: configs.Config(block_m=256, block_n=16))
+    monkeypatch.setattr(configs, "layer_norm", lambda *args: configs.Config(block_m=256, block_n=16))
     inputs = {"x": randn(16_500, 16), "weight": randn(16), "bias": randn(16)}
 
     def eager_in_fp32(x, weight, bias):
@@ -126,11 +295,13 @@ def test_opcheck(randn, with_branch):
     x, branch, row_scale = randn(B, N, D).requires_grad_(), randn(B, N, D).requires_grad_(), randn(B).abs()
     weight, bias, gamma = (randn(D).requires_grad_() for _ in range(3))
     extra = (branch, gamma, row_scale) if with_branch else (None, None, None)
-    torch.library.opcheck(layer_norm_fwd, (x, *extra, weight, bias, 1e-6, True))
+    drop = (torch.tensor([7], device=x.device), 1e-6, 0.3, 2) if with_branch else (None, 1e-6, 0.0, 0)
+    torch.library.opcheck(layer_norm_fwd, (x, *extra, weight, bias, *drop, torch.float32, True))
     s, mean, rstd = x.detach(), randn(B * N), randn(B * N).abs()
     extra = tuple(None if t is None else t.detach() for t in extra)
     needs = (with_branch, True, True, with_branch)
-    torch.library.opcheck(layer_norm_bwd, (randn(B, N, D), s, s, mean, rstd, weight.detach(), *extra, *needs))
+    drop = (drop[0], *drop[2:])
+    torch.library.opcheck(layer_norm_bwd, (randn(B, N, D), s, s, mean, rstd, weight.detach(), *extra, *drop, *needs))
 
 
 def _grads(x, branch, weight, bias, gamma, cotangents):
@@ -166,7 +337,7 @@ def test_same_bits(randn, dtype):
 
 @pytest.mark.parametrize("block_m", [1, 2, 4, 16])
 def test_every_tile_is_right(randn, monkeypatch, block_m):
-    monkeypatch.setattr(configs, "layer_norm", lambda arch, width: configs.Config(block_m=block_m, block_n=128))
+    monkeypatch.setattr(configs, "layer_norm", lambda *args: configs.Config(block_m=block_m, block_n=128))
     shape = (5, 5, 100)
     inputs = {"residual": randn(*shape), "branch": randn(*shape), "weight": randn(100), "bias": randn(100)}
     check_op(ours_residual, reference.residual_layer_norm, inputs, torch.float16)
@@ -251,7 +422,7 @@ def test_bad_input(change, error, message):
         ({"row_scale": torch.ones(4)}, ValueError, r"row_scale must have shape \(2,\)"),
         ({"row_scale": torch.ones(2, requires_grad=True)}, ValueError, "carries no gradient"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\)"),
-        ({"dropout_p": 0.1}, NotImplementedError, "dropout_p > 0"),
+        ({"dropout_p": 0.1}, ValueError, "dropout_p=0.1 needs a seed"),
         ({"branch": torch.ones(2, 4, 16, dtype=torch.float64)}, TypeError, "branch is torch.float64"),
     ],
 )

@@ -1,22 +1,23 @@
-"""patch_embed: accuracy and gradients, any strides and any patch, determinism."""
+"""patch_embed: accuracy and gradients, any strides and any patch, mask token, determinism."""
 
 import dataclasses
 
 import numpy as np
+import peers
 import pytest
 import torch
 from views import nan_padded
 
 from vit.kernels import configs, patch_embed, reference
 from vit.kernels.patch_embed import _layout, patch_embed_bwd, patch_embed_fwd
-from vit.testing import check_op
+from vit.testing import as_good, check, check_mirror, check_op
 
 
 def ours(**inputs):
     return patch_embed(**inputs, impl="triton")
 
 
-def make(randn, B=2, C=3, patch=(8, 8), grid=(2, 3), D=40, R=1, pos="all", bias=True):
+def make(randn, B=2, C=3, patch=(8, 8), grid=(2, 3), D=40, R=1, pos="all", bias=True, token=False):
     """Inputs of one call. ``pos`` is "all", "patches" (the prefix tokens get none) or None."""
     (PH, PW), (rows, columns) = patch, grid
     N = rows * columns
@@ -26,7 +27,21 @@ def make(randn, B=2, C=3, patch=(8, 8), grid=(2, 3), D=40, R=1, pos="all", bias=
         "bias": randn(D) if bias else None,
         "pos_embed": None if pos is None else randn(1, N + (R if pos == "all" else 0), D),
         "prefix": randn(1, R, D) if R else None,
-    }
+    } | ({"mask_token": randn(1, 1, D)} if token else {})
+
+
+def hide(inputs, share=0.5):
+    """A mask for these inputs that hides about ``share`` of the patches, in any order."""
+    (B, _, height, width), (_, _, PH, PW) = inputs["image"].shape, inputs["weight"].shape
+    draw = torch.rand(B, (height // PH) * (width // PW), generator=torch.Generator().manual_seed(3))
+    return (draw < share).to(inputs["image"].device)
+
+
+def pixels_of(masked, inputs):
+    """The mask [B, N] as one of pixels, in the shape of the image."""
+    (B, C, height, width), (_, _, PH, PW) = inputs["image"].shape, inputs["weight"].shape
+    grid = masked.reshape(B, 1, height // PH, width // PW)
+    return grid.repeat_interleave(PH, 2).repeat_interleave(PW, 3).expand(-1, C, -1, -1)
 
 
 CASES = {
@@ -51,6 +66,231 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_patch_embed(randn, dtype, case):
     check_op(ours, reference.patch_embed, make(randn, **CASES[case]), dtype)
+
+
+MASKED = [
+    "plain",
+    "odd patch",
+    "five prefix tokens",
+    "position embedding of patches only",
+    "weight alone",
+    "many tiles",
+]
+
+
+@pytest.mark.parametrize("case", MASKED)
+def test_mask_token(randn, dtype, case):
+    inputs = make(randn, **CASES[case], token=True)
+    masked = hide(inputs)
+    assert 0 < masked.sum() < masked.numel()
+    check_op(
+        lambda **a: ours(**a, bool_masked_pos=masked),
+        lambda **a: reference.patch_embed(**a, bool_masked_pos=masked),
+        inputs,
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("fn", [ours, reference.patch_embed], ids=["triton", "reference"])
+def test_mask_token_agrees_with_transformers(randn, fn):
+    """On a grid that is not square, too, where transformers' own masked-image model fails."""
+    transformers = peers.import_transformers()
+    from transformers.models.vit.modeling_vit import ViTEmbeddings
+
+    config = transformers.ViTConfig(hidden_size=24, image_size=(8, 12), patch_size=4, hidden_dropout_prob=0.0)
+    theirs = ViTEmbeddings(config, use_mask_token=True).double()
+    inputs = make(randn, patch=(4, 4), grid=(2, 3), D=24, token=True)
+    leaves = {k: t.requires_grad_() for k, t in inputs.items()}
+    copies = {k: t.detach().cpu().double().requires_grad_() for k, t in inputs.items()}
+    names = {
+        "patch_embeddings.projection.weight": "weight", "patch_embeddings.projection.bias": "bias",
+        "position_embeddings": "pos_embed", "cls_token": "prefix", "mask_token": "mask_token",
+    }  # fmt: skip
+    assert {name for name, _ in theirs.named_parameters()} == set(names)
+    masked = hide(inputs)
+    theirs_out = torch.func.functional_call(
+        theirs, {name: copies[k] for name, k in names.items()}, (copies["image"], masked.cpu())
+    )
+    out, dy = fn(**leaves, bool_masked_pos=masked), randn(2, 7, 24)
+    torch.testing.assert_close(out.cpu().double(), theirs_out, rtol=1e-5, atol=1e-5)
+    wanted = torch.autograd.grad(theirs_out, list(copies.values()), dy.cpu().double())
+    for name, a, b in zip(leaves, torch.autograd.grad(out, list(leaves.values()), dy), wanted, strict=True):
+        torch.testing.assert_close(a.cpu().double(), b, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("fn", [ours, reference.patch_embed], ids=["triton", "reference"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_masked_pixels_do_not_matter(randn, dtype, fn, bad):
+    """Whatever a masked patch holds: result and gradients are those of zeros there."""
+    inputs = {k: t.to(dtype) for k, t in make(randn, patch=(4, 6), grid=(3, 5), D=24, R=2, token=True).items()}
+    masked, dy = hide(inputs), randn(2, 17, 24).to(dtype)
+    pixels = pixels_of(masked, inputs)
+    clean, dirty = (inputs | {"image": inputs["image"].masked_fill(pixels, value)} for value in (0.0, bad))
+    expected, got = (grads(i, dy, fn, bool_masked_pos=masked) for i in (clean, dirty))
+    for name, a, b in zip(["output", *inputs], expected, got, strict=True):
+        assert torch.isfinite(b).all() and torch.equal(a, b), name
+    assert not got[1][pixels].any() and got[1][~pixels].any()
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_none_or_all_masked(randn, dtype, share):
+    inputs = {k: t.to(dtype) for k, t in make(randn, patch=(4, 4), D=24, R=2, token=True).items()}
+    token, dy = inputs["mask_token"], randn(2, 8, 24).to(dtype)
+    masked = hide(inputs, share)
+    out, *gradients = grads(inputs, dy, bool_masked_pos=masked)
+    gradients = dict(zip(inputs, gradients, strict=True))
+    if share == 0.0:  # the same bits as without a mask
+        without = {k: t for k, t in inputs.items() if k != "mask_token"}
+        for a, b in zip([out, *gradients.values()], grads(without, dy), strict=False):
+            assert torch.equal(a, b)
+        assert not gradients["mask_token"].any()
+    else:
+        assert torch.equal(out[:, 2:], (token.float() + inputs["pos_embed"][:, 2:].float()).to(dtype).expand(2, -1, -1))
+        assert not any(gradients[k].any() for k in ("image", "weight", "bias"))
+        total = dy[:, 2:].double().sum(dim=(0, 1), keepdim=True)
+        torch.testing.assert_close(gradients["mask_token"].double(), total, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+def test_unused_mask_token(randn):
+    """As in transformers, a model that has a mask token may be called without a mask."""
+    inputs = make(randn, patch=(4, 4), D=24, token=True)
+    with_token = ours(**{k: t.requires_grad_() for k, t in inputs.items()})
+    without = ours(**(inputs | {"mask_token": None}))
+    assert torch.equal(with_token, without)
+    with_token.sum().backward()
+    assert inputs["mask_token"].grad is None
+
+
+HALF = pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+IMPL = pytest.mark.parametrize("impl", ["triton", "reference"])
+
+
+def fp32_tokens(inputs, half):
+    """The form that the op has under autocast: 16-bit pixels and projection, the rest of the tokens fp32."""
+    return {k: t.to(half) if k in ("image", "weight", "bias") and t is not None else t for k, t in inputs.items()}
+
+
+@HALF
+@pytest.mark.parametrize("case", ["plain", "five prefix tokens", "position embedding of patches only"])
+@pytest.mark.parametrize("token", [False, True])
+def test_fp32_tokens(randn, half, case, token):
+    """fp32 position embedding beside 16-bit pixels: fp32 tokens, nothing in between rounded to 16 bits."""
+    inputs = fp32_tokens(make(randn, **CASES[case], token=token), half)
+    mask = {"bool_masked_pos": hide(inputs)} if token else {}
+    dy = randn(*reference.patch_embed(**inputs, **mask).shape)
+    got, eager = grads(inputs, dy, **mask), grads(inputs, dy, reference.patch_embed, **mask)
+    exact = grads({k: t.double() for k, t in inputs.items()}, dy.double(), reference.patch_embed, **mask)
+    assert [t.dtype for t in got] == [torch.float32, *(t.dtype for t in inputs.values())]
+    reports = [check(a, b, c, name=n) for n, a, b, c in zip(["output", *inputs], got, eager, exact, strict=True)]
+    assert reports[0].rms < 0.02 * reports[0].rms_eager
+
+
+def mirror(image, weight, bias, pos_embed, prefix, mask_token=None, bool_masked_pos=None):
+    """The algorithm of the kernels in PyTorch: fp32, rounded once; fp32 gradients are rounded for products."""
+    projected = torch.nn.functional.conv2d(image.float(), weight.float(), stride=weight.shape[2:]).flatten(2).mT
+    projected.register_hook(lambda g: g.to(image.dtype).float())
+    tokens = projected if bias is None else projected + bias.float()
+    if bool_masked_pos is not None:
+        tokens = torch.where(bool_masked_pos[..., None], mask_token.float(), tokens)
+    if prefix is not None:
+        tokens = torch.cat([prefix.float().expand(len(image), -1, -1), tokens], dim=1)
+    if pos_embed is not None:
+        tokens = tokens + torch.nn.functional.pad(pos_embed.float(), (0, 0, tokens.shape[1] - pos_embed.shape[1], 0))
+    added = next((t for t in (pos_embed, prefix, mask_token) if t is not None), image)
+    return tokens.to(added.dtype)
+
+
+@HALF
+@pytest.mark.parametrize("case", MASKED)
+def test_as_good_as_its_mirror(randn, half, case):
+    """With a position embedding as small as a model's: rounding the projection before adding it, as eager PyTorch does,
+    would show."""
+    inputs = make(randn, **CASES[case], token=True)
+    if inputs["pos_embed"] is not None:
+        inputs["pos_embed"] *= 0.1
+    masked = hide(inputs, 0.1)
+    check_mirror(
+        lambda **a: ours(**a, bool_masked_pos=masked),
+        lambda **a: mirror(**a, bool_masked_pos=masked),
+        lambda **a: reference.patch_embed(**a, bool_masked_pos=masked),
+        inputs,
+        half,
+    )
+
+
+@HALF
+def test_fp32_tokens_as_good_as_their_mirror(randn, half):
+    inputs = fp32_tokens(make(randn, **CASES["many tiles"], R=2, token=True), half)
+    masked, dy = hide(inputs), randn(3, 27, 72)
+    mine, mirrors = (grads(inputs, dy, fn, bool_masked_pos=masked) for fn in (ours, mirror))
+    wide = {k: t.double() for k, t in inputs.items()}
+    exact = grads(wide, dy.double(), reference.patch_embed, bool_masked_pos=masked)
+    for name, *tensors in zip(["output", *inputs], mine, mirrors, exact, strict=True):
+        as_good(*tensors, name=name)
+
+
+@HALF
+@IMPL
+@pytest.mark.parametrize("token", [False, True])
+def test_autocast_takes_the_projection_in_16_bits(randn, half, impl, token):
+    """The same bits as casting image, weight and bias by hand; gradients in the leaves' dtype."""
+    inputs = make(randn, patch=(4, 4), D=24, R=2, token=token)
+    mask = {"bool_masked_pos": hide(inputs)} if token else {}
+    dy = randn(2, 8, 24)
+
+    def under_autocast(**kwargs):
+        with torch.autocast(dy.device.type, half):
+            return patch_embed(**kwargs, impl=impl)
+
+    got = grads(inputs, dy, under_autocast, **mask)
+    by_hand = grads(fp32_tokens(inputs, half), dy, lambda **kwargs: patch_embed(**kwargs, impl=impl), **mask)
+    for name, a, b in zip(["output", *inputs], got, by_hand, strict=True):
+        assert a.dtype is torch.float32 and torch.equal(a, b.float()), name
+    alone = under_autocast(**{k: inputs[k] for k in ("image", "weight", "bias")})
+    assert alone.dtype is half  # as PyTorch's convolution
+    with torch.autocast(dy.device.type, half):
+        kept = patch_embed(**{k: t.double() for k, t in inputs.items()}, **mask, impl="reference")
+    assert kept.dtype is torch.float64
+
+
+@HALF
+@IMPL
+def test_autocast_agrees_with_timm(randn, half, impl):
+    """Dtype and values of timm's PatchEmbed, then cat, then the position embedding, under the same autocast."""
+    peers.import_timm()
+    from timm.layers import PatchEmbed
+
+    inputs = make(randn, patch=(4, 4), grid=(3, 3), D=24, R=2)
+    dy = randn(2, 11, 24)
+
+    def theirs(image, weight, bias, pos_embed, prefix):
+        module = PatchEmbed(img_size=12, patch_size=4, in_chans=3, embed_dim=24)
+        tokens = torch.func.functional_call(module, {"proj.weight": weight, "proj.bias": bias}, (image,))
+        return torch.cat([prefix.expand(2, -1, -1), tokens], dim=1) + pos_embed
+
+    def run(fn, **inputs):
+        with torch.autocast(dy.device.type, half):
+            return fn(**inputs)
+
+    got = grads(inputs, dy, lambda **a: run(patch_embed, **a, impl=impl))
+    eager = grads(inputs, dy, lambda **a: run(theirs, **a))
+    exact = grads({k: t.double() for k, t in fp32_tokens(inputs, half).items()}, dy.double(), theirs)
+    for name, a, b, c in zip(["output", *inputs], got, eager, exact, strict=True):
+        assert a.dtype is b.dtype is torch.float32
+        check(a, b, c, name=name)
+
+
+@HALF
+def test_autocast_compile_fullgraph(randn, half):
+    inputs = make(randn, patch=(4, 4), D=24, token=True)
+    masked, dy = hide(inputs), randn(2, 7, 24)
+
+    def fn(**kwargs):
+        with torch.autocast(dy.device.type, half):
+            return patch_embed(**kwargs, bool_masked_pos=masked, impl="triton")
+
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    assert all(map(torch.equal, grads(inputs, dy, fn), grads(inputs, dy, compiled)))
 
 
 def test_agrees_with_conv2d(randn):
@@ -91,36 +331,44 @@ def test_shipped_tiles(randn, monkeypatch, role, blocks):
 
 
 @pytest.mark.interpreted
+@pytest.mark.parametrize("token", [False, True])
 @pytest.mark.parametrize("case", ["five prefix tokens", "position embedding of patches only", "no prefix"])
-def test_gradcheck(randn, case):
-    inputs = make(randn, **(CASES[case] | {"patch": (2, 3), "grid": (2, 2), "D": 5, "C": 2}))
+def test_gradcheck(randn, case, token):
+    inputs = make(randn, **(CASES[case] | {"patch": (2, 3), "grid": (2, 2), "D": 5, "C": 2}), token=token)
+    masked = hide(inputs) if token else None
     present = {k: t.double().requires_grad_() for k, t in inputs.items() if t is not None}
     assert torch.autograd.gradcheck(
-        lambda *args: ours(**dict(zip(present, args, strict=True))), tuple(present.values()), fast_mode=True
+        lambda *args: ours(**dict(zip(present, args, strict=True)), bool_masked_pos=masked),
+        tuple(present.values()),
+        fast_mode=True,
     )
 
 
-def test_opcheck(randn):
-    inputs = make(randn, patch=(4, 4), grid=(2, 2), D=16, R=2)
+@pytest.mark.parametrize("token", [False, True])
+def test_opcheck(randn, token):
+    inputs = make(randn, patch=(4, 4), grid=(2, 2), D=16, R=2, token=token)
+    masked = hide(inputs) if token else None
     leaves = [t.requires_grad_() for t in inputs.values()]
-    torch.library.opcheck(patch_embed_fwd, tuple(leaves))
+    torch.library.opcheck(patch_embed_fwd, (*leaves, *([] if token else [None]), masked))
     image, weight = inputs["image"].detach(), inputs["weight"].detach()
-    sizes = (list(image.shape), [4, 4], 2)
-    torch.library.opcheck(patch_embed_bwd, (randn(2, 6, 16), image, weight, *sizes, 6, True, True))
-    torch.library.opcheck(patch_embed_bwd, (randn(2, 6, 16), None, weight, *sizes, 0, False, True))
+    sizes = (list(image.shape), [4, 4], torch.float32, 2)
+    torch.library.opcheck(patch_embed_bwd, (randn(2, 6, 16), image, weight, masked, *sizes, 6, True, True, token))
+    torch.library.opcheck(patch_embed_bwd, (randn(2, 6, 16), None, weight, masked, *sizes, 0, False, True, False))
 
 
-def grads(inputs, cotangent):
+def grads(inputs, cotangent, fn=ours, **options):
     leaves = {k: t.detach().requires_grad_() for k, t in inputs.items() if t is not None}
-    out = ours(**leaves)
+    out = fn(**leaves, **options)
     return [out, *torch.autograd.grad(out, list(leaves.values()), cotangent)]
 
 
-def test_same_bits(randn, dtype):
+@pytest.mark.parametrize("token", [False, True])
+def test_same_bits(randn, dtype, token):
     """Run to run, for any strides of the image, with NaN around the buffers, for incoming gradients of any strides."""
-    inputs = {k: t.to(dtype) for k, t in make(randn, B=5, patch=(4, 4), grid=(3, 2), D=24, R=2).items()}
+    inputs = {k: t.to(dtype) for k, t in make(randn, B=5, patch=(4, 4), grid=(3, 2), D=24, R=2, token=token).items()}
     dy = randn(5, 8, 24).to(dtype)
-    first = grads(inputs, dy)
+    mask = {"bool_masked_pos": hide(inputs)} if token else {}
+    first = grads(inputs, dy, **mask)
     image = inputs["image"]
     wide = torch.full((5, 3, 12, 20), float("nan"), dtype=dtype, device=image.device)
     wide[..., 3:11] = image
@@ -136,10 +384,13 @@ def test_same_bits(randn, dtype):
         "gradient with the batch last in memory": ({}, dy.permute(1, 2, 0).contiguous().permute(2, 0, 1)),
     }
     for name, (change, cotangent) in variants.items():
-        for i, (a, b) in enumerate(zip(first, grads(inputs | change, cotangent), strict=True)):
+        for i, (a, b) in enumerate(zip(first, grads(inputs | change, cotangent, **mask), strict=True)):
             assert torch.equal(a, b), f"{name}, tensor {i}"
+    if token:
+        strided = mask["bool_masked_pos"].mT.contiguous().mT
+        assert all(map(torch.equal, first, grads(inputs, dy, bool_masked_pos=strided)))
     one = torch.ones((), dtype=dtype, device=image.device).expand(5, 8, 24)  # what .sum().backward() hands over
-    for a, b in zip(grads(inputs, one.contiguous()), grads(inputs, one), strict=True):
+    for a, b in zip(grads(inputs, one.contiguous(), **mask), grads(inputs, one, **mask), strict=True):
         assert torch.equal(a, b)
 
 
@@ -196,19 +447,21 @@ def test_gradients_share_no_memory(randn):
 
 
 def test_empty_batch(randn):
-    inputs = make(randn, B=0, patch=(4, 4), grid=(2, 2), D=16)
-    assert reference.patch_embed(**inputs).shape == (0, 5, 16)
-    out, dimage, *parameters = grads(inputs, randn(0, 5, 16))
+    inputs = make(randn, B=0, patch=(4, 4), grid=(2, 2), D=16, token=True)
+    mask = {"bool_masked_pos": hide(inputs)}
+    assert reference.patch_embed(**inputs, **mask).shape == (0, 5, 16)
+    out, dimage, *parameters = grads(inputs, randn(0, 5, 16), **mask)
     assert out.shape == (0, 5, 16) and dimage.shape == inputs["image"].shape
     assert all(g.shape == inputs[k].shape and not g.any() for k, g in zip(list(inputs)[1:], parameters, strict=True))
 
 
-@pytest.mark.parametrize("wanted", ["image", "weight", "bias", "pos_embed", "prefix"])
+@pytest.mark.parametrize("wanted", ["image", "weight", "bias", "pos_embed", "prefix", "mask_token"])
 def test_frozen_inputs(randn, wanted):
-    inputs = make(randn, patch=(4, 4), grid=(2, 2), D=16, R=2)
-    everything = dict(zip(inputs, grads(inputs, torch.ones(2, 6, 16, device=inputs["image"].device))[1:], strict=True))
+    inputs = make(randn, patch=(4, 4), grid=(2, 2), D=16, R=2, token=True)
+    mask, ones = {"bool_masked_pos": hide(inputs)}, torch.ones(2, 6, 16, device=inputs["image"].device)
+    everything = dict(zip(inputs, grads(inputs, ones, **mask)[1:], strict=True))
     leaf = inputs[wanted].detach().requires_grad_()
-    ours(**(inputs | {wanted: leaf})).sum().backward()
+    ours(**(inputs | {wanted: leaf}), **mask).sum().backward()
     assert torch.equal(leaf.grad, everything[wanted])
 
 
@@ -222,10 +475,14 @@ def test_prefix_alone_saves_no_image(randn):
 
 
 def test_compile_fullgraph(randn):
-    inputs = make(randn, patch=(4, 4), grid=(2, 2), D=16)
+    inputs = make(randn, patch=(4, 4), grid=(2, 2), D=16, token=True)
+    masked = hide(inputs)
     leaves = [t.requires_grad_() for t in inputs.values()]
-    direct = patch_embed(*leaves, impl="triton")
-    compiled = torch.compile(lambda *a: patch_embed(*a, impl="triton"), fullgraph=True, backend="aot_eager")(*leaves)
+
+    def fn(*args):
+        return patch_embed(*args[:5], mask_token=args[5], bool_masked_pos=masked, impl="triton")
+
+    direct, compiled = fn(*leaves), torch.compile(fn, fullgraph=True, backend="aot_eager")(*leaves)
     assert torch.equal(direct, compiled)
     dy = randn(2, 5, 16)
     assert all(map(torch.equal, torch.autograd.grad(direct, leaves, dy), torch.autograd.grad(compiled, leaves, dy)))
@@ -251,12 +508,25 @@ def test_double_backward_raises(randn):
         ({"pos_embed": torch.ones(1, 9, 40)}, ValueError, r"pos_embed must have shape \(1, 7, 40\) or.* \(1, 6, 40\)"),
         ({"prefix": torch.ones(2, 1, 40)}, ValueError, r"prefix must have shape \(1, R, 40\)"),
         ({"bias": torch.ones(40, dtype=torch.float16)}, TypeError, "bias is torch.float16 but image is torch.float32"),
+        ({"prefix": torch.ones(1, 1, 40).half()}, TypeError, "prefix is torch.float16 but pos_embed is torch.float32"),
+        (
+            {"pos_embed": torch.ones(1, 7, 40).half(), "prefix": None, "mask_token": None},
+            TypeError,
+            "pos_embed is torch",
+        ),
+        ({"mask_token": torch.ones(1, 40)}, ValueError, r"mask_token must have shape \(1, 1, 40\), got \(1, 40\)"),
+        ({"mask_token": None}, ValueError, "bool_masked_pos needs a mask_token"),
+        ({"bool_masked_pos": torch.ones(2, 7).bool()}, ValueError, r"must have shape \(2, 6\).* 2 x 3 grid.*\(2, 7\)"),
+        ({"bool_masked_pos": torch.ones(6).bool()}, ValueError, r"bool_masked_pos must have shape \(2, 6\)"),
+        ({"bool_masked_pos": torch.ones(2, 6)}, TypeError, r"a bool tensor, got torch.float32; .*\.bool\(\)"),
+        ({"bool_masked_pos": [True] * 6}, TypeError, "bool_masked_pos must be a bool tensor, got list"),
     ],
 )
 def test_bad_input(change, error, message):
     inputs = {
         "image": torch.ones(2, 3, 16, 24), "weight": torch.ones(40, 3, 8, 8), "bias": torch.ones(40),
-        "pos_embed": torch.ones(1, 7, 40), "prefix": torch.ones(1, 1, 40),
+        "pos_embed": torch.ones(1, 7, 40), "prefix": torch.ones(1, 1, 40), "mask_token": torch.ones(1, 1, 40),
+        "bool_masked_pos": torch.ones(2, 6).bool(),
     }  # fmt: skip
     with pytest.raises(error, match=message):
         patch_embed(**(inputs | change))
