@@ -19,7 +19,7 @@ def ours_packed(qkv: Tensor) -> Tensor:
 
 
 def reference_packed(qkv: Tensor) -> Tensor:
-    return reference.attention(qkv)[0]
+    return reference.attention(qkv)
 
 
 def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def reference_qkv(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return reference.attention_qkv(q, k, v)[0]
+    return reference.attention_qkv(q, k, v)
 
 
 def grads(fn, leaves: list[Tensor], do: Tensor) -> list[Tensor]:
@@ -113,7 +113,7 @@ def test_logits_without_gradient(randn, dtype, kind):
 def test_scale(randn, dtype):
     check_op(
         lambda qkv: attention(qkv, scale=0.37, impl="triton"),
-        lambda qkv: reference.attention(qkv, scale=0.37)[0],
+        lambda qkv: reference.attention(qkv, scale=0.37),
         {"qkv": randn(2, 17, 3, 1, 32)},
         dtype,
     )
@@ -123,7 +123,7 @@ def test_lse(randn, dtype):
     """Natural logarithm, fp32, no gradient, the same whether or not gradients are wanted."""
     q, k, v = ((6 * randn(2, n, 2, 48)).to(dtype) for n in (33, 40, 40))
     out, lse = attention_qkv(q, k, v, return_lse=True, impl="triton")
-    eager = reference.attention_qkv(q, k, v)[1]
+    eager = reference.attention_qkv(q, k, v, return_lse=True)[1]
     exact = torch.einsum("bqhe,bkhe->bhqk", q.double(), k.double()).div(math.sqrt(48)).logsumexp(-1)
     assert lse.dtype is torch.float32
     assert (lse - exact).abs().max() < 2e-6 * exact.abs().max()
@@ -135,7 +135,9 @@ def test_lse(randn, dtype):
     _, lse = attention(packed, return_lse=True, impl="triton")
     assert not lse.requires_grad
     assert not attention(packed, return_lse=True, impl="reference")[1].requires_grad
-    torch.testing.assert_close(lse, reference.attention(packed.double())[1].float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        lse, reference.attention(packed.double(), return_lse=True)[1].float(), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_agrees_with_scaled_dot_product_attention(randn):
@@ -418,7 +420,7 @@ def test_unsupported_head_dim(randn, head_dim):
 def test_reference_path(randn):
     qkv = randn(2, 5, 3, 2, 20)
     out, lse = attention(qkv.flatten(2), num_heads=2, return_lse=True, impl="reference")
-    expected = reference.attention(qkv)
+    expected = reference.attention(qkv, return_lse=True)
     assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
     out, lse = attention_qkv(*qkv.unbind(2), return_lse=True, impl="reference")
     assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
