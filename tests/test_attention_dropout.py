@@ -1,4 +1,4 @@
-"""Dropout of the attention probabilities: the forward and both halves of the backward draw the mask of the reference."""
+"""Dropout of the attention probabilities: forward and both halves of the backward draw the mask of the reference."""
 
 import pytest
 import torch
