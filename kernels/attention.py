@@ -375,6 +375,7 @@ attention_fwd.register_autograd(_attention_backward, setup_context=_setup_contex
 attention_qkv_fwd.register_autograd(_attention_qkv_backward, setup_context=_setup_context)
 
 
+@runtime.autocasts()
 def attention(
     qkv: Tensor,
     *,
@@ -399,8 +400,8 @@ def attention(
         impl: "auto", "triton" or "reference".
 
     Returns:
-        [B, N, H·E] in the dtype of ``qkv``, contiguous; with ``return_lse`` also the natural-log logsumexp, fp32
-        [B, H, N], through which no gradient flows.
+        [B, N, H·E] in the dtype of ``qkv`` (of autocast, where that is on), contiguous; with ``return_lse`` also the
+        natural-log logsumexp, fp32 [B, H, N], through which no gradient flows.
 
     Raises:
         ValueError: shapes that do not fit, dropout_p outside [0, 1), no seed, unknown impl.
@@ -429,6 +430,7 @@ def attention(
     return (out, scale * m + log_l) if return_lse else out
 
 
+@runtime.autocasts()
 def attention_qkv(
     q: Tensor,
     k: Tensor,

@@ -285,6 +285,44 @@ def test_compile_fullgraph(randn):
     assert all(map(torch.equal, *(torch.autograd.grad(outs[0], leaves, do) for outs in (direct, compiled))))
 
 
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_autocast(randn, impl, low):
+    """fp32 inputs are cast first, nothing else: the same bits as the op on cast inputs, gradients in fp32."""
+    qkv, do = randn(2, 17, 3, 2, 16), randn(2, 17, 32).to(low)
+    drop = {"dropout_p": 0.2, "seed": torch.tensor([3], device=qkv.device), "site": 1}
+
+    def packed(x):
+        return attention(x, **drop, impl=impl)
+
+    def unpacked(q, k, v):
+        return attention_qkv(q, k=k, v=v, **drop, impl=impl)  # keywords are cast, too
+
+    for fn, leaves in [(packed, [qkv]), (unpacked, list(qkv.unbind(2)))]:
+        want = grads(lambda *t, fn=fn: fn(*(x.to(low) for x in t)), leaves, do)
+        with torch.autocast(qkv.device.type, low):
+            got = grads(fn, leaves, do)
+            _, lse = attention(qkv, return_lse=True, impl=impl)
+            assert attention(qkv.double(), impl="reference").dtype is torch.float64
+        assert got[0].dtype is low and lse.dtype is torch.float32
+        assert all(t.dtype is torch.float32 for t in got[1:])
+        bits_equal(want, got, "autocast")
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_autocast_compiled(randn, impl):
+    qkv = randn(2, 5, 96).requires_grad_()
+
+    def fn(x):
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return attention(x, num_heads=2, impl=impl)
+
+    direct, compiled = fn(qkv), torch.compile(fn, fullgraph=True, backend="aot_eager")(qkv)
+    assert compiled.dtype is torch.bfloat16 and torch.equal(direct, compiled)
+    do = randn(2, 5, 32).bfloat16()
+    assert torch.equal(*(torch.autograd.grad(out, qkv, do)[0] for out in (direct, compiled)))
+
+
 # ---- the same bits ---------------------------------------------------------------------------------------------------
 
 
