@@ -234,7 +234,7 @@ def _launch_fwd(
 ) -> None:  # fmt: skip
     """Fills o, and m and log_l unless empty. q, o [B, NQ, H, E] and k, v [B, NK, H, E] with unit last stride."""
     B, NQ, HEADS, HEAD_DIM = q.shape
-    config = configs.attention_fwd(runtime.arch(q.device), k.shape[1], HEAD_DIM, q.dtype)
+    config = configs.attention_fwd(runtime.arch(q.device), k.shape[1], HEAD_DIM, q.dtype, seed is not None)
     runtime.launch(
         _attention_fwd_kernel, B * HEADS * triton.cdiv(NQ, config.block_m),
         q_ptr=q, k_ptr=k, v_ptr=v, seed_ptr=seed, o_ptr=o,
@@ -255,7 +255,7 @@ def _launch_bwd(
     """Fills dq, and dk with dv, as far as given; all [B, N, H, E] with unit last stride."""
     B, NQ, HEADS, HEAD_DIM = q.shape
     NK = k.shape[1]
-    config = configs.attention_bwd(runtime.arch(q.device), max(NQ, NK), HEAD_DIM, q.dtype)
+    config = configs.attention_bwd(runtime.arch(q.device), max(NQ, NK), HEAD_DIM, q.dtype, seed is not None)
     tiles = sum(triton.cdiv(t.shape[1], config.block_m) for t in (dk, dq) if t is not None)
     runtime.launch(
         _attention_bwd_kernel, B * HEADS * tiles,
@@ -420,7 +420,7 @@ def attention(
         raise ValueError(
             f"{op}: qkv must have shape [B, N, 3, H, E], or [B, N, 3·H·E] with num_heads given, got {tuple(qkv.shape)}"
         )
-    scale = _check_scale(op, scale, qkv.shape[-1])
+    scale = check_scale(op, scale, qkv.shape[-1])
     runtime.check_dropout(op, dropout_p, seed, qkv)
     if dropout_p == 0.0:
         seed, site = None, 0
@@ -457,18 +457,10 @@ def attention_qkv(
     """
     op = "attention_qkv"
     runtime.check_floating(op, q=q, k=k, v=v)
-    if q.dim() != 4:
-        raise ValueError(f"{op}: q must have shape [B, NQ, H, E], got {tuple(q.shape)}")
-    for name, t in (("k", k), ("v", v)):
-        if t.dim() != 4 or t.shape[0] != q.shape[0] or t.shape[2:] != q.shape[2:]:
-            raise ValueError(
-                f"{op}: {name} must have shape [B, NK, H, E] with B, H, E of q {tuple(q.shape)}, got {tuple(t.shape)}"
-            )
+    check_heads(op, q, k=k, v=v)
     if k.shape != v.shape:
         raise ValueError(f"{op}: k and v must have the same shape, got {tuple(k.shape)} and {tuple(v.shape)}")
-    if k.shape[1] == 0 and q.shape[1] > 0:
-        raise ValueError(f"{op}: k and v must have at least one token, got {tuple(k.shape)}")
-    scale = _check_scale(op, scale, q.shape[-1])
+    scale = check_scale(op, scale, q.shape[-1])
     runtime.check_dropout(op, dropout_p, seed, q)
     if dropout_p == 0.0:
         seed, site = None, 0
@@ -482,7 +474,20 @@ def attention_qkv(
     return (out, scale * m + log_l) if return_lse else out
 
 
-def _check_scale(op: str, scale: float | None, head_dim: int) -> float:
+def check_heads(op: str, q: Tensor, **keys: Tensor) -> None:
+    """Raises unless q is [B, NQ, H, E] and each of ``keys`` [B, NK, H, E], with NK above 0 if there are queries."""
+    if q.dim() != 4:
+        raise ValueError(f"{op}: q must have shape [B, NQ, H, E], got {tuple(q.shape)}")
+    for name, t in keys.items():
+        if t.dim() != 4 or t.shape[0] != q.shape[0] or t.shape[2:] != q.shape[2:]:
+            raise ValueError(
+                f"{op}: {name} must have shape [B, NK, H, E] with B, H, E of q {tuple(q.shape)}, got {tuple(t.shape)}"
+            )
+        if t.shape[1] == 0 and q.shape[1] > 0:
+            raise ValueError(f"{op}: {name} must have at least one token, got {tuple(t.shape)}")
+
+
+def check_scale(op: str, scale: float | None, head_dim: int) -> float:
     if head_dim == 0:
         raise ValueError(f"{op}: the last dimension must not be empty")
     scale = head_dim**-0.5 if scale is None else float(scale)

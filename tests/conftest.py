@@ -32,6 +32,8 @@ LAYERS = {
     "test_mlp": "kernels",
     "test_attention": "kernels",
     "test_attention_dropout": "kernels",
+    "test_attention_maps": "kernels",
+    "test_attention_mirror": "kernels",
     "test_lock": "compile-only lock",
     "test_reference_model": "reference model",
     "test_vit": "model",
