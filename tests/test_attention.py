@@ -7,10 +7,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from views import nan_padded
+from views import last_programs_only, nan_padded
 
 from vit.kernels import attention, attention_qkv, configs, reference, runtime
-from vit.kernels.attention import attention_bwd, attention_fwd, attention_qkv_bwd, attention_qkv_fwd, head_parts
+from vit.kernels.attention import (
+    _launch_bwd,
+    _launch_fwd,
+    attention_bwd,
+    attention_fwd,
+    attention_qkv_bwd,
+    attention_qkv_fwd,
+    head_parts,
+)
 from vit.testing import check, check_op
 
 
@@ -418,15 +426,25 @@ def test_other_tiles(randn, monkeypatch, block_m, block_n):
 # ---- limits ----------------------------------------------------------------------------------------------------------
 
 
-def test_offsets_beyond_32_bits(device):
-    """Samples 2³⁰ elements apart. The memory between them is never touched, so the CPU never provides it."""
-    gap, (B, N, H, E) = 2**30, (3, 2, 1, 16)
-    memory = torch.from_numpy(np.zeros(2 * gap + N * 3 * H * E, dtype=np.float16)).to(device)
-    qkv = memory.as_strided((B, N, 3, H, E), (gap, 3 * H * E, H * E, E, 1))
-    values = torch.randn(qkv.shape, generator=torch.Generator().manual_seed(0)).to(device, torch.float16)
-    qkv.copy_(values)
-    do = torch.ones(B, N, H * E, dtype=torch.float16, device=device)
-    bits_equal(grads(ours_packed, [values], do), grads(ours_packed, [qkv], do), "far apart")
+@pytest.mark.parametrize("far", ["samples", "tokens", "heads"])
+def test_offsets_beyond_32_bits(device, far):
+    """Three samples, tokens or heads 2³⁰ elements apart, in all that forward and backward read and write.
+
+    The memory between them is never touched, so the CPU never provides it.
+    """
+    gap, (B, N, H, E) = 2**30, {"samples": (3, 2, 1, 16), "tokens": (1, 3, 2, 16), "heads": (1, 2, 3, 16)}[far]
+    near = torch.randn(B, N, 8, H, E, generator=torch.Generator().manual_seed(0)).to(device, torch.float16)
+    stride = list(near.stride())
+    stride[{"samples": 0, "tokens": 1, "heads": 3}[far]] = gap
+    memory = torch.from_numpy(np.zeros(2 * gap + near.numel(), dtype=np.float16)).to(device)
+    apart = memory.as_strided(near.shape, stride)
+    apart.copy_(near)
+    for tensors in (near, apart):
+        q, k, v, o, do, *grads = tensors.unbind(2)
+        m, log_l = torch.empty(2, B, H, N, device=device)
+        _launch_fwd(q, k, v, o, m, log_l, 0.25, None, 0.0, 0)
+        _launch_bwd(q, k, v, o, do, m, log_l, *grads, 0.25, None, 0.0, 0)
+    assert torch.equal(near, apart)
 
 
 def test_many_heads_go_on_grid_x(randn, monkeypatch):
@@ -435,6 +453,17 @@ def test_many_heads_go_on_grid_x(randn, monkeypatch):
     qkv = randn(1, 1, 3, 1, 16).expand(35_001, 1, 3, 2, 16).requires_grad_()
     ours_packed(qkv).sum().backward()
     assert grids == [70_002, 140_004]
+
+
+@pytest.mark.interpreted
+def test_the_last_of_many_heads(randn):
+    """Of 70,000 heads the last sample's two are computed, and are right."""
+    qkv, do = torch.zeros(35_000, 5, 3, 2, 16), torch.zeros(35_000, 5, 32)
+    qkv[-1], do[-1] = randn(5, 3, 2, 16), randn(5, 32)
+    alone = grads(ours_packed, [qkv[-1:]], do[-1:])
+    with last_programs_only(4):
+        many = grads(ours_packed, [qkv], do)
+    bits_equal(alone, [t[-1:] for t in many], "last sample")
 
 
 @pytest.mark.gpu

@@ -1,13 +1,21 @@
 """Dropout of the attention probabilities: forward and both halves of the backward draw the mask of the reference."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from views import nan_padded
+from views import last_programs_only, nan_padded
 
 from vit.kernels import attention, attention_qkv, configs, dropout_seed, reference
-from vit.kernels.attention import attention_bwd, attention_fwd, attention_qkv_bwd, attention_qkv_fwd
+from vit.kernels.attention import (
+    _launch_bwd,
+    _launch_fwd,
+    attention_bwd,
+    attention_fwd,
+    attention_qkv_bwd,
+    attention_qkv_fwd,
+)
 from vit.testing import check_op
 
 
@@ -189,6 +197,41 @@ def test_compiled_code_draws_anew_at_every_call(randn):
     eager = fn(qkv)
     assert torch.equal(first, eager) and not torch.equal(first, second)
     assert torch.equal(*(torch.autograd.grad(out.sum(), qkv)[0] for out in (first, eager)))
+
+
+@pytest.mark.interpreted
+def test_rows_beyond_32_bits(randn, drop, tmp_path):
+    """The last sample of so many that its rows of the mask, (b · H + h) · NQ + query, lie beyond 2³².
+
+    Samples share their memory; the statistics are a file that is empty but for the last.
+    """
+    N, E, scale, p = 40, 16, 0.25, drop["dropout_p"]
+    B = 2**32 // N + 2
+    q, k, v, do = (randn(1, N, 1, E) for _ in range(4))
+    o, dq, dk, dv = (torch.empty(1, N, 1, E) for _ in range(4))
+    m, log_l = (
+        torch.from_numpy(np.memmap(tmp_path / name, dtype=np.float32, mode="w+", shape=(B, 1, N))) for name in "ml"
+    )
+    logits = torch.einsum("bqhe,bkhe->bhqk", q, k)
+    m[-1:] = logits.amax(-1)
+    log_l[-1:] = (scale * (logits - m[-1:, ..., None])).logsumexp(-1)
+    every = [t.expand(B, N, 1, E) for t in (q, k, v, o, do, dq, dk, dv)]
+    with last_programs_only(2):  # tiles of 32 queries
+        _launch_fwd(*every[:4], m[:0], log_l[:0], scale, drop["seed"], p, drop["site"])
+    with last_programs_only(4):  # of keys, and of queries
+        _launch_bwd(*every[:5], m, log_l, *every[5:], scale, drop["seed"], p, drop["site"])
+
+    rows = torch.arange((B - 1) * N, B * N)[:, None]
+    assert rows.min() >= 2**32
+    word = reference.philox(drop["seed"][0], (torch.arange(N), rows & 0xFFFFFFFF, rows >> 32, drop["site"]))
+    keep = torch.where(word >= int(p * 2**32), 1 / (1 - p), 0.0)
+
+    def eager(q, k, v):
+        probs = (torch.einsum("bqhe,bkhe->bhqk", q, k) * scale).softmax(-1)
+        return torch.einsum("bhqk,bkhe->bqhe", probs * keep, v)
+
+    for got, want in zip((o, dq, dk, dv), grads(eager, [q, k, v], do), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_empty(randn, drop):
