@@ -96,8 +96,9 @@ def attention_bwd(arch: int, n: int, head_dim: int, dtype: torch.dtype, dropout:
         blocks = (32, 32) if head_dim > 112 else (64, 16) if arch >= 90 else (32, 16)
         return Config(*blocks, num_warps=8, num_stages=2)
     num_warps = 4 if head_dim <= (80 if arch >= 90 else 64) else 8
-    if dropout and head_dim > 64:
-        return Config(64, 16, num_warps=num_warps, num_stages=1 if arch < 90 and head_dim > 80 else 2)
+    if dropout:
+        num_stages = 1 if arch < 90 and head_dim > 80 else 2
+        return Config(block_m=64, block_n=16, num_warps=num_warps, num_stages=num_stages)
     return Config(block_m=64, block_n=32, num_warps=num_warps, num_stages=2)
 
 
