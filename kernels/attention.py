@@ -9,6 +9,8 @@ would put errors of 1e-5 into P, which eager PyTorch does not have in fp32. P is
 Backward, from do:
     P = exp(scale · (s − m) − log l),  delta = Σ_e do · o,  dS = P · (do vᵀ − delta)
     dv = Pᵀ do,  dk = scale · dSᵀ q,  dq = scale · dS k
+With dropout, K = `tile.keep` of row (b · H + h) · NQ + query and column key: K · P multiplies v and gives dv, and
+dP = K · (do vᵀ) stands for do vᵀ. l and lse are those of P, and delta is the same sum of o, for Σ P · dP = Σ do · o.
 One launch, two roles: some programs own a tile of keys (dk, dv) and walk the queries, the others own a tile of queries
 (dq) and walk the keys. Each recomputes P, dS and delta, so nothing is shared between programs, every sum has one fixed
 order, and there is neither scratch memory nor an atomic: seven products instead of five.
@@ -34,15 +36,16 @@ MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
 
 @triton.jit
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, m_ptr, log_l_ptr,
-    HEADS,
+    q_ptr, k_ptr, v_ptr, seed_ptr, o_ptr, m_ptr, log_l_ptr,
+    HEADS, SITE,
     stride_q, stride_k, stride_v, stride_o,  # each (batch, token, head)
-    NQ: tl.constexpr, NK: tl.constexpr, SCALE: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
+    NQ: tl.constexpr, NK: tl.constexpr, SCALE: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     TILES: tl.constexpr = (NQ + BLOCK_M - 1) // BLOCK_M
-    b, h = pid // TILES // HEADS, pid // TILES % HEADS
+    head = pid // TILES
+    b, h = head // HEADS, head % HEADS
     offs_m = pid % TILES * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < NQ
     q_rows = tile.head_rows(q_ptr, stride_q, b, h, ALIGN)
@@ -53,6 +56,8 @@ def _attention_fwd_kernel(
     m_i = tl.full([BLOCK_M], float("-inf"), dtype=ACC)
     l_i = tl.full([BLOCK_M], 0.0, dtype=ACC)
     acc = tile.zero_parts(BLOCK_M, PARTS, ACC)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
     for start_n in range(0, NK, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < NK
@@ -64,23 +69,24 @@ def _attention_fwd_kernel(
         p = tile.exp_scaled(logits - m_new[:, None], SCALE)
         alpha = tile.exp_scaled(m_i - m_new, SCALE)
         l_i = l_i * alpha + tl.sum(p, axis=1)
+        if seed_ptr is not None:
+            p *= tile.keep(seed, SITE, (head * NQ + offs_m)[:, None], offs_n[None, :], P).to(ACC)
         acc = tile.dot_into_parts(p, v, tile.scale_parts(acc, alpha[:, None]), PRECISION)
         m_i = m_new
 
     o_rows = tile.head_rows(o_ptr, stride_o, b, h, ALIGN)
     tile.store_parts(o_rows, tile.scale_parts(acc, (1.0 / l_i)[:, None]), offs_m, mask_m, PARTS, ALIGN)
     if m_ptr is not None:
-        offs_stats = pid // TILES * NQ + offs_m
-        tl.store(m_ptr + offs_stats, m_i, mask=mask_m)
-        tl.store(log_l_ptr + offs_stats, tl.log(l_i), mask=mask_m)
+        tl.store(m_ptr + head * NQ + offs_m, m_i, mask=mask_m)
+        tl.store(log_l_ptr + head * NQ + offs_m, tl.log(l_i), mask=mask_m)
 
 
 @triton.jit
 def _attention_bwd_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, m_ptr, log_l_ptr, dq_ptr, dk_ptr, dv_ptr,
-    HEADS,
+    q_ptr, k_ptr, v_ptr, seed_ptr, o_ptr, do_ptr, m_ptr, log_l_ptr, dq_ptr, dk_ptr, dv_ptr,
+    HEADS, SITE,
     stride_q, stride_k, stride_v, stride_o, stride_do, stride_dq, stride_dk, stride_dv,  # each (batch, token, head)
-    NQ: tl.constexpr, NK: tl.constexpr, SCALE: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
+    NQ: tl.constexpr, NK: tl.constexpr, SCALE: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
@@ -103,23 +109,23 @@ def _attention_bwd_kernel(
             dv = tile.head_rows(dv_ptr, stride_dv, b, h, ALIGN)
             offs_n = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
             _dk_dv(
-                q, k, v, o, do, m_ptr, log_l_ptr, dk, dv, offs_n,
-                NQ, NK, SCALE, PARTS, ALIGN, PRECISION, ACC, BLOCK_M, BLOCK_N,
+                q, k, v, seed_ptr, o, do, m_ptr, log_l_ptr, dk, dv, offs_n, head * NQ, SITE,
+                NQ, NK, SCALE, P, PARTS, ALIGN, PRECISION, ACC, BLOCK_M, BLOCK_N,
             )  # fmt: skip
     else:
         if dq_ptr is not None:
             dq = tile.head_rows(dq_ptr, stride_dq, b, h, ALIGN)
             offs_m = (pid_m - TILES_K) * BLOCK_M + tl.arange(0, BLOCK_M)
             _dq(
-                q, k, v, o, do, m_ptr, log_l_ptr, dq, offs_m,
-                NQ, NK, SCALE, PARTS, ALIGN, PRECISION, ACC, BLOCK_M, BLOCK_N,
+                q, k, v, seed_ptr, o, do, m_ptr, log_l_ptr, dq, offs_m, head * NQ, SITE,
+                NQ, NK, SCALE, P, PARTS, ALIGN, PRECISION, ACC, BLOCK_M, BLOCK_N,
             )  # fmt: skip
 
 
 @triton.jit
 def _dk_dv(
-    q_rows, k_rows, v_rows, o_rows, do_rows, m_ptr, log_l_ptr, dk_rows, dv_rows, offs_n,
-    NQ: tl.constexpr, NK: tl.constexpr, SCALE: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
+    q_rows, k_rows, v_rows, seed_ptr, o_rows, do_rows, m_ptr, log_l_ptr, dk_rows, dv_rows, offs_n, first_row, SITE,
+    NQ: tl.constexpr, NK: tl.constexpr, SCALE: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_M keys, over all queries. P and dS are [keys, queries], as the last two products want them.
@@ -132,6 +138,8 @@ def _dk_dv(
 
     dk = tile.zero_parts(BLOCK_M, PARTS, ACC)
     dv = tile.zero_parts(BLOCK_M, PARTS, ACC)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
     for start_m in range(0, NQ, BLOCK_N):
         offs_m = start_m + tl.arange(0, BLOCK_N)
         mask_m = offs_m < NQ
@@ -144,8 +152,14 @@ def _dk_dv(
 
         logits = tile.attn_logits(k, q, mask_m[None, :], PRECISION, ACC)
         p = tile.attn_probs(logits, m[None, :], log_l[None, :], SCALE)
-        ds = p * (tile.dot_parts(v, do, PRECISION, ACC) - delta[None, :])
-        dv = tile.dot_into_parts(p, do, dv, PRECISION)
+        dp = tile.dot_parts(v, do, PRECISION, ACC)
+        kept = p
+        if seed_ptr is not None:
+            keep = tile.keep(seed, SITE, (first_row + offs_m)[None, :], offs_n.to(tl.int32)[:, None], P).to(ACC)
+            kept *= keep
+            dp *= keep
+        ds = p * (dp - delta[None, :])
+        dv = tile.dot_into_parts(kept, do, dv, PRECISION)
         dk = tile.dot_into_parts(ds, q, dk, PRECISION)
 
     tile.store_parts(dk_rows, tile.scale_parts(dk, SCALE), offs_n, mask_n, PARTS, ALIGN)
@@ -154,8 +168,8 @@ def _dk_dv(
 
 @triton.jit
 def _dq(
-    q_rows, k_rows, v_rows, o_rows, do_rows, m_ptr, log_l_ptr, dq_rows, offs_m,
-    NQ: tl.constexpr, NK: tl.constexpr, SCALE: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
+    q_rows, k_rows, v_rows, seed_ptr, o_rows, do_rows, m_ptr, log_l_ptr, dq_rows, offs_m, first_row, SITE,
+    NQ: tl.constexpr, NK: tl.constexpr, SCALE: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_M queries, over all keys."""
@@ -168,6 +182,8 @@ def _dq(
     delta = tile.row_dot_parts(do, o, ACC)
 
     dq = tile.zero_parts(BLOCK_M, PARTS, ACC)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
     for start_n in range(0, NK, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < NK
@@ -176,7 +192,10 @@ def _dq(
 
         logits = tile.attn_logits(q, k, mask_n[None, :], PRECISION, ACC)
         p = tile.attn_probs(logits, m[:, None], log_l[:, None], SCALE)
-        ds = p * (tile.dot_parts(do, v, PRECISION, ACC) - delta[:, None])
+        dp = tile.dot_parts(do, v, PRECISION, ACC)
+        if seed_ptr is not None:
+            dp *= tile.keep(seed, SITE, (first_row + offs_m)[:, None], offs_n[None, :], P).to(ACC)
+        ds = p * (dp - delta[:, None])
         dq = tile.dot_into_parts(ds, k, dq, PRECISION)
 
     tile.store_parts(dq_rows, tile.scale_parts(dq, SCALE), offs_m, mask_m, PARTS, ALIGN)
@@ -209,17 +228,20 @@ def _unit_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
 
 
-def _launch_fwd(q: Tensor, k: Tensor, v: Tensor, o: Tensor, m: Tensor, log_l: Tensor, scale: float) -> None:
+def _launch_fwd(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, m: Tensor, log_l: Tensor,
+    scale: float, seed: Tensor | None, dropout_p: float, site: int,
+) -> None:  # fmt: skip
     """Fills o, and m and log_l unless empty. q, o [B, NQ, H, E] and k, v [B, NK, H, E] with unit last stride."""
     B, NQ, HEADS, HEAD_DIM = q.shape
-    config = configs.attention_fwd(runtime.arch(q.device), k.shape[1], HEAD_DIM, q.dtype)
+    config = configs.attention_fwd(runtime.arch(q.device), k.shape[1], HEAD_DIM, q.dtype, seed is not None)
     runtime.launch(
         _attention_fwd_kernel, B * HEADS * triton.cdiv(NQ, config.block_m),
-        q_ptr=q, k_ptr=k, v_ptr=v, o_ptr=o,
+        q_ptr=q, k_ptr=k, v_ptr=v, seed_ptr=seed, o_ptr=o,
         m_ptr=m if m.numel() else None, log_l_ptr=log_l if m.numel() else None,
-        HEADS=HEADS,
+        HEADS=HEADS, SITE=site,
         stride_q=_strides(q), stride_k=_strides(k), stride_v=_strides(v), stride_o=_strides(o),
-        NQ=NQ, NK=k.shape[1], SCALE=scale, PARTS=head_parts(HEAD_DIM), ALIGN=_align(q, k, v, o),
+        NQ=NQ, NK=k.shape[1], SCALE=scale, P=dropout_p, PARTS=head_parts(HEAD_DIM), ALIGN=_align(q, k, v, o),
         PRECISION=runtime.precision(q.dtype), ACC=runtime.acc_type(q.dtype),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -227,35 +249,40 @@ def _launch_fwd(q: Tensor, k: Tensor, v: Tensor, o: Tensor, m: Tensor, log_l: Te
 
 def _launch_bwd(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor, m: Tensor, log_l: Tensor,
-    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, scale: float,
+    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None,
+    scale: float, seed: Tensor | None, dropout_p: float, site: int,
 ) -> None:  # fmt: skip
     """Fills dq, and dk with dv, as far as given; all [B, N, H, E] with unit last stride."""
     B, NQ, HEADS, HEAD_DIM = q.shape
     NK = k.shape[1]
-    config = configs.attention_bwd(runtime.arch(q.device), max(NQ, NK), HEAD_DIM, q.dtype)
+    config = configs.attention_bwd(runtime.arch(q.device), max(NQ, NK), HEAD_DIM, q.dtype, seed is not None)
     tiles = sum(triton.cdiv(t.shape[1], config.block_m) for t in (dk, dq) if t is not None)
     runtime.launch(
         _attention_bwd_kernel, B * HEADS * tiles,
-        q_ptr=q, k_ptr=k, v_ptr=v, o_ptr=o, do_ptr=do, m_ptr=m, log_l_ptr=log_l, dq_ptr=dq, dk_ptr=dk, dv_ptr=dv,
-        HEADS=HEADS,
+        q_ptr=q, k_ptr=k, v_ptr=v, seed_ptr=seed, o_ptr=o, do_ptr=do, m_ptr=m, log_l_ptr=log_l,
+        dq_ptr=dq, dk_ptr=dk, dv_ptr=dv,
+        HEADS=HEADS, SITE=site,
         stride_q=_strides(q), stride_k=_strides(k), stride_v=_strides(v), stride_o=_strides(o), stride_do=_strides(do),
         stride_dq=_strides(dq), stride_dk=_strides(dk), stride_dv=_strides(dv),
-        NQ=NQ, NK=NK, SCALE=scale, PARTS=head_parts(HEAD_DIM), ALIGN=_align(q, k, v, o, do, dq, dk, dv),
+        NQ=NQ, NK=NK, SCALE=scale, P=dropout_p, PARTS=head_parts(HEAD_DIM), ALIGN=_align(q, k, v, o, do, dq, dk, dv),
         PRECISION=runtime.precision(q.dtype), ACC=runtime.acc_type(q.dtype),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
 @torch.library.custom_op("vit::attention_qkv_fwd", mutates_args=())
-def attention_qkv_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+def attention_qkv_fwd(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, save: bool,
+    seed: Tensor | None = None, dropout_p: float = 0.0, site: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(o [B, NQ, H·E], m [B, H, NQ], log_l [B, H, NQ]); m and log_l are empty unless ``save``."""
     o, m, log_l = _attention_qkv_fwd_fake(q, k, v, scale, save)
-    _launch_fwd(*_unit_rows(q, k, v), o.view(q.shape), m, log_l, scale)
+    _launch_fwd(*_unit_rows(q, k, v), o.view(q.shape), m, log_l, scale, seed, dropout_p, site)
     return o, m, log_l
 
 
 @attention_qkv_fwd.register_fake
-def _attention_qkv_fwd_fake(q, k, v, scale, save):
+def _attention_qkv_fwd_fake(q, k, v, scale, save, seed=None, dropout_p=0.0, site=0):
     B, NQ, HEADS, HEAD_DIM = q.shape
     dtype = torch.promote_types(q.dtype, torch.float32)
     stats = (q.new_empty((B, HEADS, NQ) if save else 0, dtype=dtype) for _ in range(2))
@@ -266,81 +293,98 @@ def _attention_qkv_fwd_fake(q, k, v, scale, save):
 def attention_qkv_bwd(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, m: Tensor, log_l: Tensor,
     scale: float, need_dq: bool, need_dkv: bool,
+    seed: Tensor | None = None, dropout_p: float = 0.0, site: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv), contiguous; what is not needed is empty."""
     dq, dk, dv = _attention_qkv_bwd_fake(do, q, k, v, o, m, log_l, scale, need_dq, need_dkv)
     q, k, v, do = _unit_rows(q, k, v, do.unflatten(-1, q.shape[2:]))
-    dkv = (dk, dv) if need_dkv else (None, None)
-    _launch_bwd(q, k, v, o.view(q.shape), do, m, log_l, dq if need_dq else None, *dkv, scale)
+    wanted = (dq if need_dq else None, *((dk, dv) if need_dkv else (None, None)))
+    _launch_bwd(q, k, v, o.view(q.shape), do, m, log_l, *wanted, scale, seed, dropout_p, site)
     return dq, dk, dv
 
 
 @attention_qkv_bwd.register_fake
-def _attention_qkv_bwd_fake(do, q, k, v, o, m, log_l, scale, need_dq, need_dkv):
+def _attention_qkv_bwd_fake(
+    do, q, k, v, o, m, log_l, scale, need_dq, need_dkv, seed=None, dropout_p=0.0, site=0
+):  # fmt: skip
     kv_shape = k.shape if need_dkv else (0,)
     return q.new_empty(q.shape if need_dq else 0), k.new_empty(kv_shape), v.new_empty(kv_shape)
 
 
 @torch.library.custom_op("vit::attention_fwd", mutates_args=())
-def attention_fwd(qkv: Tensor, scale: float, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+def attention_fwd(
+    qkv: Tensor, scale: float, save: bool, seed: Tensor | None = None, dropout_p: float = 0.0, site: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """`attention_qkv_fwd` of packed qkv [B, N, 3, H, E]."""
     o, m, log_l = _attention_fwd_fake(qkv, scale, save)
     q, k, v = _unit_rows(qkv)[0].unbind(dim=2)
-    _launch_fwd(q, k, v, o.view(q.shape), m, log_l, scale)
+    _launch_fwd(q, k, v, o.view(q.shape), m, log_l, scale, seed, dropout_p, site)
     return o, m, log_l
 
 
 @attention_fwd.register_fake
-def _attention_fwd_fake(qkv, scale, save):
+def _attention_fwd_fake(qkv, scale, save, seed=None, dropout_p=0.0, site=0):
     return _attention_qkv_fwd_fake(*qkv.unbind(dim=2), scale, save)
 
 
 @torch.library.custom_op("vit::attention_bwd", mutates_args=())
-def attention_bwd(do: Tensor, qkv: Tensor, o: Tensor, m: Tensor, log_l: Tensor, scale: float) -> Tensor:
+def attention_bwd(
+    do: Tensor, qkv: Tensor, o: Tensor, m: Tensor, log_l: Tensor, scale: float,
+    seed: Tensor | None = None, dropout_p: float = 0.0, site: int = 0,
+) -> Tensor:  # fmt: skip
     """Packed dqkv [B, N, 3, H, E], contiguous: the kernel writes into it."""
     dqkv = qkv.new_empty(qkv.shape)
     qkv, do = _unit_rows(qkv, do.unflatten(-1, qkv.shape[3:]))
     q, k, v = qkv.unbind(dim=2)
-    _launch_bwd(q, k, v, o.view(q.shape), do, m, log_l, *dqkv.unbind(dim=2), scale)
+    _launch_bwd(q, k, v, o.view(q.shape), do, m, log_l, *dqkv.unbind(dim=2), scale, seed, dropout_p, site)
     return dqkv
 
 
 @attention_bwd.register_fake
-def _attention_bwd_fake(do, qkv, o, m, log_l, scale):
+def _attention_bwd_fake(do, qkv, o, m, log_l, scale, seed=None, dropout_p=0.0, site=0):
     return qkv.new_empty(qkv.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, scale, _ = inputs
+    *tensors, ctx.scale, _, seed, ctx.dropout_p, ctx.site = inputs
     o, m, log_l = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(m, log_l)
-    ctx.save_for_backward(*tensors, o, m, log_l)
-    ctx.scale = scale
+    ctx.save_for_backward(*tensors, o, m, log_l, seed)
 
 
 def _attention_backward(ctx, do, _dm, _dlog_l):
-    return None if do is None else attention_bwd(do, *ctx.saved_tensors, ctx.scale), None, None
+    if do is None:
+        return (None,) * 6
+    *saved, seed = ctx.saved_tensors
+    return attention_bwd(do, *saved, ctx.scale, seed, ctx.dropout_p, ctx.site), *[None] * 5
 
 
 def _attention_qkv_backward(ctx, do, _dm, _dlog_l):
-    need_dq, need_dk, need_dv = ctx.needs_input_grad[:3]
     if do is None:
-        return (None,) * 5
-    dq, dk, dv = attention_qkv_bwd(do, *ctx.saved_tensors, ctx.scale, need_dq, need_dk or need_dv)
-    return dq if need_dq else None, dk if need_dk else None, dv if need_dv else None, None, None
+        return (None,) * 8
+    need_dq, need_dk, need_dv = ctx.needs_input_grad[:3]
+    *saved, seed = ctx.saved_tensors
+    dq, dk, dv = attention_qkv_bwd(
+        do, *saved, ctx.scale, need_dq, need_dk or need_dv, seed, ctx.dropout_p, ctx.site
+    )  # fmt: skip
+    return dq if need_dq else None, dk if need_dk else None, dv if need_dv else None, *[None] * 5
 
 
 attention_fwd.register_autograd(_attention_backward, setup_context=_setup_context)
 attention_qkv_fwd.register_autograd(_attention_qkv_backward, setup_context=_setup_context)
 
 
+@runtime.autocasts()
 def attention(
     qkv: Tensor,
     *,
     num_heads: int | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    site: int = 0,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Multi-head self-attention on packed queries, keys and values, as the qkv projection of a ViT writes them.
@@ -351,14 +395,17 @@ def attention(
         num_heads: H, exactly when qkv has three dimensions.
         scale: of the logits, positive; 1/sqrt(E) if None.
         return_lse: also return the logsumexp of each query's logits.
+        dropout_p, seed, site: dropout of the probabilities, as in `vit.kernels.dropout` of [B, H, N, N]. They are
+            normalised before, and the logsumexp knows nothing of it.
         impl: "auto", "triton" or "reference".
 
     Returns:
-        [B, N, H·E] in the dtype of ``qkv``, contiguous; with ``return_lse`` also the natural-log logsumexp, fp32
-        [B, H, N], through which no gradient flows.
+        [B, N, H·E] in the dtype of ``qkv`` (of autocast, where that is on), contiguous; with ``return_lse`` also the
+        natural-log logsumexp, fp32 [B, H, N], through which no gradient flows.
 
     Raises:
-        ValueError: shapes that do not fit, unknown impl. TypeError: not a floating-point tensor.
+        ValueError: shapes that do not fit, dropout_p outside [0, 1), no seed, unknown impl.
+        TypeError: not a floating-point tensor, not a seed.
         RuntimeError: ``impl="triton"`` where the kernels cannot run.
     """
     op = "attention"
@@ -373,23 +420,35 @@ def attention(
         raise ValueError(
             f"{op}: qkv must have shape [B, N, 3, H, E], or [B, N, 3·H·E] with num_heads given, got {tuple(qkv.shape)}"
         )
-    scale = _check_scale(op, scale, qkv.shape[-1])
+    scale = check_scale(op, scale, qkv.shape[-1])
+    runtime.check_dropout(op, dropout_p, seed, qkv)
+    if dropout_p == 0.0:
+        seed, site = None, 0
     if not runtime.use_triton(op, impl, [qkv], _unsupported(qkv.shape[-1])):
-        out, lse = reference.attention(qkv, scale)
-        return (out, lse.detach()) if return_lse else out
-    out, m, log_l = attention_fwd(qkv, scale, return_lse or runtime.needs_grad(qkv))
+        return reference.attention(qkv, scale, return_lse=return_lse, dropout_p=dropout_p, seed=seed, site=site)
+    out, m, log_l = attention_fwd(qkv, scale, return_lse or runtime.needs_grad(qkv), seed, dropout_p, site)
     return (out, scale * m + log_l) if return_lse else out
 
 
+@runtime.autocasts()
 def attention_qkv(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: bool = False, impl: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    site: int = 0,
+    impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` of separate queries, keys and values, whose lengths may differ.
 
     Args:
         q: [B, NQ, H, E]. k, v: [B, NK, H, E]. Any strides (a transposed view of [B, H, N, E] too), read in place unless
             the last stride is not 1; one dtype.
-        scale, return_lse, impl: as for `attention`.
+        scale, return_lse, dropout_p, seed, site, impl: as for `attention`; the dropped tensor is [B, H, NQ, NK].
 
     Returns:
         [B, NQ, H·E], contiguous; with ``return_lse`` also the logsumexp [B, H, NQ].
@@ -398,26 +457,37 @@ def attention_qkv(
     """
     op = "attention_qkv"
     runtime.check_floating(op, q=q, k=k, v=v)
+    check_heads(op, q, k=k, v=v)
+    if k.shape != v.shape:
+        raise ValueError(f"{op}: k and v must have the same shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+    scale = check_scale(op, scale, q.shape[-1])
+    runtime.check_dropout(op, dropout_p, seed, q)
+    if dropout_p == 0.0:
+        seed, site = None, 0
+    if not runtime.use_triton(op, impl, [q, k, v], _unsupported(q.shape[-1])):
+        return reference.attention_qkv(
+            q, k, v, scale, return_lse=return_lse, dropout_p=dropout_p, seed=seed, site=site
+        )  # fmt: skip
+    out, m, log_l = attention_qkv_fwd(
+        q, k, v, scale, return_lse or runtime.needs_grad(q, k, v), seed, dropout_p, site
+    )  # fmt: skip
+    return (out, scale * m + log_l) if return_lse else out
+
+
+def check_heads(op: str, q: Tensor, **keys: Tensor) -> None:
+    """Raises unless q is [B, NQ, H, E] and each of ``keys`` [B, NK, H, E], with NK above 0 if there are queries."""
     if q.dim() != 4:
         raise ValueError(f"{op}: q must have shape [B, NQ, H, E], got {tuple(q.shape)}")
-    for name, t in (("k", k), ("v", v)):
+    for name, t in keys.items():
         if t.dim() != 4 or t.shape[0] != q.shape[0] or t.shape[2:] != q.shape[2:]:
             raise ValueError(
                 f"{op}: {name} must have shape [B, NK, H, E] with B, H, E of q {tuple(q.shape)}, got {tuple(t.shape)}"
             )
-    if k.shape != v.shape:
-        raise ValueError(f"{op}: k and v must have the same shape, got {tuple(k.shape)} and {tuple(v.shape)}")
-    if k.shape[1] == 0 and q.shape[1] > 0:
-        raise ValueError(f"{op}: k and v must have at least one token, got {tuple(k.shape)}")
-    scale = _check_scale(op, scale, q.shape[-1])
-    if not runtime.use_triton(op, impl, [q, k, v], _unsupported(q.shape[-1])):
-        out, lse = reference.attention_qkv(q, k, v, scale)
-        return (out, lse.detach()) if return_lse else out
-    out, m, log_l = attention_qkv_fwd(q, k, v, scale, return_lse or runtime.needs_grad(q, k, v))
-    return (out, scale * m + log_l) if return_lse else out
+        if t.shape[1] == 0 and q.shape[1] > 0:
+            raise ValueError(f"{op}: {name} must have at least one token, got {tuple(t.shape)}")
 
 
-def _check_scale(op: str, scale: float | None, head_dim: int) -> float:
+def check_scale(op: str, scale: float | None, head_dim: int) -> float:
     if head_dim == 0:
         raise ValueError(f"{op}: the last dimension must not be empty")
     scale = head_dim**-0.5 if scale is None else float(scale)

@@ -76,8 +76,11 @@ def gemm(arch: int, dtype: torch.dtype, precision: str) -> Config:
     return Config(block_m=128, block_n=128, block_k=64, group_m=8, num_warps=8, num_stages=3)
 
 
-def attention_fwd(arch: int, n: int, head_dim: int, dtype: torch.dtype) -> Config:
-    """Tile of block_m queries against block_n keys at a time; n is the number of keys."""
+def attention_fwd(arch: int, n: int, head_dim: int, dtype: torch.dtype, dropout: bool = False) -> Config:
+    """Tile of block_m queries against block_n keys at a time; n is the number of keys.
+
+    ``dropout`` draws a random number for each element of the tile, which takes registers.
+    """
     if arch == 0:
         return Config(block_m=32, block_n=32)
     if dtype is torch.float32:
@@ -85,17 +88,23 @@ def attention_fwd(arch: int, n: int, head_dim: int, dtype: torch.dtype) -> Confi
     if head_dim > 64:
         wide = arch < 90 and head_dim > 96  # accumulators in registers, and none to spare for more columns of keys
         return Config(block_m=64, block_n=32 if wide else 64, num_warps=4, num_stages=2)
+    if dropout:
+        return Config(block_m=64, block_n=64, num_warps=4, num_stages=2)
     return Config(block_m=128 if arch >= 90 else 64, block_n=64, num_warps=4, num_stages=2 if arch >= 90 else 3)
 
 
-def attention_bwd(arch: int, n: int, head_dim: int, dtype: torch.dtype) -> Config:
+def attention_bwd(arch: int, n: int, head_dim: int, dtype: torch.dtype, dropout: bool = False) -> Config:
     """A program owns block_m keys (or queries) and walks the queries (or keys) block_n at a time; n is the longer."""
     if arch == 0:
         return Config(block_m=32, block_n=32)
     if dtype is torch.float32:
         blocks = (32, 32) if head_dim > 112 else (64, 16) if arch >= 90 else (32, 16)
         return Config(*blocks, num_warps=8, num_stages=2)
-    return Config(block_m=64, block_n=32, num_warps=4 if head_dim <= (80 if arch >= 90 else 64) else 8, num_stages=2)
+    num_warps = 4 if head_dim <= (80 if arch >= 90 else 64) else 8
+    if dropout:
+        num_stages = 1 if arch < 90 and head_dim > 80 else 2
+        return Config(block_m=64, block_n=16, num_warps=num_warps, num_stages=num_stages)
+    return Config(block_m=64, block_n=32, num_warps=num_warps, num_stages=2)
 
 
 def patch_embed(arch: int, role: str, dtype: torch.dtype, precision: str) -> Config:

@@ -144,19 +144,32 @@ def mlp(
     return F.linear(gelu(F.linear(x, fc1_weight, fc1_bias), activation), fc2_weight, fc2_bias)
 
 
-def attention_qkv(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """softmax(scale · q kᵀ) v per head, bidirectional.
+def attention_qkv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    *,
+    return_lse: bool = False,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    site: int = 0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """dropout(softmax(scale · q kᵀ)) v per head, bidirectional.
 
-    q [B, NQ, H, E], k and v [B, NK, H, E] -> output [B, NQ, H·E] and the natural-log logsumexp [B, H, NQ] (fp32, or
-    fp64 for fp64 inputs). scale defaults to 1/sqrt(E).
+    q [B, NQ, H, E], k and v [B, NK, H, E] -> output [B, NQ, H·E] and, if asked for, the natural-log logsumexp
+    [B, H, NQ] (fp32, or fp64 for fp64 inputs; no gradient). scale defaults to 1/sqrt(E).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     logits = torch.einsum("bqhe,bkhe->bhqk", q, k) * scale
-    out = torch.einsum("bhqk,bkhe->bqhe", logits.softmax(dim=-1), v)
+    probs = dropout(logits.softmax(dim=-1), dropout_p, seed, site)
+    out = torch.einsum("bhqk,bkhe->bqhe", probs, v).flatten(2)
+    if not return_lse:
+        return out
     wide = torch.promote_types(logits.dtype, torch.float32)
-    return out.flatten(2), logits.to(wide).logsumexp(dim=-1)
+    return out, logits.detach().to(wide).logsumexp(dim=-1)
 
 
-def attention(qkv: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+def attention(qkv: Tensor, scale: float | None = None, **options) -> Tensor | tuple[Tensor, Tensor]:
     """`attention_qkv` of packed qkv [B, N, 3, H, E]."""
-    return attention_qkv(*qkv.unbind(dim=2), scale)
+    return attention_qkv(*qkv.unbind(dim=2), scale, **options)

@@ -36,6 +36,7 @@ class Mutant:
 
 
 LN, LINEAR, MLP = "tests/test_layer_norm.py", "tests/test_linear.py", "tests/test_mlp.py"
+DROPOUT, MIRROR = "tests/test_attention_dropout.py", "tests/test_attention_mirror.py"
 ATTENTION, PATCH, VIT = "tests/test_attention.py", "tests/test_patch_embed.py", "tests/test_vit.py"
 
 MUTANTS = [
@@ -70,15 +71,15 @@ MUTANTS = [
     Mutant(
         "attention: backward without delta",
         "kernels/attention.py",
-        "ds = p * (tile.dot_parts(do, v, PRECISION, ACC) - delta[:, None])",
-        "ds = p * tile.dot_parts(do, v, PRECISION, ACC)",
+        "ds = p * (dp - delta[:, None])",
+        "ds = p * dp",
         (f"{ATTENTION}::test_packed",),
     ),
     Mutant(
         "attention: lse in base 2",
         "kernels/attention.py",
-        "tl.store(log_l_ptr + offs_stats, tl.log(l_i), mask=mask_m)",
-        "tl.store(log_l_ptr + offs_stats, tl.log2(l_i), mask=mask_m)",
+        "tl.store(log_l_ptr + head * NQ + offs_m, tl.log(l_i), mask=mask_m)",
+        "tl.store(log_l_ptr + head * NQ + offs_m, tl.log2(l_i), mask=mask_m)",
         (f"{ATTENTION}::test_lse",),
     ),
     Mutant(
@@ -108,6 +109,42 @@ MUTANTS = [
         "    pid = tl.program_id(0).to(tl.int64)\n    TILES: tl.constexpr",
         "    pid = tl.program_id(0)\n    TILES: tl.constexpr",
         (f"{ATTENTION}::test_offsets_beyond_32_bits",),
+    ),
+    Mutant(
+        "attention: keys scaled in 16 bits before their product",
+        "kernels/attention.py",
+        "logits = tile.attn_logits(q, k, mask_n[None, :], PRECISION, ACC)  # [BLOCK_M, BLOCK_N]",
+        "k = ((k[0].to(ACC) * SCALE).to(k[0].dtype), (k[1].to(ACC) * SCALE).to(k[1].dtype))\n"
+        "        logits = tile.attn_logits(q, k, mask_n[None, :], PRECISION, ACC) / SCALE",
+        (f"{MIRROR}::test_no_worse_than_the_mirror",),
+    ),
+    Mutant(
+        "attention: 16-bit accumulators",
+        "kernels/tile.py",
+        "y += (dot(p.to(x[i].dtype), x[i], acc[i], PRECISION),)",
+        "y += (dot(p.to(x[i].dtype), x[i], acc[i], PRECISION).to(x[i].dtype).to(acc[i].dtype),)",
+        (f"{MIRROR}::test_no_worse_than_the_mirror",),
+    ),
+    Mutant(
+        "attention: every head drops the same",
+        "kernels/attention.py",
+        "p *= tile.keep(seed, SITE, (head * NQ + offs_m)[:, None]",
+        "p *= tile.keep(seed, SITE, (b * NQ + offs_m)[:, None]",
+        (f"{DROPOUT}::test_packed",),
+    ),
+    Mutant(
+        "attention: dv of probabilities that were not dropped",
+        "kernels/attention.py",
+        "            kept *= keep\n",
+        "",
+        (f"{DROPOUT}::test_packed",),
+    ),
+    Mutant(
+        "attention: 32-bit rows of the dropout mask in the backward",
+        "kernels/attention.py",
+        "dp *= tile.keep(seed, SITE, (first_row + offs_m)[:, None]",
+        "dp *= tile.keep(seed, SITE, (first_row + offs_m).to(tl.int32).to(tl.int64)[:, None]",
+        (f"{DROPOUT}::test_rows_beyond_32_bits",),
     ),
     Mutant(
         "gelu: tanh for erf",

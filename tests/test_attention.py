@@ -7,10 +7,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from views import nan_padded
+from views import last_programs_only, nan_padded
 
 from vit.kernels import attention, attention_qkv, configs, reference, runtime
-from vit.kernels.attention import attention_bwd, attention_fwd, attention_qkv_bwd, attention_qkv_fwd, head_parts
+from vit.kernels.attention import (
+    _launch_bwd,
+    _launch_fwd,
+    attention_bwd,
+    attention_fwd,
+    attention_qkv_bwd,
+    attention_qkv_fwd,
+    head_parts,
+)
 from vit.testing import check, check_op
 
 
@@ -19,7 +27,7 @@ def ours_packed(qkv: Tensor) -> Tensor:
 
 
 def reference_packed(qkv: Tensor) -> Tensor:
-    return reference.attention(qkv)[0]
+    return reference.attention(qkv)
 
 
 def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -27,7 +35,7 @@ def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def reference_qkv(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return reference.attention_qkv(q, k, v)[0]
+    return reference.attention_qkv(q, k, v)
 
 
 def grads(fn, leaves: list[Tensor], do: Tensor) -> list[Tensor]:
@@ -113,7 +121,7 @@ def test_logits_without_gradient(randn, dtype, kind):
 def test_scale(randn, dtype):
     check_op(
         lambda qkv: attention(qkv, scale=0.37, impl="triton"),
-        lambda qkv: reference.attention(qkv, scale=0.37)[0],
+        lambda qkv: reference.attention(qkv, scale=0.37),
         {"qkv": randn(2, 17, 3, 1, 32)},
         dtype,
     )
@@ -123,7 +131,7 @@ def test_lse(randn, dtype):
     """Natural logarithm, fp32, no gradient, the same whether or not gradients are wanted."""
     q, k, v = ((6 * randn(2, n, 2, 48)).to(dtype) for n in (33, 40, 40))
     out, lse = attention_qkv(q, k, v, return_lse=True, impl="triton")
-    eager = reference.attention_qkv(q, k, v)[1]
+    eager = reference.attention_qkv(q, k, v, return_lse=True)[1]
     exact = torch.einsum("bqhe,bkhe->bhqk", q.double(), k.double()).div(math.sqrt(48)).logsumexp(-1)
     assert lse.dtype is torch.float32
     assert (lse - exact).abs().max() < 2e-6 * exact.abs().max()
@@ -135,7 +143,9 @@ def test_lse(randn, dtype):
     _, lse = attention(packed, return_lse=True, impl="triton")
     assert not lse.requires_grad
     assert not attention(packed, return_lse=True, impl="reference")[1].requires_grad
-    torch.testing.assert_close(lse, reference.attention(packed.double())[1].float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        lse, reference.attention(packed.double(), return_lse=True)[1].float(), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_agrees_with_scaled_dot_product_attention(randn):
@@ -283,6 +293,44 @@ def test_compile_fullgraph(randn):
     assert all(map(torch.equal, *(torch.autograd.grad(outs[0], leaves, do) for outs in (direct, compiled))))
 
 
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_autocast(randn, impl, low):
+    """fp32 inputs are cast first, nothing else: the same bits as the op on cast inputs, gradients in fp32."""
+    qkv, do = randn(2, 17, 3, 2, 16), randn(2, 17, 32).to(low)
+    drop = {"dropout_p": 0.2, "seed": torch.tensor([3], device=qkv.device), "site": 1}
+
+    def packed(x):
+        return attention(x, **drop, impl=impl)
+
+    def unpacked(q, k, v):
+        return attention_qkv(q, k=k, v=v, **drop, impl=impl)  # keywords are cast, too
+
+    for fn, leaves in [(packed, [qkv]), (unpacked, list(qkv.unbind(2)))]:
+        want = grads(lambda *t, fn=fn: fn(*(x.to(low) for x in t)), leaves, do)
+        with torch.autocast(qkv.device.type, low):
+            got = grads(fn, leaves, do)
+            _, lse = attention(qkv, return_lse=True, impl=impl)
+            assert attention(qkv.double(), impl="reference").dtype is torch.float64
+        assert got[0].dtype is low and lse.dtype is torch.float32
+        assert all(t.dtype is torch.float32 for t in got[1:])
+        bits_equal(want, got, "autocast")
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_autocast_compiled(randn, impl):
+    qkv = randn(2, 5, 96).requires_grad_()
+
+    def fn(x):
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return attention(x, num_heads=2, impl=impl)
+
+    direct, compiled = fn(qkv), torch.compile(fn, fullgraph=True, backend="aot_eager")(qkv)
+    assert compiled.dtype is torch.bfloat16 and torch.equal(direct, compiled)
+    do = randn(2, 5, 32).bfloat16()
+    assert torch.equal(*(torch.autograd.grad(out, qkv, do)[0] for out in (direct, compiled)))
+
+
 # ---- the same bits ---------------------------------------------------------------------------------------------------
 
 
@@ -378,15 +426,25 @@ def test_other_tiles(randn, monkeypatch, block_m, block_n):
 # ---- limits ----------------------------------------------------------------------------------------------------------
 
 
-def test_offsets_beyond_32_bits(device):
-    """Samples 2³⁰ elements apart. The memory between them is never touched, so the CPU never provides it."""
-    gap, (B, N, H, E) = 2**30, (3, 2, 1, 16)
-    memory = torch.from_numpy(np.zeros(2 * gap + N * 3 * H * E, dtype=np.float16)).to(device)
-    qkv = memory.as_strided((B, N, 3, H, E), (gap, 3 * H * E, H * E, E, 1))
-    values = torch.randn(qkv.shape, generator=torch.Generator().manual_seed(0)).to(device, torch.float16)
-    qkv.copy_(values)
-    do = torch.ones(B, N, H * E, dtype=torch.float16, device=device)
-    bits_equal(grads(ours_packed, [values], do), grads(ours_packed, [qkv], do), "far apart")
+@pytest.mark.parametrize("far", ["samples", "tokens", "heads"])
+def test_offsets_beyond_32_bits(device, far):
+    """Three samples, tokens or heads 2³⁰ elements apart, in all that forward and backward read and write.
+
+    The memory between them is never touched, so the CPU never provides it.
+    """
+    gap, (B, N, H, E) = 2**30, {"samples": (3, 2, 1, 16), "tokens": (1, 3, 2, 16), "heads": (1, 2, 3, 16)}[far]
+    near = torch.randn(B, N, 8, H, E, generator=torch.Generator().manual_seed(0)).to(device, torch.float16)
+    stride = list(near.stride())
+    stride[{"samples": 0, "tokens": 1, "heads": 3}[far]] = gap
+    memory = torch.from_numpy(np.zeros(2 * gap + near.numel(), dtype=np.float16)).to(device)
+    apart = memory.as_strided(near.shape, stride)
+    apart.copy_(near)
+    for tensors in (near, apart):
+        q, k, v, o, do, *grads = tensors.unbind(2)
+        m, log_l = torch.empty(2, B, H, N, device=device)
+        _launch_fwd(q, k, v, o, m, log_l, 0.25, None, 0.0, 0)
+        _launch_bwd(q, k, v, o, do, m, log_l, *grads, 0.25, None, 0.0, 0)
+    assert torch.equal(near, apart)
 
 
 def test_many_heads_go_on_grid_x(randn, monkeypatch):
@@ -395,6 +453,17 @@ def test_many_heads_go_on_grid_x(randn, monkeypatch):
     qkv = randn(1, 1, 3, 1, 16).expand(35_001, 1, 3, 2, 16).requires_grad_()
     ours_packed(qkv).sum().backward()
     assert grids == [70_002, 140_004]
+
+
+@pytest.mark.interpreted
+def test_the_last_of_many_heads(randn):
+    """Of 70,000 heads the last sample's two are computed, and are right."""
+    qkv, do = torch.zeros(35_000, 5, 3, 2, 16), torch.zeros(35_000, 5, 32)
+    qkv[-1], do[-1] = randn(5, 3, 2, 16), randn(5, 32)
+    alone = grads(ours_packed, [qkv[-1:]], do[-1:])
+    with last_programs_only(4):
+        many = grads(ours_packed, [qkv], do)
+    bits_equal(alone, [t[-1:] for t in many], "last sample")
 
 
 @pytest.mark.gpu
@@ -418,7 +487,7 @@ def test_unsupported_head_dim(randn, head_dim):
 def test_reference_path(randn):
     qkv = randn(2, 5, 3, 2, 20)
     out, lse = attention(qkv.flatten(2), num_heads=2, return_lse=True, impl="reference")
-    expected = reference.attention(qkv)
+    expected = reference.attention(qkv, return_lse=True)
     assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
     out, lse = attention_qkv(*qkv.unbind(2), return_lse=True, impl="reference")
     assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])

@@ -1,7 +1,14 @@
-"""The same values in other memory."""
+"""The same values in other memory; a few programs of a large launch."""
+
+import contextlib
+from collections.abc import Iterator
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
+
+from vit.kernels import runtime
 
 
 def nan_padded(t: Tensor) -> Tensor:
@@ -10,3 +17,19 @@ def nan_padded(t: Tensor) -> Tensor:
     view = buffer[tuple(slice(1, n + 1) for n in t.shape)]
     view.copy_(t)
     return view
+
+
+@contextlib.contextmanager
+def last_programs_only(count: int) -> Iterator[None]:
+    """Of every interpreted launch inside the last ``count`` programs run, under their own numbers; the grid is on x."""
+    launch, builder = runtime.launch, interpreter.interpreter_builder
+
+    def few(kernel, grid, **args):
+        def set_grid_idx(x, y, z):
+            builder.grid_idx = (grid - count + x, y, z)
+
+        with patch.object(builder, "set_grid_idx", set_grid_idx):
+            launch(kernel, count, **args)
+
+    with patch.object(runtime, "launch", few):
+        yield

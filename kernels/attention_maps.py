@@ -1,0 +1,57 @@
+"""Attention probabilities, the dense matrix that the fused kernels never store, for whoever asks.
+
+Plain PyTorch beside the fused forward, from the queries and keys that it read: asking changes nothing there. The whole
+map of a layer takes B · H · NQ · NK numbers, so ``queries`` selects rows (the class token's, say), and slices of q and
+k along the third dimension select heads. As all keys of a row are at hand, its logsumexp is not needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import runtime
+from .attention import check_heads, check_scale
+
+
+@runtime.autocasts()
+def attention_probs(
+    q: Tensor, k: Tensor, *, scale: float | None = None, queries: Sequence[int] | Tensor | None = None
+) -> Tensor:
+    """softmax(scale · q kᵀ) per head: which keys each query attends to, in fp32 whatever the dtype of q and k.
+
+    Args:
+        q: [B, NQ, H, E]. k: [B, NK, H, E]. Any strides; one dtype. Of packed qkv [B, N, 3, H, E]:
+            ``qkv.unbind(2)[:2]``.
+        scale: of the logits, positive; 1/sqrt(E) if None, as in `attention`.
+        queries: indices of the wanted queries, in the wanted order, negative ones from the end; all if None.
+
+    Returns:
+        [B, H, NQ, NK], or as many rows as ``queries`` has; fp32, or fp64 for fp64 inputs. Every row sums to 1.
+        Differentiable to any order. Dropout of `attention` comes after it.
+
+    Raises:
+        ValueError: shapes that do not fit. TypeError: dtypes that do not fit. IndexError: no such query.
+    """
+    op = "attention_probs"
+    runtime.check_floating(op, q=q, k=k)
+    check_heads(op, q, k=k)
+    scale = check_scale(op, scale, q.shape[-1])
+    if queries is not None:
+        q = q[:, _indices(op, queries, q.shape[1])]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return (torch.einsum("bqhe,bkhe->bhqk", q.to(wide), k.to(wide)) * scale).softmax(dim=-1)
+
+
+def _indices(op: str, queries: Sequence[int] | Tensor, count: int) -> Sequence[int] | Tensor:
+    if isinstance(queries, Tensor):
+        if queries.dim() != 1 or queries.is_floating_point() or queries.dtype is torch.bool:
+            raise TypeError(f"{op}: queries must be a list of indices, got {queries.dtype} {tuple(queries.shape)}")
+        return queries
+    queries = list(queries)
+    for i in queries:
+        if not -count <= i < count:  # a GPU would only say that an assertion failed
+            raise IndexError(f"{op}: queries has {i}, but there are {count} queries")
+    return queries

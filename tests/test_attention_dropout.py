@@ -1,0 +1,260 @@
+"""Dropout of the attention probabilities: forward and both halves of the backward draw the mask of the reference."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from views import last_programs_only, nan_padded
+
+from vit.kernels import attention, attention_qkv, configs, dropout_seed, reference
+from vit.kernels.attention import (
+    _launch_bwd,
+    _launch_fwd,
+    attention_bwd,
+    attention_fwd,
+    attention_qkv_bwd,
+    attention_qkv_fwd,
+)
+from vit.testing import check_op
+
+
+@pytest.fixture
+def drop(device):
+    return {"dropout_p": 0.3, "seed": torch.tensor([-1234567890123456789], device=device), "site": 7}
+
+
+def grads(fn, leaves: list[Tensor], do: Tensor) -> list[Tensor]:
+    """The output and the gradient of every leaf."""
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    out = fn(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, do)]
+
+
+@pytest.mark.parametrize(("B", "N", "H", "E", "p"), [(2, 17, 3, 16, 0.1), (1, 65, 2, 80, 0.5)])
+def test_packed(randn, drop, dtype, B, N, H, E, p):
+    check_op(
+        lambda qkv: attention(qkv, **drop | {"dropout_p": p}, impl="triton"),
+        lambda qkv: reference.attention(qkv, **drop | {"dropout_p": p}),
+        {"qkv": randn(B, N, 3, H, E)},
+        dtype,
+    )
+
+
+@pytest.mark.parametrize(("NQ", "NK", "H", "E"), [(1, 50, 2, 64), (50, 3, 2, 32), (65, 35, 1, 72)])
+def test_unpacked(randn, drop, dtype, NQ, NK, H, E):
+    inputs = {"q": randn(2, NQ, H, E), "k": randn(2, NK, H, E), "v": randn(2, NK, H, E)}
+    check_op(
+        lambda **a: attention_qkv(**a, **drop, scale=0.2, impl="triton"),
+        lambda **a: reference.attention_qkv(**a, scale=0.2, **drop),
+        inputs,
+        dtype,
+    )
+
+
+@pytest.mark.parametrize(("block_m", "block_n"), [(16, 64), (64, 16)])
+def test_the_mask_does_not_depend_on_tiles(randn, drop, monkeypatch, block_m, block_n):
+    for name in ("attention_fwd", "attention_bwd"):
+        monkeypatch.setattr(configs, name, lambda *_, **__: configs.Config(block_m=block_m, block_n=block_n))
+    check_op(
+        lambda **a: attention_qkv(**a, **drop, impl="triton"),
+        lambda **a: reference.attention_qkv(**a, **drop),
+        {"q": randn(1, 33, 2, 24), "k": randn(1, 50, 2, 24), "v": randn(1, 50, 2, 24)},
+        torch.float32,
+    )
+
+
+def test_forward_and_backward_draw_one_mask(randn, drop):
+    """The mask itself, read out of the output and of the gradients of q, k and v: which pairs of tokens are dropped.
+
+    With equal logits P = 1/NK. The unit vectors of v give row by row what is kept of P; those of do give dv.
+    """
+    B, H, NQ, NK = 2, 3, 17, 32
+    q, k = torch.zeros(B, NQ, H, 32), torch.zeros(B, NK, H, 32)
+    v = torch.eye(NK)[None, :, None].expand(B, NK, H, NK)  # head_dim = NK
+    want = reference.keep(drop["seed"].cpu(), drop["site"], torch.Size((B, H, NQ, NK)), drop["dropout_p"]).float()
+    device = drop["seed"].device
+    q, k, v = (t.to(device).requires_grad_() for t in (q, k, v))
+    out = attention_qkv(q, k, v, **drop, impl="triton").view(B, NQ, H, NK)
+    torch.testing.assert_close(out.detach().cpu().transpose(1, 2) * NK, want, rtol=1e-6, atol=0.0)
+
+    eye = torch.eye(32, device=device)[:NQ, None].expand(B, NQ, H, 32)  # do of query i is unit vector i
+    (dv,) = torch.autograd.grad(out, v, eye, retain_graph=True)
+    torch.testing.assert_close(dv[..., :NQ].cpu().permute(0, 2, 3, 1) * NK, want, rtol=1e-6, atol=0.0)
+
+    # dS = P (keep · do vᵀ − delta) with do = 1: dq is its product with k, dk with q; so make those unit vectors.
+    ones = torch.ones_like(out).flatten(2)
+    tiny = 1e-6  # logits stay equal
+    with torch.no_grad():
+        k.copy_(tiny * torch.eye(NK, device=device)[:, None].expand(B, NK, H, NK))
+    out = attention_qkv(q, k, v, **drop, scale=1.0, impl="triton")
+    (dq,) = torch.autograd.grad(out, q, ones)
+    exact = (want - want.mean(-1, keepdim=True)) / NK
+    torch.testing.assert_close(dq.cpu().transpose(1, 2) / tiny, exact, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        k.zero_()
+        q.copy_(tiny * eye)
+    out = attention_qkv(q, k, v, **drop, scale=1.0, impl="triton")
+    (dk,) = torch.autograd.grad(out, k, ones)
+    torch.testing.assert_close(dk[..., :NQ].cpu().permute(0, 2, 3, 1) / tiny, exact, rtol=1e-4, atol=1e-6)
+
+
+def test_agrees_with_scaled_dot_product_attention(randn, drop):
+    """Where it drops: after the softmax is normalised. PyTorch's is given our mask as a product with identities."""
+    B, N, H, E = 1, 9, 2, 16
+    q, k, v = (randn(B, N, H, E) for _ in range(3))
+    probs = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), torch.eye(N, device=q.device).expand(B, H, N, N)
+    )
+    keep = reference.keep(drop["seed"], drop["site"], probs.shape, drop["dropout_p"]).to(probs)
+    want = ((probs * keep) @ v.transpose(1, 2)).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(attention_qkv(q, k, v, **drop, impl="triton"), want, rtol=1e-5, atol=1e-6)
+
+
+def test_statistics(randn):
+    """Over seeds the mean is attention without dropout; the standard error says how closely."""
+    qkv, p, draws = randn(1, 20, 3, 2, 16), 0.4, 400
+    outs = torch.stack([
+        reference.attention(qkv, dropout_p=p, seed=torch.tensor([i], device=qkv.device)) for i in range(draws)
+    ])  # fmt: skip
+    error = (outs.mean(0) - reference.attention(qkv)) / (outs.std(0) / draws**0.5)
+    assert error.abs().max() < 5 and 0.8 < error.square().mean() < 1.2
+
+
+def test_lse_is_that_of_all_probabilities(randn, drop):
+    qkv = randn(1, 20, 3, 2, 16)
+    for impl in ("triton", "reference"):
+        _, lse = attention(qkv, return_lse=True, impl=impl)
+        assert torch.equal(attention(qkv, return_lse=True, **drop, impl=impl)[1], lse)
+
+
+def test_off_is_off(randn, drop):
+    """p = 0 ignores seed and site, and compiles to what there is without them."""
+    qkv = randn(1, 20, 3, 2, 16)
+    off = drop | {"dropout_p": 0.0}
+    for impl in ("triton", "reference"):
+        assert torch.equal(attention(qkv, **off, impl=impl), attention(qkv, impl=impl))
+        q, k, v = qkv.unbind(2)
+        assert torch.equal(attention_qkv(q, k, v, **off, impl=impl), attention(qkv, impl=impl))
+
+
+@pytest.mark.interpreted
+def test_gradcheck(randn, drop):
+    qkv = randn(1, 3, 3, 2, 24).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: attention(x, **drop, impl="triton"), qkv, fast_mode=True)
+    q, k, v = (randn(1, n, 2, 16).double().requires_grad_() for n in (35, 20, 20))
+    assert torch.autograd.gradcheck(lambda *t: attention_qkv(*t, **drop, impl="triton"), (q, k, v), fast_mode=True)
+
+
+def test_opcheck(randn, drop):
+    last = (drop["seed"], drop["dropout_p"], drop["site"])
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    q, k = randn(1, 3, 2, 16), randn(1, 5, 2, 16)
+    o, m, log_l = attention_qkv_fwd(q, k, k, 0.25, True, *last)
+    leaves = [t.clone().requires_grad_() for t in (q, k, k)]
+    torch.library.opcheck(attention_qkv_fwd, (*leaves, 0.25, True, *last))
+    args = (randn(*o.shape), q, k, k, o, m, log_l, 0.25, True, True, *last)
+    torch.library.opcheck(attention_qkv_bwd, args, test_utils=tests)
+    qkv = randn(1, 3, 3, 2, 16)
+    o, m, log_l = attention_fwd(qkv, 0.25, True, *last)
+    torch.library.opcheck(attention_fwd, (qkv.clone().requires_grad_(), 0.25, True, *last))
+    torch.library.opcheck(attention_bwd, (randn(*o.shape), qkv, o, m, log_l, 0.25, *last), test_utils=tests)
+
+
+@pytest.mark.parametrize("wanted", ["q", "v", "kv"])
+def test_frozen_inputs(randn, drop, wanted):
+    tensors, do = [randn(1, n, 2, 16) for n in (17, 20, 20)], randn(1, 17, 32)
+    every = grads(lambda *t: attention_qkv(*t, **drop, impl="triton"), tensors, do)[1:]
+    leaves = [t.clone().requires_grad_(n in wanted) for n, t in zip("qkv", tensors, strict=True)]
+    attention_qkv(*leaves, **drop, impl="triton").backward(do)
+    for name, leaf, want in zip("qkv", leaves, every, strict=True):
+        assert torch.equal(leaf.grad, want) if name in wanted else leaf.grad is None
+
+
+def test_same_bits(randn, drop, dtype):
+    """Run to run, packed or not, and with inputs and incoming gradients of any strides."""
+    qkv, do = randn(2, 17, 3, 2, 24).to(dtype), randn(2, 17, 48).to(dtype)
+
+    def packed(x):
+        return attention(x, **drop, impl="triton")
+
+    first = grads(packed, [qkv], do)
+    tokens_first = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (qkv, do)]
+    for x, cotangent in [(qkv, do), tokens_first, (nan_padded(qkv), nan_padded(do)), (qkv.mT.contiguous().mT, do)]:
+        assert all(map(torch.equal, first, grads(packed, [x], cotangent)))
+    out, *three = grads(lambda *t: attention_qkv(*t, **drop, impl="triton"), list(qkv.unbind(2)), do)
+    assert torch.equal(first[0], out) and torch.equal(first[1], torch.stack(three, dim=2))
+
+
+def test_compiled_code_draws_anew_at_every_call(randn):
+    def fn(x):
+        return attention(x, dropout_p=0.5, seed=dropout_seed(x), site=3, impl="triton")
+
+    compiled, qkv = torch.compile(fn, fullgraph=True, backend="aot_eager"), randn(1, 5, 3, 2, 16).requires_grad_()
+    torch.manual_seed(5)
+    first, second = compiled(qkv), compiled(qkv)
+    torch.manual_seed(5)
+    eager = fn(qkv)
+    assert torch.equal(first, eager) and not torch.equal(first, second)
+    assert torch.equal(*(torch.autograd.grad(out.sum(), qkv)[0] for out in (first, eager)))
+
+
+@pytest.mark.interpreted
+def test_rows_beyond_32_bits(randn, drop, tmp_path):
+    """The last sample of so many that its rows of the mask, (b · H + h) · NQ + query, lie beyond 2³².
+
+    Samples share their memory; the statistics are a file that is empty but for the last.
+    """
+    N, E, scale, p = 40, 16, 0.25, drop["dropout_p"]
+    B = 2**32 // N + 2
+    q, k, v, do = (randn(1, N, 1, E) for _ in range(4))
+    o, dq, dk, dv = (torch.empty(1, N, 1, E) for _ in range(4))
+    m, log_l = (
+        torch.from_numpy(np.memmap(tmp_path / name, dtype=np.float32, mode="w+", shape=(B, 1, N))) for name in "ml"
+    )
+    logits = torch.einsum("bqhe,bkhe->bhqk", q, k)
+    m[-1:] = logits.amax(-1)
+    log_l[-1:] = (scale * (logits - m[-1:, ..., None])).logsumexp(-1)
+    every = [t.expand(B, N, 1, E) for t in (q, k, v, o, do, dq, dk, dv)]
+    with last_programs_only(2):  # tiles of 32 queries
+        _launch_fwd(*every[:4], m[:0], log_l[:0], scale, drop["seed"], p, drop["site"])
+    with last_programs_only(4):  # of keys, and of queries
+        _launch_bwd(*every[:5], m, log_l, *every[5:], scale, drop["seed"], p, drop["site"])
+
+    rows = torch.arange((B - 1) * N, B * N)[:, None]
+    assert rows.min() >= 2**32
+    word = reference.philox(drop["seed"][0], (torch.arange(N), rows & 0xFFFFFFFF, rows >> 32, drop["site"]))
+    keep = torch.where(word >= int(p * 2**32), 1 / (1 - p), 0.0)
+
+    def eager(q, k, v):
+        probs = (torch.einsum("bqhe,bkhe->bhqk", q, k) * scale).softmax(-1)
+        return torch.einsum("bhqk,bkhe->bqhe", probs * keep, v)
+
+    for got, want in zip((o, dq, dk, dv), grads(eager, [q, k, v], do), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_empty(randn, drop):
+    for shape in [(0, 5, 3, 2, 16), (2, 0, 3, 2, 16)]:
+        out, dqkv = grads(lambda x: attention(x, **drop, impl="triton"), [randn(*shape)], randn(*shape[:2], 32))
+        assert out.shape == (*shape[:2], 32) and dqkv.shape == shape
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
+        ({"dropout_p": -0.1}, ValueError, "dropout_p must be in"),
+        ({"seed": None}, ValueError, "dropout_p=0.3 needs a seed"),
+        ({"seed": 17}, TypeError, "int64 tensor of one element, .* got int"),
+        ({"seed": torch.zeros(2, dtype=torch.int64)}, TypeError, r"got torch.int64 \(2,\)"),
+        ({"seed": torch.zeros(1, dtype=torch.int64, device="meta")}, ValueError, "must be on one device"),
+    ],
+)
+def test_bad_input(randn, drop, impl, change, error, message):
+    qkv = randn(1, 5, 3, 2, 16)
+    with pytest.raises(error, match=f"^attention: .*{message}"):
+        attention(qkv, **drop | change, impl=impl)
+    with pytest.raises(error, match=f"^attention_qkv: .*{message}"):
+        attention_qkv(*qkv.unbind(2), **drop | change, impl=impl)
