@@ -35,7 +35,7 @@ def layer_norm(arch: int, width: int) -> Config:
     return Config(block_m=2 if arch == 0 else max(1, 4096 // block_d), block_n=block_d, num_warps=num_warps)
 
 
-def dropout(arch: int, width: int) -> Config:
+def elementwise(arch: int, width: int) -> Config:
     """Tiles of a pass that only reads and writes."""
     if arch == 0:
         return Config(block_m=4, block_n=32)

@@ -8,7 +8,7 @@ the accumulator's type:
     out = acc · gelu'(h), and gelu(h) as a second output, so that the forward need not save it
 
 Forward:  y = x·Wᵀ + b, or h = x·Wᵀ + b and y = gelu(h).
-Backward: dh = dy (dy · gelu'(h) with an activation: no product precedes it here, so it is one elementwise pass),
+Backward: dh = dy (with an activation dy · gelu'(h): no product precedes it, so the epilogue is a pass of its own),
     dx = dh·W,  dW = dhᵀ·x,  db = Σ_rows dh
 Saved: x if W wants a gradient, W if x does, h with an activation.
 
@@ -26,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs, reference, runtime, tile
 
-ACTIVATIONS = ("gelu", "gelu_tanh")
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 
 
 @triton.jit
@@ -100,6 +100,24 @@ def _epilogue(acc, pid_m, start_n, bias_ptr, pre_ptr, out_ptr, second_ptr, M, N,
     tl.store(out_ptr + first_row * N + offs_out, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _activation_kernel(
+    x_ptr, pre_ptr, out_ptr,
+    M, N,
+    ACTIVATION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The epilogue on a matrix that is there already."""
+    pid = tl.program_id(0).to(tl.int64)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    pid_m, start_n = pid // tiles_n, (pid % tiles_n).to(tl.int32) * BLOCK_N
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+
+    x = tl.load(x_ptr + offs_m[:, None] * N + offs_n[None, :], mask=mask, other=0.0).to(ACC)
+    _epilogue(x, pid_m, start_n, None, pre_ptr, out_ptr, None, M, N, ACTIVATION)
+
+
 def _operand(x: Tensor) -> Tensor:
     """The matrix x, or a copy of it, such that a tensor descriptor can describe it.
 
@@ -160,6 +178,18 @@ def gemm(
     return out, extra
 
 
+def activate(x: Tensor, activation: str, pre: Tensor | None = None) -> Tensor:
+    """gelu(x), or x · gelu'(pre), rounded once; contiguous matrices [M, N]."""
+    out, (M, N) = torch.empty_like(x), x.shape
+    config = configs.elementwise(runtime.arch(x.device), N)
+    runtime.launch(
+        _activation_kernel, triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),
+        x_ptr=x, pre_ptr=pre, out_ptr=out, M=M, N=N, ACTIVATION=activation, ACC=runtime.acc_type(x.dtype),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return out
+
+
 def matmul(
     a: Tensor, b: Tensor, bias: Tensor | None = None, *, trans_a: bool = False, trans_b: bool = False, impl: str
 ) -> Tensor:
@@ -206,8 +236,7 @@ def linear_bwd(
     """(dx, dw, db). dx needs weight and dw needs x: without them, as without ``need_db``, the gradient is empty."""
     dh = rows(dy).contiguous()
     if activation is not None:
-        approximate = "tanh" if activation == "gelu_tanh" else "none"
-        dh = torch.ops.aten.gelu_backward(dh, rows(pre), approximate=approximate)
+        dh = activate(dh, activation, rows(pre).contiguous())
     dx = matmul(dh, weight, impl=impl).view(*dy.shape[:-1], weight.shape[1]) if weight is not None else dy.new_empty(0)
     dw = matmul(dh, rows(x), trans_a=True, impl=impl) if x is not None else dy.new_empty(0)
     return dx, dw, column_sum(dh) if need_db else dy.new_empty(0)
@@ -254,7 +283,7 @@ def linear(
     Args:
         x: [..., K], any strides; fp32, fp16 or bf16. fp32 products are IEEE unless PyTorch's matmuls may use tf32.
         weight: [N, K]. bias: [N] or None.
-        activation: None, "gelu" (exact, by erf) or "gelu_tanh".
+        activation: None, "gelu" (exact, by erf), "gelu_tanh" or "quick_gelu" (x·σ(1.702·x), as in OpenAI's CLIP).
         impl: "auto", "triton" or "reference".
 
     Returns:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import configs, reference, runtime
-from .linear import check_activation, check_layer, column_sum, gemm, matmul, rows
+from .linear import activate, check_activation, check_layer, column_sum, gemm, matmul, rows
 
 
 @torch.library.custom_op("vit::mlp_fwd", mutates_args=())
@@ -52,7 +52,7 @@ def mlp_bwd(
     if fc2_weight is not None:
         dpre, act = gemm(dy_rows, fc2_weight, None, activation, rows(pre).contiguous(), second=need_dw2)
     elif need_dw2:  # nothing before fc2 learns
-        act = reference.gelu(rows(pre), activation)
+        act = activate(rows(pre).contiguous(), activation)
     if fc1_weight is not None:
         dx = matmul(dpre, fc1_weight, impl=impl).view(*dy.shape[:-1], fc1_weight.shape[1])
     if x is not None:
@@ -122,7 +122,7 @@ def mlp(
         x: [..., D], any strides; fp32, fp16 or bf16.
         fc1_weight: [HIDDEN, D]. fc1_bias: [HIDDEN] or None.
         fc2_weight: [OUT, HIDDEN]. fc2_bias: [OUT] or None.
-        activation: "gelu" (exact, by erf) or "gelu_tanh".
+        activation: "gelu" (exact, by erf), "gelu_tanh" or "quick_gelu" (x·σ(1.702·x), as in OpenAI's CLIP).
         impl: "auto", "triton" or "reference".
 
     Returns:

@@ -110,7 +110,9 @@ def residual_layer_norm(
 
 
 def gelu(x: Tensor, activation: str) -> Tensor:
-    """x·Φ(x), exact for "gelu"; the tanh approximation of Hendrycks & Gimpel (2016) for "gelu_tanh"."""
+    """x·Φ(x), exact for "gelu"; the approximations of Hendrycks & Gimpel (2016) by tanh and by σ(1.702·x)."""
+    if activation == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 

@@ -29,6 +29,7 @@ LAYERS = {
     "test_layer_norm": "kernels",
     "test_dropout": "kernels",
     "test_linear": "kernels",
+    "test_gelu": "kernels",
     "test_mlp": "kernels",
     "test_attention": "kernels",
     "test_lock": "compile-only lock",
