@@ -129,9 +129,14 @@ def mlp(
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
     activation: str = "gelu",
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    site: int = 0,
 ) -> Tensor:
-    """fc2(gelu(fc1(x)))."""
-    return F.linear(gelu(F.linear(x, fc1_weight, fc1_bias), activation), fc2_weight, fc2_bias)
+    """fc2(dropout(gelu(fc1(x))))."""
+    act = gelu(F.linear(x, fc1_weight, fc1_bias), activation)
+    return F.linear(dropout(act, dropout_p, seed, site), fc2_weight, fc2_bias)
 
 
 def attention_qkv(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
