@@ -41,7 +41,7 @@ def keep(seed: Tensor, site: int, shape: torch.Size, p: float) -> Tensor:
     rows = torch.arange(shape[:-1].numel(), device=seed.device)[:, None]
     columns = torch.arange(shape[-1], device=seed.device)[None, :]
     word = philox(seed.reshape(()), (columns, rows & 0xFFFFFFFF, rows >> 32, site))
-    return torch.where(word >= round(p * 2**32), 1.0 / (1.0 - p), 0.0).to(torch.float64).reshape(shape)
+    return torch.where(word >= int(p * 2**32), 1.0 / (1.0 - p), 0.0).to(torch.float64).reshape(shape)
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None, site: int = 0) -> Tensor:

@@ -96,8 +96,8 @@ def keep(seed, site, row, column, P: tl.constexpr):
     """
     column = column + tl.zeros_like(row).to(tl.int32)
     word, _, _, _ = tl.philox(seed, column, row.to(tl.int32), (row >> 32).to(tl.int32), site)
-    THRESHOLD: tl.constexpr = round(P * 4294967296.0)
-    return tl.where(word.to(tl.uint32, bitcast=True).to(tl.int64) >= THRESHOLD, 1.0 / (1.0 - P), 0.0)
+    THRESHOLD: tl.constexpr = int(P * 4294967296.0)  # compiled code has no round()
+    return tl.where(word.to(tl.uint32, bitcast=True) >= THRESHOLD, 1.0 / (1.0 - P), 0.0)
 
 
 # Attention works on the rows of one head, [BLOCK, head_dim], as a tuple of tiles with power-of-two widths. PARTS gives
