@@ -296,6 +296,7 @@ def _backward(ctx, dy, _dpre):
 linear_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
+@runtime.autocasts()
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, *, impl: str = "auto"
 ) -> Tensor:
@@ -310,7 +311,7 @@ def linear(
         impl: "auto", "triton" or "reference".
 
     Returns:
-        [..., N] in the dtype of ``x``, contiguous.
+        [..., N] in the dtype of ``x``, contiguous. `torch.autocast` casts the arguments first.
 
     Raises:
         ValueError: shapes that do not fit, unknown activation or impl. TypeError: dtypes that do not fit.

@@ -114,6 +114,7 @@ def _backward(ctx, dy, _dpre):
 mlp_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
+@runtime.autocasts()
 def mlp(
     x: Tensor,
     fc1_weight: Tensor,
@@ -138,7 +139,7 @@ def mlp(
         impl: "auto", "triton" or "reference".
 
     Returns:
-        [..., OUT] in the dtype of ``x``, contiguous.
+        [..., OUT] in the dtype of ``x``, contiguous. `torch.autocast` casts the arguments first.
 
     Raises:
         ValueError: shapes that do not fit, unknown activation or impl, dropout_p outside [0, 1).

@@ -291,6 +291,36 @@ def test_compile_fullgraph(randn, activation):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_autocast(randn, device, impl, half):
+    """fp32 arguments give what the op gives for cast ones, to the bit, and fp32 leaves get fp32 gradients."""
+    leaves = [t.requires_grad_() for t in (randn(*s) for s in [(2, 5, 24), (40, 24), (40,)])]
+    cast = [t.detach().to(half).requires_grad_() for t in leaves]
+    with torch.autocast(device.type, half):
+        y = linear(*leaves, "gelu", impl=impl)
+        assert torch.equal(y, linear(*cast, "gelu", impl=impl))  # cast arguments may come, too
+    expected = linear(*cast, "gelu", impl=impl)
+    assert y.dtype is half and torch.equal(y, expected)
+    dy = randn(*y.shape).to(half)
+    for a, b in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, cast, dy), strict=True):
+        assert a.dtype is torch.float32 and torch.equal(a, b.float())
+
+
+def test_autocast_compiles(randn, device):
+    leaves = [t.requires_grad_() for t in (randn(*s) for s in [(2, 5, 24), (40, 24), (40,)])]
+
+    def fn(*a):
+        with torch.autocast(device.type, torch.bfloat16):
+            return linear(*a, "gelu", impl="triton")
+
+    y, compiled = fn(*leaves), torch.compile(fn, fullgraph=True, backend="aot_eager")(*leaves)
+    assert y.dtype is torch.bfloat16 and torch.equal(y, compiled)
+    dy = torch.ones_like(y)
+    for a, b in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(compiled, leaves, dy), strict=True):
+        assert a.dtype is torch.float32 and torch.equal(a, b)
+
+
 def test_double_backward_raises(randn):
     x = randn(3, 16).requires_grad_()
     (dx,) = torch.autograd.grad(

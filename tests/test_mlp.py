@@ -302,6 +302,36 @@ def test_compile_fullgraph(randn, drop):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_autocast(randn, device, drop, impl, half):
+    """fp32 arguments give what the op gives for cast ones, to the bit, and fp32 leaves get fp32 gradients."""
+    leaves = [t.requires_grad_() for t in block(randn, (2, 5, 24), 40, 24).values()]
+    cast = [t.detach().to(half).requires_grad_() for t in leaves]
+    with torch.autocast(device.type, half):
+        y = mlp(*leaves, **drop, impl=impl)
+        assert torch.equal(y, mlp(*cast, **drop, impl=impl))  # cast arguments may come, too
+    expected = mlp(*cast, **drop, impl=impl)
+    assert y.dtype is half and torch.equal(y, expected)
+    dy = randn(*y.shape).to(half)
+    for a, b in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, cast, dy), strict=True):
+        assert a.dtype is torch.float32 and torch.equal(a, b.float())
+
+
+def test_autocast_compiles(randn, device, drop):
+    leaves = [t.requires_grad_() for t in block(randn, (2, 5, 24), 40, 24).values()]
+
+    def fn(*a):
+        with torch.autocast(device.type, torch.bfloat16):
+            return mlp(*a, **drop, impl="triton")
+
+    y, compiled = fn(*leaves), torch.compile(fn, fullgraph=True, backend="aot_eager")(*leaves)
+    assert y.dtype is torch.bfloat16 and torch.equal(y, compiled)
+    dy = torch.ones_like(y)
+    for a, b in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(compiled, leaves, dy), strict=True):
+        assert a.dtype is torch.float32 and torch.equal(a, b)
+
+
 def test_double_backward_raises(randn):
     inputs = block(randn, X, HIDDEN, OUT)
     x = inputs["x"].requires_grad_()
