@@ -12,7 +12,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-__all__ = ["FACTORS", "Report", "check", "check_op", "measure", "pool", "rounding_floor"]
+__all__ = ["FACTORS", "Report", "as_good", "check", "check_mirror", "check_op", "measure", "pool", "rounding_floor"]
 
 # (rms factor, max factor): how much worse than eager a result may be.
 FACTORS = {
@@ -26,6 +26,8 @@ FACTORS = {
 # Truncation instead of rounding shifts every value towards zero by about the rms of a right rounding's error. Right
 # errors of an op average out like 5/sqrt(n) at most; elements of a model's tensors share what was rounded before them.
 LEAST_BIAS = {"op": 0.0, "model": 0.25}
+# How much worse than its own algorithm, written in PyTorch, an op's rms error may be.
+MIRROR_FACTOR = 1.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,24 +120,50 @@ def check_op(ours_fn, reference_fn, inputs: dict[str, Tensor | None], dtype: tor
         dtype: fp16, bf16 or fp32.
         seed: of the random cotangents, several where the inputs are few numbers, see `pool`.
     """
-    cotangents = 8 if sum(t.numel() for t in inputs.values() if t is not None) < 2048 else 1
-    rounded = {k: None if t is None else t.detach().to(dtype) for k, t in inputs.items()}
-
-    def run(fn, to: torch.dtype):
-        leaves = {k: None if t is None else t.to(to).requires_grad_() for k, t in rounded.items()}
-        out = fn(**leaves)
-        outs = out if isinstance(out, tuple) else (out,)
-        generator = torch.Generator().manual_seed(seed)
-        present = {f"grad {k}": t for k, t in leaves.items() if t is not None}
-        draws = []
-        for left in reversed(range(cotangents)):
-            directions = [torch.randn(o.shape, generator=generator).to(o.device, dtype).to(to) for o in outs]
-            grads = torch.autograd.grad(outs, list(present.values()), directions, retain_graph=left > 0)
-            draws.append(dict(zip(present, grads, strict=True)))
-        return {f"output {i}": o for i, o in enumerate(outs)} | pool(draws)
-
-    ours, eager, exact = run(ours_fn, dtype), run(reference_fn, dtype), run(reference_fn, torch.float64)
+    ours, eager = _run(ours_fn, inputs, dtype, dtype, seed), _run(reference_fn, inputs, dtype, dtype, seed)
+    exact = _run(reference_fn, inputs, dtype, torch.float64, seed)
     reports = [measure(ours[k], eager[k], exact[k], name=k) for k in exact]
     failed = [str(r) for r in reports if not r.ok]
     if failed:
         raise AssertionError("\n".join(failed))
+
+
+def as_good(ours: Tensor, mirror: Tensor, exact: Tensor, *, name: str = "output") -> None:
+    """TOL-B for one tensor: its rms error is at most 1.25 times that of ``mirror``; fp32 may add the rounding floor."""
+    assert exact.dtype is torch.float64, f"{name}: the reference must be fp64"
+    assert ours.dtype == mirror.dtype and ours.shape == mirror.shape == exact.shape, f"{name}: dtype or shape"
+    e_ours, e_mirror = ((t.detach().double() - exact).square().mean().sqrt().item() for t in (ours, mirror))
+    limit = MIRROR_FACTOR * e_mirror + (rounding_floor(exact, ours.dtype) if ours.dtype is torch.float32 else 0.0)
+    if not e_ours <= limit:  # so that NaN fails
+        raise AssertionError(f"{name}: rms {e_ours:.3e}, mirror {e_mirror:.3e}, limit {limit:.3e}")
+
+
+def check_mirror(ours_fn, mirror_fn, reference_fn, inputs: dict[str, Tensor | None], dtype, *, seed: int = 0) -> None:
+    """TOL-B for an op: its outputs and every gradient beside ``mirror_fn``, the fused algorithm written in PyTorch.
+
+    Where eager PyTorch rounds more often than a kernel, TOL-A leaves room for a kernel worse than it should be. The
+    mirror rounds where the kernel does. Arguments as in `check_op`.
+    """
+    ours, mirror = _run(ours_fn, inputs, dtype, dtype, seed), _run(mirror_fn, inputs, dtype, dtype, seed)
+    exact = _run(reference_fn, inputs, dtype, torch.float64, seed)
+    for name in exact:
+        as_good(ours[name], mirror[name], exact[name], name=name)
+
+
+def _run(
+    fn, inputs: dict[str, Tensor | None], rounded_to: torch.dtype, dtype: torch.dtype, seed: int
+) -> dict[str, Tensor]:
+    """Outputs and gradients of ``fn`` computed in ``dtype``, from inputs and cotangents ``rounded_to`` another."""
+    cotangents = 8 if sum(t.numel() for t in inputs.values() if t is not None) < 2048 else 1
+    rounded = {k: None if t is None else t.detach().to(rounded_to) for k, t in inputs.items()}
+    leaves = {k: None if t is None else t.to(dtype).requires_grad_() for k, t in rounded.items()}
+    out = fn(**leaves)
+    outs = out if isinstance(out, tuple) else (out,)
+    generator = torch.Generator().manual_seed(seed)
+    present = {f"grad {k}": t for k, t in leaves.items() if t is not None}
+    draws = []
+    for left in reversed(range(cotangents)):
+        directions = [torch.randn(o.shape, generator=generator).to(o.device, rounded_to).to(dtype) for o in outs]
+        grads = torch.autograd.grad(outs, list(present.values()), directions, retain_graph=left > 0)
+        draws.append(dict(zip(present, grads, strict=True)))
+    return {f"output {i}": o for i, o in enumerate(outs)} | pool(draws)
