@@ -32,6 +32,7 @@ LAYERS = {
     "test_gelu": "kernels",
     "test_mlp": "kernels",
     "test_mlp_mirror": "kernels",
+    "test_mlp_offsets": "kernels",
     "test_attention": "kernels",
     "test_lock": "compile-only lock",
     "test_reference_model": "reference model",
