@@ -40,7 +40,7 @@ def layer_norm(arch: int, width: int, redraws: bool = False) -> Config:
     )
 
 
-def dropout(arch: int, width: int) -> Config:
+def elementwise(arch: int, width: int) -> Config:
     """Tiles of a pass that only reads and writes."""
     if arch == 0:
         return Config(block_m=4, block_n=32)

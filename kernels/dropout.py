@@ -58,7 +58,7 @@ def dropout_fwd(x: Tensor, p: float, seed: Tensor, site: int) -> Tensor:
     y = x.new_empty(x.shape)
     x_rows = runtime.rows(x)
     M, D = x_rows.shape
-    config = configs.dropout(runtime.arch(x.device), D)
+    config = configs.elementwise(runtime.arch(x.device), D)
     runtime.launch(
         _dropout_kernel, triton.cdiv(M, config.block_m) * triton.cdiv(D, config.block_n),
         x_ptr=x_rows, seed_ptr=seed, y_ptr=y, M=M, D=D, SITE=site, stride_xm=x_rows.stride(0),

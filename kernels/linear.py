@@ -6,9 +6,10 @@ the accumulator's type:
     acc + bias
     h = acc + bias, out = gelu(h), and h itself as a second output if the backward will need it
     out = acc · gelu'(h), and gelu(h) as a second output, so that the forward need not save it
+with a seed gelu and gelu' are those of dropout behind the activation: times `tile.keep` of the element.
 
 Forward:  y = x·Wᵀ + b, or h = x·Wᵀ + b and y = gelu(h).
-Backward: dh = dy (dy · gelu'(h) with an activation: no product precedes it here, so it is one elementwise pass),
+Backward: dh = dy (with an activation dy · gelu'(h): no product precedes it, so the epilogue is a pass of its own),
     dx = dh·W,  dW = dhᵀ·x,  db = Σ_rows dh
 Saved: x if W wants a gradient, W if x does, h with an activation.
 
@@ -26,7 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs, reference, runtime, tile
 
-ACTIVATIONS = ("gelu", "gelu_tanh")
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 
 
 @triton.jit
@@ -45,12 +46,13 @@ def _load(desc, row, col, TRANS: tl.constexpr):
     return desc.load([col, row]).T if TRANS else desc.load([row, col])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SITE"])  # one kernel for all blocks of a network
 def _gemm_kernel(
-    a_ptr, b_ptr, bias_ptr, pre_ptr, out_ptr, second_ptr,
-    M, N, K,
+    a_ptr, b_ptr, bias_ptr, pre_ptr, seed_ptr, out_ptr, second_ptr,
+    M, N, K, SITE,
     stride_a, stride_b,
-    TRANS_A: tl.constexpr, TRANS_B: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    TRANS_A: tl.constexpr, TRANS_B: tl.constexpr, ACTIVATION: tl.constexpr, P: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
@@ -68,13 +70,21 @@ def _gemm_kernel(
 
     # Half the columns at a time: a whole tile beside GELU's temporaries spills registers.
     left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-    _epilogue(left, pid_m, start_n, bias_ptr, pre_ptr, out_ptr, second_ptr, M, N, ACTIVATION)
-    _epilogue(right, pid_m, start_n + BLOCK_N // 2, bias_ptr, pre_ptr, out_ptr, second_ptr, M, N, ACTIVATION)
+    half_n = BLOCK_N // 2
+    _epilogue(left, pid_m, start_n, bias_ptr, pre_ptr, seed_ptr, out_ptr, second_ptr, M, N, SITE, ACTIVATION, P)
+    _epilogue(
+        right, pid_m, start_n + half_n, bias_ptr, pre_ptr, seed_ptr, out_ptr, second_ptr, M, N, SITE, ACTIVATION, P
+    )
 
 
 @triton.jit
-def _epilogue(acc, pid_m, start_n, bias_ptr, pre_ptr, out_ptr, second_ptr, M, N, ACTIVATION: tl.constexpr):
-    """Bias and activation for the rows of tile row pid_m and the columns from start_n, and the stores."""
+def _epilogue(
+    acc, pid_m, start_n,
+    bias_ptr, pre_ptr, seed_ptr, out_ptr, second_ptr,
+    M, N, SITE,
+    ACTIVATION: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Bias, activation and dropout for the rows of tile row pid_m and the columns from start_n, and the stores."""
     BLOCK_M: tl.constexpr = acc.shape[0]
     first_row = pid_m * BLOCK_M  # 64-bit; the offsets from there on are not, which halves their registers
     offs_m = tl.arange(0, BLOCK_M)
@@ -94,10 +104,33 @@ def _epilogue(acc, pid_m, start_n, bias_ptr, pre_ptr, out_ptr, second_ptr, M, N,
         else:
             second = acc
             acc, _ = tile.gelu_and_grad(acc, ACTIVATION, CHEAP)
+        if seed_ptr is not None:
+            keep = tile.keep(tl.load(seed_ptr), SITE, (first_row + offs_m)[:, None], offs_n[None, :], P).to(acc.dtype)
+            acc *= keep
+            if pre_ptr is not None:
+                second *= keep
         if second_ptr is not None:
             tl.store(second_ptr + first_row * N + offs_out, second.to(second_ptr.dtype.element_ty), mask=mask)
 
     tl.store(out_ptr + first_row * N + offs_out, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["SITE"])
+def _activation_kernel(
+    x_ptr, pre_ptr, seed_ptr, out_ptr,
+    M, N, SITE,
+    ACTIVATION: tl.constexpr, P: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The epilogue on a matrix that is there already."""
+    pid = tl.program_id(0).to(tl.int64)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    pid_m, start_n = pid // tiles_n, (pid % tiles_n).to(tl.int32) * BLOCK_N
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+
+    x = tl.load(x_ptr + offs_m[:, None] * N + offs_n[None, :], mask=mask, other=0.0).to(ACC)
+    _epilogue(x, pid_m, start_n, None, pre_ptr, seed_ptr, out_ptr, None, M, N, SITE, ACTIVATION, P)
 
 
 def _operand(x: Tensor) -> Tensor:
@@ -125,12 +158,15 @@ def gemm(
     trans_a: bool = False,
     trans_b: bool = False,
     second: bool = False,
+    seed: Tensor | None = None,
+    dropout_p: float = 0.0,
+    site: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Launches the kernel: (out, second), second empty unless wanted.
 
     a is [M, K], or [K, M] with ``trans_a``; b is [K, N], or [N, K] with ``trans_b``; any strides. With ``activation``
     out is gelu(acc + bias) and second the argument of that gelu; with ``pre`` [M, N] as well, out is acc · gelu'(pre)
-    and second is gelu(pre). bias and pre are contiguous.
+    and second is gelu(pre). bias and pre are contiguous. With ``seed`` dropout follows the gelu, see `vit.kernels.mlp`.
     """
     M, K = a.shape[::-1] if trans_a else a.shape
     N = b.shape[0] if trans_b else b.shape[1]
@@ -150,14 +186,31 @@ def gemm(
         _gemm_kernel, triton.cdiv(M, block_m) * triton.cdiv(N, block_n),
         a_ptr=TensorDescriptor.from_tensor(a, [block_k, block_m] if trans_a else [block_m, block_k]) if host else a,
         b_ptr=TensorDescriptor.from_tensor(b, [block_n, block_k] if trans_b else [block_k, block_n]) if host else b,
-        bias_ptr=bias, pre_ptr=pre, out_ptr=out, second_ptr=extra if second else None,
-        M=M, N=N, K=K,
+        bias_ptr=bias, pre_ptr=pre, seed_ptr=seed, out_ptr=out, second_ptr=extra if second else None,
+        M=M, N=N, K=K, SITE=site,
         stride_a=None if host else a.stride(0), stride_b=None if host else b.stride(0),
-        TRANS_A=trans_a, TRANS_B=trans_b, ACTIVATION=activation, PRECISION=precision, ACC=runtime.acc_type(a.dtype),
+        TRANS_A=trans_a, TRANS_B=trans_b, ACTIVATION=activation, P=dropout_p,
+        PRECISION=precision, ACC=runtime.acc_type(a.dtype),
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=config.group_m,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out, extra
+
+
+def activate(
+    x: Tensor, activation: str, pre: Tensor | None = None,
+    *, seed: Tensor | None = None, dropout_p: float = 0.0, site: int = 0,
+) -> Tensor:  # fmt: skip
+    """gelu(x), or x · gelu'(pre), then dropout as in `gemm`, rounded once; contiguous matrices [M, N]."""
+    out, (M, N) = torch.empty_like(x), x.shape
+    config = configs.elementwise(runtime.arch(x.device), N)
+    runtime.launch(
+        _activation_kernel, triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),
+        x_ptr=x, pre_ptr=pre, seed_ptr=seed, out_ptr=out, M=M, N=N, SITE=site,
+        ACTIVATION=activation, P=dropout_p, ACC=runtime.acc_type(x.dtype),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return out
 
 
 def matmul(
@@ -206,8 +259,7 @@ def linear_bwd(
     """(dx, dw, db). dx needs weight and dw needs x: without them, as without ``need_db``, the gradient is empty."""
     dh = rows(dy).contiguous()
     if activation is not None:
-        approximate = "tanh" if activation == "gelu_tanh" else "none"
-        dh = torch.ops.aten.gelu_backward(dh, rows(pre), approximate=approximate)
+        dh = activate(dh, activation, rows(pre).contiguous())
     dx = matmul(dh, weight, impl=impl).view(*dy.shape[:-1], weight.shape[1]) if weight is not None else dy.new_empty(0)
     dw = matmul(dh, rows(x), trans_a=True, impl=impl) if x is not None else dy.new_empty(0)
     return dx, dw, column_sum(dh) if need_db else dy.new_empty(0)
@@ -244,6 +296,7 @@ def _backward(ctx, dy, _dpre):
 linear_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
+@runtime.autocasts()
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, *, impl: str = "auto"
 ) -> Tensor:
@@ -254,11 +307,11 @@ def linear(
     Args:
         x: [..., K], any strides; fp32, fp16 or bf16. fp32 products are IEEE unless PyTorch's matmuls may use tf32.
         weight: [N, K]. bias: [N] or None.
-        activation: None, "gelu" (exact, by erf) or "gelu_tanh".
+        activation: None, "gelu" (exact, by erf), "gelu_tanh" or "quick_gelu" (x·σ(1.702·x), as in OpenAI's CLIP).
         impl: "auto", "triton" or "reference".
 
     Returns:
-        [..., N] in the dtype of ``x``, contiguous.
+        [..., N] in the dtype of ``x``, contiguous. `torch.autocast` casts the arguments first.
 
     Raises:
         ValueError: shapes that do not fit, unknown activation or impl. TypeError: dtypes that do not fit.

@@ -1,13 +1,13 @@
-"""MLP block fc2(gelu(fc1(x))) as one autograd op, on the GEMM of `linear`.
+"""MLP block fc2(dropout(gelu(fc1(x)))) as one autograd op, on the GEMM of `linear`.
 
-Forward:  h = x·W1ᵀ + b1 and a = gelu(h) from one epilogue,  y = a·W2ᵀ + b2
-Backward: dh = (dy·W2) · gelu'(h) and a = gelu(h) again from one epilogue,
+Forward:  h = x·W1ᵀ + b1 and a = keep · gelu(h) from one epilogue,  y = a·W2ᵀ + b2
+Backward: dh = (dy·W2) · keep · gelu'(h) and a = keep · gelu(h) again from one epilogue,
     dx = dh·W1,  dW1 = dhᵀ·x,  db1 = Σ_rows dh,  dW2 = dyᵀ·a,  db2 = Σ_rows dy
-Saved: x, h, W1 and W2, each only if a wanted gradient reads it. a is as wide as h and is not saved. Without gradients
-h is not written at all.
+Saved: x, h, W1, W2 and the seed, each only if a wanted gradient reads it. a is as wide as h and is not saved, nor is
+keep, the mask of the dropout: both are computed again. Without gradients h is not written at all.
 
-Fused, by our kernel: bias and GELU behind fc1, GELU' behind the gradient of fc2's input. The other products are plain:
-cuBLAS, or our kernel with ``impl="triton"`` (`configs.gemm_provider`).
+Fused, by our kernel: bias, GELU and dropout behind fc1, their derivative behind the gradient of fc2's input. The other
+products are plain: cuBLAS, or our kernel with ``impl="triton"`` (`configs.gemm_provider`).
 """
 
 from __future__ import annotations
@@ -16,23 +16,26 @@ import torch
 from torch import Tensor
 
 from . import configs, reference, runtime
-from .linear import check_activation, check_layer, column_sum, gemm, matmul, rows
+from .linear import activate, check_activation, check_layer, column_sum, gemm, matmul, rows
 
 
 @torch.library.custom_op("vit::mlp_fwd", mutates_args=())
 def mlp_fwd(
     x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None,
-    activation: str, save: bool, impl: str,
+    seed: Tensor | None, activation: str, dropout_p: float, site: int, save: bool, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, h); h is empty unless ``save``."""
-    act, pre = gemm(rows(x), fc1_weight, fc1_bias, activation, trans_b=True, second=save)
+    drop = {"seed": seed, "dropout_p": dropout_p, "site": site}
+    act, pre = gemm(rows(x), fc1_weight, fc1_bias, activation, trans_b=True, second=save, **drop)
     y = matmul(act, fc2_weight, fc2_bias, trans_b=True, impl=impl)
     batch = x.shape[:-1]
     return y.view(*batch, fc2_weight.shape[0]), pre.view(*batch, fc1_weight.shape[0]) if save else pre
 
 
 @mlp_fwd.register_fake
-def _mlp_fwd_fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, save, impl):
+def _mlp_fwd_fake(
+    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, seed, activation, dropout_p, site, save, impl
+):  # fmt: skip
     batch = x.shape[:-1]
     return x.new_empty(*batch, fc2_weight.shape[0]), x.new_empty((*batch, fc1_weight.shape[0]) if save else 0)
 
@@ -40,7 +43,8 @@ def _mlp_fwd_fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, sav
 @torch.library.custom_op("vit::mlp_bwd", mutates_args=())
 def mlp_bwd(
     dy: Tensor, x: Tensor | None, pre: Tensor | None, fc1_weight: Tensor | None, fc2_weight: Tensor | None,
-    activation: str, need_db1: bool, need_dw2: bool, need_db2: bool, impl: str,
+    seed: Tensor | None, activation: str, dropout_p: float, site: int,
+    need_db1: bool, need_dw2: bool, need_db2: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dw1, db1, dw2, db2), empty where not wanted.
 
@@ -49,10 +53,11 @@ def mlp_bwd(
     dx, dw1, db1, dw2, db2 = (dy.new_empty(0) for _ in range(5))
     dy_rows = rows(dy).contiguous()
     act = dpre = None
+    drop = {"seed": seed, "dropout_p": dropout_p, "site": site}
     if fc2_weight is not None:
-        dpre, act = gemm(dy_rows, fc2_weight, None, activation, rows(pre).contiguous(), second=need_dw2)
+        dpre, act = gemm(dy_rows, fc2_weight, None, activation, rows(pre).contiguous(), second=need_dw2, **drop)
     elif need_dw2:  # nothing before fc2 learns
-        act = reference.gelu(rows(pre), activation)
+        act = activate(rows(pre).contiguous(), activation, **drop)
     if fc1_weight is not None:
         dx = matmul(dpre, fc1_weight, impl=impl).view(*dy.shape[:-1], fc1_weight.shape[1])
     if x is not None:
@@ -67,7 +72,9 @@ def mlp_bwd(
 
 
 @mlp_bwd.register_fake
-def _mlp_bwd_fake(dy, x, pre, fc1_weight, fc2_weight, activation, need_db1, need_dw2, need_db2, impl):
+def _mlp_bwd_fake(
+    dy, x, pre, fc1_weight, fc2_weight, seed, activation, dropout_p, site, need_db1, need_dw2, need_db2, impl
+):  # fmt: skip
     out_width, hidden = dy.shape[-1], 0 if pre is None else pre.shape[-1]
     return (
         dy.new_empty(0 if fc1_weight is None else (*dy.shape[:-1], fc1_weight.shape[1])),
@@ -79,7 +86,7 @@ def _mlp_bwd_fake(dy, x, pre, fc1_weight, fc2_weight, activation, need_db1, need
 
 
 def _setup_context(ctx, inputs, output):
-    x, fc1_weight, _, fc2_weight, _, activation, _, impl = inputs
+    x, fc1_weight, _, fc2_weight, _, seed, ctx.activation, ctx.dropout_p, ctx.site, _, ctx.impl = inputs
     _, pre = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(pre)
@@ -90,22 +97,24 @@ def _setup_context(ctx, inputs, output):
         pre if need_dpre or need_dw2 else None,
         fc1_weight if need_dx else None,
         fc2_weight if need_dpre else None,
+        seed if need_dpre or need_dw2 else None,
     )
-    ctx.activation, ctx.impl = activation, impl
 
 
 def _backward(ctx, dy, _dpre):
     if dy is None:
-        return (None,) * 8
+        return (None,) * 11
     needs = ctx.needs_input_grad[:5]
     _, _, need_db1, need_dw2, need_db2 = needs
-    grads = mlp_bwd(dy, *ctx.saved_tensors, ctx.activation, need_db1, need_dw2, need_db2, ctx.impl)
-    return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), None, None, None
+    drop = ctx.dropout_p, ctx.site
+    grads = mlp_bwd(dy, *ctx.saved_tensors, ctx.activation, *drop, need_db1, need_dw2, need_db2, ctx.impl)
+    return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *[None] * 6
 
 
 mlp_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
+@runtime.autocasts()
 def mlp(
     x: Tensor,
     fc1_weight: Tensor,
@@ -114,22 +123,27 @@ def mlp(
     fc2_bias: Tensor | None,
     activation: str = "gelu",
     *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    site: int = 0,
     impl: str = "auto",
 ) -> Tensor:
-    """The MLP of a ViT block: gelu(x @ fc1_weightᵀ + fc1_bias) @ fc2_weightᵀ + fc2_bias.
+    """The MLP of a ViT block: dropout(gelu(x @ fc1_weightᵀ + fc1_bias)) @ fc2_weightᵀ + fc2_bias.
 
     Args:
         x: [..., D], any strides; fp32, fp16 or bf16.
         fc1_weight: [HIDDEN, D]. fc1_bias: [HIDDEN] or None.
         fc2_weight: [OUT, HIDDEN]. fc2_bias: [OUT] or None.
-        activation: "gelu" (exact, by erf) or "gelu_tanh".
+        activation: "gelu" (exact, by erf), "gelu_tanh" or "quick_gelu" (x·σ(1.702·x), as in OpenAI's CLIP).
+        dropout_p, seed, site: dropout of the hidden units, as in `vit.kernels.dropout`.
         impl: "auto", "triton" or "reference".
 
     Returns:
-        [..., OUT] in the dtype of ``x``, contiguous.
+        [..., OUT] in the dtype of ``x``, contiguous. `torch.autocast` casts the arguments first.
 
     Raises:
-        ValueError: shapes that do not fit, unknown activation or impl. TypeError: dtypes that do not fit.
+        ValueError: shapes that do not fit, unknown activation or impl, dropout_p outside [0, 1).
+        TypeError: dtypes that do not fit.
         RuntimeError: ``impl="triton"`` where the kernels cannot run.
     """
     params = {"fc1_weight": fc1_weight, "fc1_bias": fc1_bias, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
@@ -139,10 +153,14 @@ def mlp(
     check_layer("mlp", "the last dimension of x", x.shape[-1], fc1_weight, fc1_bias, "fc1_")
     check_layer("mlp", "the rows of fc1_weight", fc1_weight.shape[0], fc2_weight, fc2_bias, "fc2_")
     check_activation("mlp", activation)
+    runtime.check_dropout("mlp", dropout_p, seed, x)
+    if dropout_p == 0.0:
+        seed, site = None, 0
     cublas = "cublas" in (configs.gemm_provider(impl, "gelu"), configs.gemm_provider(impl, "dgelu"))
     if not runtime.use_triton("mlp", impl, [x, *params.values()], "its products run in cuBLAS" if cublas else None):
-        return reference.mlp(x, *params.values(), activation)
+        return reference.mlp(x, *params.values(), activation, dropout_p=dropout_p, seed=seed, site=site)
     fc1_bias, fc2_bias = (None if b is None else b.contiguous() for b in (fc1_bias, fc2_bias))
     # Only fc2's bias can do without the pre-activation.
     save = runtime.needs_grad(x, fc1_weight, fc1_bias, fc2_weight)
-    return mlp_fwd(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, save, impl)[0]
+    layers = fc1_weight, fc1_bias, fc2_weight, fc2_bias
+    return mlp_fwd(x, *layers, seed, activation, dropout_p, site, save, impl)[0]

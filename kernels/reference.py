@@ -122,7 +122,9 @@ def residual_layer_norm(
 
 
 def gelu(x: Tensor, activation: str) -> Tensor:
-    """x·Φ(x), exact for "gelu"; the tanh approximation of Hendrycks & Gimpel (2016) for "gelu_tanh"."""
+    """x·Φ(x), exact for "gelu"; the approximations of Hendrycks & Gimpel (2016) by tanh and by σ(1.702·x)."""
+    if activation == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
@@ -139,9 +141,14 @@ def mlp(
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
     activation: str = "gelu",
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    site: int = 0,
 ) -> Tensor:
-    """fc2(gelu(fc1(x)))."""
-    return F.linear(gelu(F.linear(x, fc1_weight, fc1_bias), activation), fc2_weight, fc2_bias)
+    """fc2(dropout(gelu(fc1(x))))."""
+    act = gelu(F.linear(x, fc1_weight, fc1_bias), activation)
+    return F.linear(dropout(act, dropout_p, seed, site), fc2_weight, fc2_bias)
 
 
 def attention_qkv(

@@ -52,7 +52,9 @@ def gelu_and_grad(x, ACTIVATION: tl.constexpr, CHEAP: tl.constexpr):
 
     ACTIVATION "gelu": x·Φ(x) and Φ(x) + x·φ(x). CHEAP replaces erf (more than 30 instructions) for results that will be
     rounded to 16 bits: Φ(−|x|) = ½ erfc(|x|/√2) by Abramowitz & Stegun 7.1.26, which shares its exponential with φ.
-    ACTIVATION "gelu_tanh": x·σ and σ + x·σ'(2u)·2u', with u = √(2/π)·(x + 0.044715·x³) and ½(1 + tanh u) = σ(2u) = σ.
+    The others: x·σ(v) and σ(v) + x·σ'(v)·v', with the logistic function σ.
+    ACTIVATION "gelu_tanh": v = 2·√(2/π)·(x + 0.044715·x³), because ½(1 + tanh u) = σ(2u).
+    ACTIVATION "quick_gelu": v = 1.702·x.
     """
     if ACTIVATION == "gelu":
         exp = tl.exp(-0.5 * x * x)
@@ -68,14 +70,18 @@ def gelu_and_grad(x, ACTIVATION: tl.constexpr, CHEAP: tl.constexpr):
             cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         return x * cdf, cdf + x * (exp * 0.3989422804014327)
     else:
-        tl.static_assert(ACTIVATION == "gelu_tanh", "unknown activation")
-        square = tl.minimum(x * x, 1e6)  # finite, so that 0 · u' below is 0; σ is 0 or 1 long before
-        two_u = x * (1.5957691216057308 + 0.07135481627260025 * square)
+        if ACTIVATION == "gelu_tanh":
+            square = tl.minimum(x * x, 1e6)  # finite, so that 0 · v' below is 0; σ is 0 or 1 long before
+            v = x * (1.5957691216057308 + 0.07135481627260025 * square)
+            slope = 1.5957691216057308 + 0.21406444881780076 * square
+        else:
+            tl.static_assert(ACTIVATION == "quick_gelu", "unknown activation")
+            v = 1.702 * x
+            slope = tl.full(x.shape, 1.702, x.dtype)
         # From the exponential that cannot overflow; 1 − σ would cancel.
-        exp = tl.exp(-tl.abs(two_u))
+        exp = tl.exp(-tl.abs(v))
         small = 1.0 / (1.0 + exp)
-        cdf = tl.where(two_u < 0.0, exp * small, small)
-        slope = 1.5957691216057308 + 0.21406444881780076 * square
+        cdf = tl.where(v < 0.0, exp * small, small)
         return x * cdf, cdf + x * (exp * small * small * slope)
 
 

@@ -40,13 +40,14 @@ def _dropout(make: Make, width: int) -> Tensor:
     return kernels.dropout(make(64, 197, width), 0.1, torch.zeros(1, dtype=torch.int64), 2, impl="triton")
 
 
-def _linear(make: Make, inputs: int, outputs: int) -> Tensor:
-    return kernels.linear(make(64, 197, inputs), make(outputs, inputs), make(outputs), impl="triton")
+def _linear(make: Make, inputs: int, outputs: int, activation: str | None = None) -> Tensor:
+    return kernels.linear(make(64, 197, inputs), make(outputs, inputs), make(outputs), activation, impl="triton")
 
 
-def _mlp(make: Make, width: int, hidden: int, activation: str = "gelu") -> Tensor:
+def _mlp(make: Make, width: int, hidden: int, activation: str = "gelu", dropout_p: float = 0.0) -> Tensor:
     fc1, fc2 = (make(hidden, width), make(hidden)), (make(width, hidden), make(width))
-    return kernels.mlp(make(64, 197, width), *fc1, *fc2, activation, impl="triton")
+    drop = {"dropout_p": dropout_p, "seed": torch.empty(1, dtype=torch.int64)}
+    return kernels.mlp(make(64, 197, width), *fc1, *fc2, activation, **drop, impl="triton")
 
 
 def _patch_embed(make: Make, patch: int, width: int, channels_last: bool = False) -> Tensor:
@@ -106,6 +107,9 @@ CASES: dict[str, Case] = {
     "linear_b_qkv": Case("ViT-B qkv; proj differs in nothing", lambda m: _linear(m, 768, 2304)),
     "linear_b_head": Case("1000 classes: not divisible by 16", lambda m: _linear(m, 768, 1000), ("bf16",)),
     "mlp_b": Case("ViT-B: 3072 hidden", lambda m: _mlp(m, 768, 3072)),
+    "linear_b_gelu": Case("an activation without a second layer", lambda m: _linear(m, 768, 768, "gelu"), ("bf16",)),
+    "mlp_b_quick": Case("ViT-B of OpenAI's CLIP", lambda m: _mlp(m, 768, 3072, "quick_gelu"), ("bf16",)),
+    "mlp_b_dropout": Case("dropout behind the GELU", lambda m: _mlp(m, 768, 3072, dropout_p=0.1)),
     "mlp_so400m": Case("SO400M: 4304 hidden, tanh GELU", lambda m: _mlp(m, 1152, 4304, "gelu_tanh"), ("bf16",)),
 }
 

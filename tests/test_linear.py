@@ -1,20 +1,18 @@
-"""linear, the GEMM under it and gelu_and_grad: accuracy, gradients, layouts, edges, which product runs where."""
+"""linear and the GEMM under it: accuracy, gradients, layouts, edges, which product runs where."""
 
 import importlib
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from views import nan_padded
 
-from vit.kernels import configs, linear, reference, runtime, tile
+from vit.kernels import configs, linear, reference, runtime
 from vit.kernels.linear import gemm, linear_bwd, linear_fwd
 from vit.testing import check_op
 
 linear_module = importlib.import_module("vit.kernels.linear")  # vit.kernels.linear is the function
 
-ACTIVATIONS = [None, "gelu", "gelu_tanh"]
+ACTIVATIONS = [None, "gelu", "gelu_tanh", "quick_gelu"]
 # Tiny, ragged in every direction, several tiles in every direction; K = 100 and N = 10 are no 16-bit descriptor's.
 SHAPES = [((16,), 10), ((1, 48), 40), ((5, 24), 136), ((65, 100), 136), ((2, 3, 11, 72), 40), ((4, 1), 1)]
 
@@ -32,8 +30,11 @@ def layer(randn, shape, N):
     return {"x": randn(*shape), "weight": randn(N, K) * K**-0.5, "bias": randn(N)}
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize(("shape", "N"), SHAPES)
+# Eager PyTorch rounds every step of quick_gelu, so how its error of a few dozen activations compares is chance.
+@pytest.mark.parametrize(
+    ("shape", "N", "activation"),
+    [(*s, a) for s in SHAPES for a in ACTIVATIONS if a != "quick_gelu" or len(s[0]) == 4 or s[0][0] == 65],
+)
 def test_linear(randn, dtype, shape, N, activation):
     check_op(ours(activation), ref(activation), layer(randn, shape, N), dtype)
 
@@ -46,7 +47,8 @@ def test_linear_without_bias(randn, dtype, activation):
 def test_sums_over_many_rows(randn, monkeypatch):
     """dW, db over 16k rows: accumulating them in bf16 would be off by far more than eager."""
     big = configs.Config(block_m=512, block_n=32, block_k=512, group_m=8)
-    monkeypatch.setattr(configs, "gemm", lambda *_: big)
+    for name in ("gemm", "elementwise"):
+        monkeypatch.setattr(configs, name, lambda *_: big)
     check_op(ours("gelu"), ref("gelu"), layer(randn, (16_500, 16), 10), torch.bfloat16)
 
 
@@ -290,6 +292,36 @@ def test_compile_fullgraph(randn, activation):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_autocast(randn, device, impl, half):
+    """fp32 arguments give what the op gives for cast ones, to the bit, and fp32 leaves get fp32 gradients."""
+    leaves = [t.requires_grad_() for t in (randn(*s) for s in [(2, 5, 24), (40, 24), (40,)])]
+    cast = [t.detach().to(half).requires_grad_() for t in leaves]
+    with torch.autocast(device.type, half):
+        y = linear(*leaves, "gelu", impl=impl)
+        assert torch.equal(y, linear(*cast, "gelu", impl=impl))  # cast arguments may come, too
+    expected = linear(*cast, "gelu", impl=impl)
+    assert y.dtype is half and torch.equal(y, expected)
+    dy = randn(*y.shape).to(half)
+    for a, b in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, cast, dy), strict=True):
+        assert a.dtype is torch.float32 and torch.equal(a, b.float())
+
+
+def test_autocast_compiles(randn, device):
+    leaves = [t.requires_grad_() for t in (randn(*s) for s in [(2, 5, 24), (40, 24), (40,)])]
+
+    def fn(*a):
+        with torch.autocast(device.type, torch.bfloat16):
+            return linear(*a, "gelu", impl="triton")
+
+    y, compiled = fn(*leaves), torch.compile(fn, fullgraph=True, backend="aot_eager")(*leaves)
+    assert y.dtype is torch.bfloat16 and torch.equal(y, compiled)
+    dy = torch.ones_like(y)
+    for a, b in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(compiled, leaves, dy), strict=True):
+        assert a.dtype is torch.float32 and torch.equal(a, b)
+
+
 def test_double_backward_raises(randn):
     x = randn(3, 16).requires_grad_()
     (dx,) = torch.autograd.grad(
@@ -308,7 +340,11 @@ def test_bad_arguments(randn):
         (ValueError, r"linear: bias must have shape \(8,\), got \(16,\)", (x, weight, randn(16))),
         (ValueError, r"linear: bias must have shape \(8,\), got \(1, 8\)", (x, weight, randn(1, 8))),
         (ValueError, r"linear: x must have shape .*scalar", (randn(), weight)),
-        (ValueError, "linear: activation must be one of 'gelu', 'gelu_tanh', got 'relu'", (x, weight, bias, "relu")),
+        (
+            ValueError,
+            "linear: activation must be one of 'gelu', 'gelu_tanh', 'quick_gelu', got 'relu'",
+            (x, weight, bias, "relu"),
+        ),
         (TypeError, "linear: weight is torch.float16 but x is torch.float32", (x, weight.half(), bias)),
         (TypeError, "linear: bias is torch.float64 but x is torch.float32", (x, weight, bias.double())),
         (TypeError, "linear: x must be a floating-point tensor", (x.long(), weight)),
@@ -323,75 +359,3 @@ def test_bad_arguments(randn):
     too_long = torch.zeros(1, dtype=torch.float16, device=x.device).expand(2**31, 1)
     with pytest.raises(ValueError, match="32-bit"):
         linear(too_long, weight[:, :1].half(), impl="triton")
-
-
-@triton.jit
-def _gelu_kernel(x_ptr, gelu_ptr, grad_ptr, size, ACTIVATION: tl.constexpr, CHEAP: tl.constexpr, BLOCK: tl.constexpr):
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + offs, mask=offs < size, other=0.0)
-    gelu, grad = tile.gelu_and_grad(x, ACTIVATION, CHEAP)
-    tl.store(gelu_ptr + offs, gelu, mask=offs < size)
-    tl.store(grad_ptr + offs, grad, mask=offs < size)
-
-
-def gelu_points(device, dtype):
-    special = [0.0, -0.0, 1e-45, -1e-45, 1e-39, -1e-39, 1e-20, -1e-20, 50.0, -50.0, 65504.0, -65504.0, 3e38, -3e38]
-    points = torch.cat([torch.linspace(-12, 12, 24_001), torch.tensor(special)])
-    return points.to(device, dtype)
-
-
-def run_gelu(x, activation, cheap):
-    gelu, grad = torch.empty_like(x), torch.empty_like(x)
-    runtime.launch(
-        _gelu_kernel, triton.cdiv(x.numel(), 8192), x_ptr=x, gelu_ptr=gelu, grad_ptr=grad, size=x.numel(),
-        ACTIVATION=activation, CHEAP=cheap, BLOCK=8192, num_warps=4, num_stages=1,
-    )  # fmt: skip
-    return gelu, grad
-
-
-def exact_gelu(x, activation):
-    leaf = x.double().requires_grad_()
-    y = torch.nn.functional.gelu(leaf, approximate="tanh" if activation == "gelu_tanh" else "none")
-    (grad,) = torch.autograd.grad(y.sum(), leaf)
-    return y.detach(), grad
-
-
-# Absolute error of gelu and of its derivative within |x| <= 12, whose values reach 12 in one and 1.13 in the other.
-LIMITS = {("gelu", False): (8e-7, 3e-7), ("gelu", True): (5e-7, 4e-7), ("gelu_tanh", False): (8e-7, 4e-7)}
-
-
-@pytest.mark.parametrize(("activation", "cheap"), LIMITS)
-def test_gelu_and_grad(device, activation, cheap):
-    x = gelu_points(device, torch.float32)
-    gelu, grad = run_gelu(x, activation, cheap)
-    exact, exact_grad = exact_gelu(x, activation)
-    assert gelu.isfinite().all() and grad.isfinite().all()
-    near = x.abs() <= 12
-    limit, limit_grad = LIMITS[activation, cheap]
-    assert (gelu - exact)[near].abs().max() <= limit
-    assert (grad - exact_grad)[near].abs().max() <= limit_grad
-    # Far out gelu is x or 0 and the derivative 1 or 0; the sign of the tail stays, and so does that of zero.
-    far = x.abs() >= 12
-    assert torch.equal(gelu[far], torch.where(x[far] > 0, x[far], gelu[far])) and gelu[x <= -12].abs().max() < 1e-30
-    assert torch.equal(grad[x >= 12], torch.ones_like(grad[x >= 12])) and grad[x <= -12].abs().max() < 1e-30
-    assert (gelu[x <= 0] <= 0).all() and (gelu[x >= 0] >= 0).all()
-    assert torch.equal(gelu[x == 0].signbit(), x[x == 0].signbit())
-
-
-@pytest.mark.interpreted
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
-def test_gelu_and_grad_in_fp64(device, activation):
-    x = gelu_points(device, torch.float64)
-    for ours, exact in zip(run_gelu(x, activation, False), exact_gelu(x, activation), strict=True):
-        near = x.abs() <= 12
-        assert (ours - exact)[near].abs().max() <= 1e-14
-
-
-@pytest.mark.interpreted
-def test_only_16_bit_results_take_the_cheap_form(device):
-    x = torch.linspace(-6, 6, 1600, device=device).half().float().reshape(-1, 16)
-    exact, cheap = run_gelu(x, "gelu", False)[0], run_gelu(x, "gelu", True)[0]
-    assert not torch.equal(exact, cheap)
-    identity = torch.eye(16, device=device)
-    assert torch.equal(linear(x, identity, activation="gelu", impl="triton"), exact)
-    assert torch.equal(linear(x.half(), identity.half(), activation="gelu", impl="triton"), cheap.half())

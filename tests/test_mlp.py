@@ -7,7 +7,7 @@ import torch
 from views import nan_padded
 
 from vit.kernels import configs, mlp, reference
-from vit.kernels.linear import gemm
+from vit.kernels.linear import ACTIVATIONS, gemm
 from vit.kernels.mlp import mlp_bwd, mlp_fwd
 from vit.testing import check_op
 
@@ -19,12 +19,17 @@ NAMES = ["x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"]
 SHAPES = [((16,), 40, 16), ((1, 24), 16, 10), ((65, 48), 136, 48), ((2, 3, 11, 72), 100, 40)]
 
 
-def ours(activation="gelu"):
-    return lambda **a: mlp(**a, activation=activation, impl="triton")
+def ours(activation="gelu", **drop):
+    return lambda **a: mlp(**a, activation=activation, **drop, impl="triton")
 
 
-def ref(activation="gelu"):
-    return lambda **a: reference.mlp(**a, activation=activation)
+def ref(activation="gelu", **drop):
+    return lambda **a: reference.mlp(**a, activation=activation, **drop)
+
+
+@pytest.fixture
+def drop(device):
+    return {"dropout_p": 0.3, "seed": torch.tensor([-1234567890123456789], device=device), "site": 7}
 
 
 def block(randn, shape, hidden, out):
@@ -33,8 +38,11 @@ def block(randn, shape, hidden, out):
     return dict(zip(NAMES, (randn(*shape), fc1_weight, randn(hidden), fc2_weight, randn(out)), strict=True))
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
-@pytest.mark.parametrize(("shape", "hidden", "out"), SHAPES)
+# Eager PyTorch rounds every step of quick_gelu, so how its error of a few dozen activations compares is chance.
+@pytest.mark.parametrize(
+    ("shape", "hidden", "out", "activation"),
+    [(*s, a) for s in SHAPES for a in ACTIVATIONS if a != "quick_gelu" or len(s[0]) == 4 or s[0][0] == 65],
+)
 def test_mlp(randn, dtype, shape, hidden, out, activation):
     check_op(ours(activation), ref(activation), block(randn, shape, hidden, out), dtype)
 
@@ -65,40 +73,72 @@ def test_every_tile_is_right(randn, monkeypatch, dtype_precision):
         check_op(ours(), ref(), block(randn, (139, 40), 200, 24), dtype_precision[0])
 
 
+@pytest.mark.parametrize(("shape", "hidden", "out"), [SHAPES[0], SHAPES[3]])
+def test_dropout(randn, dtype, drop, shape, hidden, out):
+    check_op(ours(**drop), ref(**drop), block(randn, shape, hidden, out), dtype)
+
+
+def test_dropout_draws_the_mask_of_the_reference(randn, drop):
+    """Through layers that are the identity, so that every element shows: the tokens are the rows."""
+    x, one = randn(2, 33, 72) + 8, torch.eye(72, device=drop["seed"].device)
+    y = mlp(x, one, None, one, None, **drop, impl="triton")
+    keep = reference.keep(drop["seed"], drop["site"], x.shape, drop["dropout_p"]).to(y.dtype)
+    assert 0.2 < (y == 0).double().mean() < 0.4
+    torch.testing.assert_close(y, mlp(x, one, None, one, None, impl="triton") * keep)
+
+
+def test_dropout_that_is_off_is_no_dropout(randn, drop):
+    """The same kernels with the same arguments, whatever the seed and the site."""
+    inputs = block(randn, X, HIDDEN, OUT)
+    leaves = {n: t.clone().requires_grad_() for n, t in inputs.items()}
+    y, shapes = saved_by(lambda: mlp(**leaves, **drop | {"dropout_p": 0.0}, impl="triton"))
+    assert torch.equal(y, mlp(**inputs, impl="triton")) and shapes == sorted([X, PRE, W1, W2])
+    _, shapes = saved_by(lambda: mlp(**leaves, **drop, impl="triton"))
+    assert shapes == sorted([X, PRE, W1, W2, (1,)])  # the seed, and no mask
+
+
 @pytest.mark.interpreted
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_gradcheck_with_dropout(randn, drop):
+    inputs = [randn(*s).double().requires_grad_() for s in [(2, 2), (3, 2), (3,), (1, 3), (1,)]]
+    assert torch.autograd.gradcheck(lambda *a: mlp(*a, **drop, impl="triton"), inputs)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradcheck(randn, activation):
     inputs = [randn(*s).double().requires_grad_() for s in [(1, 2, 3), (4, 3), (4,), (2, 4), (2,)]]
     assert torch.autograd.gradcheck(lambda *a: mlp(*a, activation, impl="triton"), inputs)
 
 
 @pytest.mark.parametrize("impl", ["triton", "auto"])
-def test_opcheck(randn, impl):
+def test_opcheck(randn, drop, impl):
     leaves = [t.requires_grad_() for t in block(randn, (2, 3, 20), 12, 8).values()]
-    torch.library.opcheck(mlp_fwd, (*leaves, "gelu", True, impl))
+    seed, p, site = drop["seed"], drop["dropout_p"], drop["site"]
+    torch.library.opcheck(mlp_fwd, (*leaves, seed, "gelu", p, site, True, impl))
     x, fc1_weight, _, fc2_weight, _ = leaves
-    plain = (x, fc1_weight, None, fc2_weight, None, "gelu", False, impl)
+    plain = (x, fc1_weight, None, fc2_weight, None, None, "gelu", 0.0, 0, False, impl)
     torch.library.opcheck(mlp_fwd, plain, test_utils="test_faketensor")
     x, fc1_weight, fc2_weight = x.detach(), fc1_weight.detach(), fc2_weight.detach()
     dy, pre = randn(2, 3, 8), randn(2, 3, 12)
-    torch.library.opcheck(mlp_bwd, (dy, x, pre, fc1_weight, fc2_weight, "gelu", True, True, True, impl))
-    torch.library.opcheck(mlp_bwd, (dy, None, pre, None, None, "gelu", False, True, False, impl))
-    torch.library.opcheck(mlp_bwd, (dy, None, None, None, None, "gelu", False, False, True, impl))
+    torch.library.opcheck(mlp_bwd, (dy, x, pre, fc1_weight, fc2_weight, seed, "gelu", p, site, True, True, True, impl))
+    torch.library.opcheck(mlp_bwd, (dy, None, pre, None, None, seed, "gelu", p, site, False, True, False, impl))
+    torch.library.opcheck(mlp_bwd, (dy, None, None, None, None, None, "gelu", 0.0, 0, False, False, True, impl))
 
 
-def grads(tensors, dy):
+def grads(tensors, dy, **drop):
     leaves = [t.detach().requires_grad_() for t in tensors]
-    y = mlp(*leaves, impl="triton")
+    y = mlp(*leaves, **drop, impl="triton")
     return [y, *torch.autograd.grad(y, leaves, dy)]
 
 
-@pytest.mark.parametrize(("hidden", "out"), [(72, 40), (50, 10)])
-def test_same_bits(randn, dtype, hidden, out):
+@pytest.mark.parametrize(("hidden", "out", "p"), [(72, 40, 0.0), (50, 10, 0.0), (50, 40, 0.3)])
+def test_same_bits(randn, dtype, drop, hidden, out, p):
     """Run to run, whatever the strides, whatever is around the buffers; and no input is written."""
     tensors = [t.to(dtype) for t in block(randn, (3, 13, 48), hidden, out).values()]
     dy = randn(3, 13, out).to(dtype)
+    drop |= {"dropout_p": p}
     before = [t.clone() for t in (*tensors, dy)]
-    first = grads(tensors, dy)
+    first = grads(tensors, dy, **drop)
     x, fc1_weight, fc1_bias, fc2_weight, fc2_bias = tensors
 
     def column_major(t):
@@ -114,16 +154,16 @@ def test_same_bits(randn, dtype, hidden, out):
         "offset, NaN around": ([nan_padded(t) for t in tensors], nan_padded(dy)),
     }
     for name, variant in variants.items():
-        for a, b in zip(first, grads(*variant), strict=True):
+        for a, b in zip(first, grads(*variant, **drop), strict=True):
             assert torch.equal(a, b), name
     for a, b in zip(before, (*tensors, dy), strict=True):
         assert torch.equal(a, b)
     expanded = torch.ones((), dtype=dtype, device=x.device).expand(dy.shape)  # what .sum().backward() hands over
-    for a, b in zip(grads(tensors, expanded.contiguous()), grads(tensors, expanded), strict=True):
+    for a, b in zip(grads(tensors, expanded.contiguous(), **drop), grads(tensors, expanded, **drop), strict=True):
         assert torch.equal(a, b)
 
 
-def test_empty(randn):
+def test_empty(randn, drop):
     for M, D, hidden, out in [(0, 16, 24, 8), (3, 16, 0, 8), (3, 0, 24, 8), (3, 16, 24, 0)]:
         leaves = [t.requires_grad_() for t in block(randn, (1, M, D), hidden, out).values()]
         y, expected = mlp(*leaves, impl="triton"), reference.mlp(*leaves)
@@ -131,6 +171,8 @@ def test_empty(randn):
         dy = randn(*y.shape)
         for a, b in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, leaves, dy), strict=True):
             torch.testing.assert_close(a, b)
+        dropped = mlp(*leaves, **drop, impl="triton")
+        torch.testing.assert_close(dropped, reference.mlp(*leaves, **drop))
 
 
 def saved_by(fn):
@@ -207,6 +249,18 @@ def test_frozen_parameters(randn, monkeypatch, wanted, saved, products):
         torch.testing.assert_close(leaves[n].grad.double(), copies[n].grad, rtol=1e-5, atol=1e-5)
 
 
+def test_activation_of_a_frozen_first_layer(randn, dtype, drop):
+    """The gradient of fc2's weight has the same bits whether the activation comes from the product or on its own."""
+    inputs = {n: t.to(dtype) for n, t in block(randn, (2, 9, 40), 72, 24).items()}
+    dy = randn(2, 9, 24).to(dtype)
+    found = []
+    for wanted in ({"fc2_weight"}, set(NAMES)):
+        leaves = {n: t.clone().requires_grad_(n in wanted) for n, t in inputs.items()}
+        mlp(**leaves, **drop, impl="triton").backward(dy)
+        found.append(leaves["fc2_weight"].grad)
+    assert torch.equal(*found)
+
+
 def test_explicit_triton_never_calls_another_gemm(randn, monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError("impl='triton' called PyTorch's product")
@@ -231,21 +285,51 @@ def test_auto_fuses_gelu_and_takes_the_rest_from_cublas(randn, monkeypatch, dtyp
     monkeypatch.setattr(linear_module, "gemm", spy)
     monkeypatch.setattr(mlp_module, "gemm", spy)
     inputs = block(randn, (17, 40), 72, 24)
-    check_op(lambda **a: mlp_fwd(*a.values(), "gelu", True, "auto")[0], ref(), inputs, dtype)
+    check_op(lambda **a: mlp_fwd(*a.values(), None, "gelu", 0.0, 0, True, "auto")[0], ref(), inputs, dtype)
     assert fused == ["gelu", "dgelu"]
 
 
-def test_compile_fullgraph(randn):
+def test_compile_fullgraph(randn, drop):
     leaves = [t.requires_grad_() for t in block(randn, (2, 5, 24), 40, 24).values()]
 
     def fn(*a):
-        return mlp(*a, impl="triton")
+        return mlp(*a, **drop, impl="triton")
 
     y, compiled = fn(*leaves), torch.compile(fn, fullgraph=True, backend="aot_eager")(*leaves)
     dy = randn(2, 5, 24)
     assert torch.equal(y, compiled)
     for a, b in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(compiled, leaves, dy), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_autocast(randn, device, drop, impl, half):
+    """fp32 arguments give what the op gives for cast ones, to the bit, and fp32 leaves get fp32 gradients."""
+    leaves = [t.requires_grad_() for t in block(randn, (2, 5, 24), 40, 24).values()]
+    cast = [t.detach().to(half).requires_grad_() for t in leaves]
+    with torch.autocast(device.type, half):
+        y = mlp(*leaves, **drop, impl=impl)
+        assert torch.equal(y, mlp(*cast, **drop, impl=impl))  # cast arguments may come, too
+    expected = mlp(*cast, **drop, impl=impl)
+    assert y.dtype is half and torch.equal(y, expected)
+    dy = randn(*y.shape).to(half)
+    for a, b in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, cast, dy), strict=True):
+        assert a.dtype is torch.float32 and torch.equal(a, b.float())
+
+
+def test_autocast_compiles(randn, device, drop):
+    leaves = [t.requires_grad_() for t in block(randn, (2, 5, 24), 40, 24).values()]
+
+    def fn(*a):
+        with torch.autocast(device.type, torch.bfloat16):
+            return mlp(*a, **drop, impl="triton")
+
+    y, compiled = fn(*leaves), torch.compile(fn, fullgraph=True, backend="aot_eager")(*leaves)
+    assert y.dtype is torch.bfloat16 and torch.equal(y, compiled)
+    dy = torch.ones_like(y)
+    for a, b in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(compiled, leaves, dy), strict=True):
+        assert a.dtype is torch.float32 and torch.equal(a, b)
 
 
 def test_double_backward_raises(randn):
@@ -258,6 +342,7 @@ def test_double_backward_raises(randn):
 
 def test_bad_arguments(randn):
     good = block(randn, X, HIDDEN, OUT)
+    activations = "activation must be one of 'gelu', 'gelu_tanh', 'quick_gelu'"
     cases = [
         (ValueError, r"mlp: fc1_weight must have shape \[N, 16\].*got \(40, 15\)", {"fc1_weight": randn(40, 15)}),
         (ValueError, r"mlp: fc1_weight must have shape .*got \(40,\)", {"fc1_weight": randn(40)}),
@@ -265,10 +350,14 @@ def test_bad_arguments(randn):
         (ValueError, r"mlp: fc2_weight must have shape \[N, 40\].*got \(40, 24\)", {"fc2_weight": randn(40, 24)}),
         (ValueError, r"mlp: fc2_bias must have shape \(24,\), got \(40,\)", {"fc2_bias": randn(40)}),
         (ValueError, "mlp: x must have shape .*scalar", {"x": randn()}),
-        (ValueError, "mlp: activation must be one of 'gelu', 'gelu_tanh', got 'relu'", {"activation": "relu"}),
-        (ValueError, "mlp: activation must be one of 'gelu', 'gelu_tanh', got None", {"activation": None}),
+        (ValueError, f"mlp: {activations}, got 'relu'", {"activation": "relu"}),
+        (ValueError, f"mlp: {activations}, got None", {"activation": None}),
         (TypeError, "mlp: fc1_bias is torch.float16 but x is torch.float32", {"fc1_bias": good["fc1_bias"].half()}),
         (TypeError, "mlp: x must be a floating-point tensor", {"x": good["x"].long()}),
+        (ValueError, r"mlp: dropout_p must be in \[0, 1\), got 1.0", {"dropout_p": 1.0}),
+        (ValueError, r"mlp: dropout_p must be in \[0, 1\), got -0.1", {"dropout_p": -0.1}),
+        (ValueError, "mlp: dropout_p=0.5 needs a seed", {"dropout_p": 0.5}),
+        (TypeError, "mlp: seed must be an int64 tensor of one element", {"dropout_p": 0.5, "seed": randn(1)}),
     ]  # fmt: skip
     for impl in ("auto", "triton", "reference"):
         for error, message, change in cases:

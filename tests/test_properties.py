@@ -127,17 +127,13 @@ def dropout_cases(draw):
     return {"x": shape}, {"p": drawn.pop("dropout_p", 0.0)} | (drawn or {"seed": None})
 
 
-def first(fn):
-    return lambda *args, **kwargs: fn(*args, **kwargs)[0]
-
-
 CASES = {
     "layer_norm": (layer_norm_cases, reference.layer_norm),
     "residual_layer_norm": (residual_cases, reference.residual_layer_norm),
     "linear": (linear_cases, reference.linear),
     "mlp": (mlp_cases, reference.mlp),
-    "attention": (attention_cases, first(reference.attention)),
-    "attention_qkv": (attention_qkv_cases, first(reference.attention_qkv)),
+    "attention": (attention_cases, reference.attention),
+    "attention_qkv": (attention_qkv_cases, reference.attention_qkv),
     "patch_embed": (patch_embed_cases, reference.patch_embed),
     "dropout": (dropout_cases, reference.dropout),
 }
