@@ -14,14 +14,14 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS raises in 
 import pytest
 import torch
 
-torch.backends.cudnn.allow_tf32 = False  # on by default: eager's patch convolution in fp32 would be a lax standard
-
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import strict
 
 from vit.kernels import runtime
+
+torch.backends.cudnn.allow_tf32 = False  # on by default: eager's patch convolution in fp32 would be a lax standard
 
 # Which layer of verification a file belongs to, for the summary.
 LAYERS = {
