@@ -121,7 +121,8 @@ def patch_embed(arch: int, role: str, dtype: torch.dtype, precision: str) -> Con
         rows = 64 if arch >= 90 else 32
         tiles = {"fwd": (128, 64, 32, 8, 8, 3), "dw": (rows, 128, 64, 8, 8, 3), "dimage": (128, 32, 64, 8, 8, 3)}
     elif arch >= 90:
-        tiles = {"fwd": (128, 128, 64, 8, 8, 3), "dw": (64, 128, 64, 8, 8, 3), "dimage": (64, 64, 64, 8, 4, 3)}
+        rows = 64 if arch >= 100 else 128  # there fp32 tokens and position embeddings spill beside 128
+        tiles = {"fwd": (rows, 128, 64, 8, 8, 3), "dw": (64, 128, 64, 8, 8, 3), "dimage": (64, 64, 64, 8, 4, 3)}
     else:
         tiles = {"fwd": (128, 128, 32, 8, 8, 4), "dw": (64, 128, 64, 8, 8, 3), "dimage": (128, 64, 64, 8, 8, 3)}
     return Config(*tiles[role])
