@@ -84,7 +84,7 @@ def attention_fwd(arch: int, n: int, head_dim: int, dtype: torch.dtype, dropout:
     if arch == 0:
         return Config(block_m=32, block_n=32)
     if dtype is torch.float32:
-        return Config(block_m=32, block_n=16, num_warps=8, num_stages=2)
+        return Config(block_m=32, block_n=16, num_warps=4 if dropout else 8, num_stages=2)
     if head_dim > 64:
         wide = arch < 90 and head_dim > 96  # accumulators in registers, and none to spare for more columns of keys
         return Config(block_m=64, block_n=32 if wide else 64, num_warps=4, num_stages=2)
@@ -98,7 +98,7 @@ def attention_bwd(arch: int, n: int, head_dim: int, dtype: torch.dtype, dropout:
     if arch == 0:
         return Config(block_m=32, block_n=32)
     if dtype is torch.float32:
-        blocks = (32, 32) if head_dim > 112 else (64, 16) if arch >= 90 else (32, 16)
+        blocks = (32, 32) if head_dim > 112 else (64, 16) if arch >= 90 and not dropout else (32, 16)
         return Config(*blocks, num_warps=8, num_stages=2)
     num_warps = 4 if head_dim <= (80 if arch >= 90 else 64) else 8
     if dropout:

@@ -88,7 +88,7 @@ CASES: dict[str, Case] = {
     "attention_b": Case("ViT-B, 224: 197 tokens", lambda m: _attention(m, 197, 12, 64)),
     "attention_h": Case("ViT-H/14: head dimension 64 + 16", lambda m: _attention(m, 257, 16, 80), NO_FP16),
     "attention_b_dropout": Case("ViT-B with dropout", lambda m: _attention(m, 197, 12, 64, 0.1), ("bf16",)),
-    "attention_h_dropout": Case("ViT-H with dropout", lambda m: _attention(m, 257, 16, 80, 0.1), ("bf16",)),
+    "attention_h_dropout": Case("ViT-H with dropout", lambda m: _attention(m, 257, 16, 80, 0.1), NO_FP16),
     "attention_big_g_dropout": Case("ViT-G with dropout", lambda m: _attention(m, 257, 16, 104, 0.1), ("bf16",)),
     "attention_so400m": Case("64 + 8 of 16, 729 tokens", lambda m: _attention(m, 729, 16, 72), ("bf16",)),
     "attention_big_g": Case("ViT-G: 64 + 32 + 8 of 16", lambda m: _attention(m, 257, 16, 104), ("bf16",)),
