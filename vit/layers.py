@@ -20,7 +20,9 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.impl = config.impl
         patch = config.patch_size
-        self.proj = nn.Conv2d(config.in_chans, config.embed_dim, kernel_size=patch, stride=patch)
+        self.proj = nn.Conv2d(
+            config.in_chans, config.embed_dim, kernel_size=patch, stride=patch, bias=not config.pre_norm
+        )
 
     def forward(self, image: Tensor, pos_embed: Tensor, prefix: Tensor | None) -> Tensor:
         """[B, C, H, W] -> [B, R + N, D] with the R prefix tokens in front and the position embedding added."""
@@ -30,8 +32,8 @@ class PatchEmbed(nn.Module):
 class LayerNorm(nn.LayerNorm):
     """LayerNorm, alone (`forward`) or together with the residual add before it (`add`)."""
 
-    def __init__(self, config: ViTConfig) -> None:
-        super().__init__(config.embed_dim, eps=config.norm_eps)
+    def __init__(self, config: ViTConfig, width: int | None = None) -> None:
+        super().__init__(width or config.embed_dim, eps=config.norm_eps)
         self.impl = config.impl
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,7 +45,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class NoNorm(nn.Identity):
-    """Stands where a model normalises after pooling instead (``fc_norm``)."""
+    """Stands where a model does not normalise after its blocks (``fc_norm``, ``final_norm=False``)."""
 
     def add(self, x: Tensor, branch: Tensor, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
         x = x + (branch if gamma is None else branch * gamma)
@@ -66,11 +68,17 @@ class Attention(nn.Module):
         self.impl = config.impl
         self.num_heads = config.num_heads
         self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim, bias=config.qkv_bias)
+        self.q_norm = LayerNorm(config, config.head_dim) if config.qk_norm else None
+        self.k_norm = LayerNorm(config, config.head_dim) if config.qk_norm else None
         self.proj = nn.Linear(config.embed_dim, config.embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = kernels.linear(x, self.qkv.weight, self.qkv.bias, impl=self.impl)  # [B, N, 3·D]
-        o = kernels.attention(qkv, num_heads=self.num_heads, impl=self.impl)  # [B, N, D]
+        if self.q_norm is None:
+            o = kernels.attention(qkv, num_heads=self.num_heads, impl=self.impl)  # [B, N, D]
+        else:
+            q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)  # [B, N, HEADS, HEAD_DIM] each
+            o = kernels.attention_qkv(self.q_norm(q), self.k_norm(k), v, impl=self.impl)
         return kernels.linear(o, self.proj.weight, self.proj.bias, impl=self.impl)
 
 
@@ -108,12 +116,23 @@ class Block(nn.Module):
         return next_norm.add(x, self.mlp(y), self.ls2 and self.ls2.gamma)
 
 
-class Head(nn.Linear):
-    """The classifier: one linear layer."""
+class Linear(nn.Linear):
+    """A linear layer on the op."""
 
-    def __init__(self, config: ViTConfig, **factory) -> None:
-        super().__init__(config.embed_dim, config.num_classes, **factory)
+    def __init__(self, config: ViTConfig, in_features: int, out_features: int, **factory) -> None:
+        super().__init__(in_features, out_features, **factory)
         self.impl = config.impl
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.linear(x, self.weight, self.bias, impl=self.impl)
+
+
+class PreLogits(nn.Module):
+    """The hidden layer of a pre-training head (paper, 3.1): a linear layer and tanh."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.fc = Linear(config, config.embed_dim, config.representation_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.fc(x))

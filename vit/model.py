@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vit.config import ViTConfig, get_config
 from vit.init import init_weights
-from vit.layers import Block, Head, LayerNorm, NoNorm, PatchEmbed
+from vit.layers import Block, LayerNorm, Linear, NoNorm, PatchEmbed, PreLogits
+from vit.tokens import drop_patches, resize_pos_embed
 
 
 class VisionTransformer(nn.Module):
@@ -39,21 +40,25 @@ class VisionTransformer(nn.Module):
             self.reg_token = nn.Parameter(torch.empty(1, config.reg_tokens, dim)) if config.reg_tokens else None
             self.pos_embed = nn.Parameter(torch.empty(1, config.pos_embed_len, dim))
             self.patch_embed = PatchEmbed(config)
+            self.norm_pre = LayerNorm(config) if config.pre_norm else nn.Identity()
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-            self.norm = NoNorm() if config.use_fc_norm else LayerNorm(config)
-            self.fc_norm = LayerNorm(config) if config.use_fc_norm else nn.Identity()
-            self.head = Head(config) if config.num_classes else nn.Identity()
+            before, after = (config.final_norm and config.use_fc_norm is pooled for pooled in (False, True))
+            self.norm = LayerNorm(config) if before else NoNorm()
+            self.fc_norm = LayerNorm(config) if after else nn.Identity()
+            self.pre_logits = PreLogits(config) if config.representation_size else nn.Identity()
+            width = config.representation_size or dim
+            self.head = Linear(config, width, config.num_classes) if config.num_classes else nn.Identity()
         init_weights(self, seed)
         if dtype is not None:
             self.to(dtype)
 
-    def forward(self, image: Tensor, *, interpolate_pos_encoding: bool = False) -> Tensor:
+    def forward(self, image: Tensor, interpolate_pos_encoding: bool | None = None) -> Tensor:
         """Classifies images.
 
         Args:
             image: [B, in_chans, H, W], floating point, in the dtype of the parameters; any strides.
             interpolate_pos_encoding: resize the position embedding, so that any H and W that are multiples of the patch
-                are accepted.
+                are accepted. None: as ``config.dynamic_img_size`` says.
 
         Returns:
             [B, num_classes]; [B, N, num_classes] where ``global_pool=""``; D columns where there is no head.
@@ -62,18 +67,14 @@ class VisionTransformer(nn.Module):
             TypeError: the image is not floating point.
             ValueError: its rank, channels or size do not fit the model.
         """
-        x = self.forward_features(image, interpolate_pos_encoding=interpolate_pos_encoding)  # [B, N, D]
+        x = self.forward_features(image, interpolate_pos_encoding)  # [B, N, D]
         return self.forward_head(x)  # [B, num_classes]
 
-    def forward_features(self, image: Tensor, *, interpolate_pos_encoding: bool = False) -> Tensor:
+    def forward_features(self, image: Tensor, interpolate_pos_encoding: bool | None = None) -> Tensor:
         """All tokens [B, N, D] after the last block, normalised unless the model has an ``fc_norm``."""
-        grid = self.config.check_image(image, interpolate_pos_encoding)
-        pos_embed = _resize_pos_embed(self.pos_embed, self.config, grid)  # [1, N or N - R, D]
-        x = self.patch_embed(image, pos_embed, self._prefix())  # [B, N, D]
-        y = self.blocks[0].norm1(x)  # [B, N, D]
-        next_norms = [*(block.norm1 for block in self.blocks[1:]), self.norm]
-        for block, next_norm in zip(self.blocks, next_norms, strict=True):
-            x, y = block(x, y, next_norm)  # [B, N, D] each
+        x = self._embed(image, interpolate_pos_encoding)  # [B, N, D]
+        for _stream, normalised in self._run(x, self.config.depth):
+            y = normalised
         return y
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -82,8 +83,28 @@ class VisionTransformer(nn.Module):
             x = x[:, 0]  # [B, D]
         elif self.config.global_pool == "avg":
             x = x[:, self.config.num_prefix_tokens :].mean(dim=1)  # [B, D]
-        x = self.fc_norm(x)
+        x = self.pre_logits(self.fc_norm(x))
         return x if pre_logits else self.head(x)
+
+    def _embed(self, image: Tensor, interpolate_pos_encoding: bool | None) -> Tensor:
+        """The stream [B, N, D] that enters the first block."""
+        config = self.config
+        grid = config.check_image(image, interpolate_pos_encoding)
+        pos_embed = resize_pos_embed(self.pos_embed, config, grid)  # [1, N or N - R, D]
+        x = self.patch_embed(image, pos_embed, self._prefix())
+        if self.training and config.patch_drop_rate:
+            x = drop_patches(x, config.patch_drop_rate, config.num_prefix_tokens)
+        return self.norm_pre(x)
+
+    def _run(self, x: Tensor, depth: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Runs the first ``depth`` blocks. Yields the stream and its next normalisation, before and after each."""
+        blocks = self.blocks[:depth]
+        next_norms = [*(block.norm1 for block in blocks[1:]), self.norm]
+        y = blocks[0].norm1(x)  # [B, N, D]
+        yield x, y
+        for block, next_norm in zip(blocks, next_norms, strict=True):
+            x, y = block(x, y, next_norm)  # [B, N, D] each
+            yield x, y
 
     def get_classifier(self) -> nn.Module:
         """The head."""
@@ -91,10 +112,14 @@ class VisionTransformer(nn.Module):
 
     @torch.no_grad()
     def reset_classifier(self, num_classes: int) -> None:
-        """Replaces the head by a zero-initialised one for fine-tuning (paper, 3.2), or by none for 0 classes."""
-        self.config = dataclasses.replace(self.config, num_classes=num_classes)
+        """Replaces the head by a zero-initialised one for fine-tuning (paper, 3.2), or by none for 0 classes.
+
+        The hidden layer of a pre-training head goes with it.
+        """
+        self.config = config = dataclasses.replace(self.config, num_classes=num_classes, representation_size=None)
         like = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
-        self.head = Head(self.config, **like) if num_classes else nn.Identity()
+        self.pre_logits = nn.Identity()
+        self.head = Linear(config, config.embed_dim, num_classes, **like) if num_classes else nn.Identity()
         self.head.train(self.training)
         for param in self.head.parameters():
             param.zero_()
@@ -119,31 +144,3 @@ def create_model(
         ValueError: unknown name (the nearest is suggested) or invalid value. TypeError: no such field.
     """
     return VisionTransformer(get_config(name, **overrides), seed, device=device, dtype=dtype)
-
-
-def _resize_pos_embed(pos: Tensor, config: ViTConfig, grid: tuple[int, int]) -> Tensor:
-    """The position embedding for another grid: bicubic, as two fixed matrix products.
-
-    The bicubic kernel is separable, and the backward of a matrix product is deterministic where that of CUDA's bicubic
-    interpolation is not.
-    """
-    if grid == config.grid_size:
-        return pos
-    prefix = pos.shape[1] - config.num_patches
-    wide = pos.to(torch.promote_types(pos.dtype, torch.float32))
-    rows, columns = (
-        _bicubic_matrix(old, new, config.interpolation, wide) for old, new in zip(config.grid_size, grid, strict=True)
-    )
-    table = wide[0, prefix:].unflatten(0, config.grid_size)  # [gh, gw, D]
-    resized = torch.einsum("ha,wb,abd->hwd", rows, columns, table).flatten(0, 1)  # [new_gh·new_gw, D]
-    return torch.cat([pos[:, :prefix], resized[None].to(pos.dtype)], dim=1)
-
-
-def _bicubic_matrix(old: int, new: int, interpolation: str, like: Tensor) -> Tensor:
-    """[new, old]: the weights that F.interpolate's bicubic mode gives each of ``old`` values."""
-    basis = torch.eye(old, dtype=like.dtype, device=like.device).reshape(1, old, old, 1)
-    if interpolation == "bicubic_offset":  # the 0.1 also moves the sampling points
-        resized = F.interpolate(basis, scale_factor=((new + 0.1) / old, 1.0), mode="bicubic", align_corners=False)
-    else:
-        resized = F.interpolate(basis, size=(new, 1), mode="bicubic", align_corners=False)
-    return resized[0, :, :, 0].T

@@ -7,6 +7,7 @@ keys are timm's. Shapes: B images, N = prefix + patch tokens, D = embed_dim.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ def interpolate_pos_embed(
         pos: ``[1, prefix + gh·gw, D]``; the prefix length follows from the shapes. 16-bit values are resized in fp32.
         grid: ``(gh, gw)`` of ``pos``.
         new_grid: the grid wanted, at least ``(1, 1)``.
-        interpolation: ``"bicubic_offset"`` or ``"bicubic"``, see `ViTConfig`.
+        interpolation: ``"bicubic_offset"``, ``"bicubic"`` or ``"bicubic_antialias"``, see `ViTConfig`.
 
     Returns:
         ``[1, prefix + new_gh·new_gw, D]``; ``pos`` itself where the grid does not change.
@@ -41,10 +42,10 @@ def interpolate_pos_embed(
     if interpolation == "bicubic_offset":
         # Without the 0.1 the rounding of the scale factor can cost a row. It also moves the sampling points.
         target = {"scale_factor": tuple((new + 0.1) / old for new, old in zip(new_grid, grid, strict=True))}
-    elif interpolation == "bicubic":
-        target = {"size": tuple(new_grid)}
+    elif interpolation in ("bicubic", "bicubic_antialias"):
+        target = {"size": tuple(new_grid), "antialias": interpolation == "bicubic_antialias"}
     else:
-        raise ValueError(f'interpolation={interpolation!r} is unknown; use "bicubic_offset" or "bicubic"')
+        raise ValueError(f"interpolation={interpolation!r} is unknown; see ViTConfig")
     image = pos[:, prefix:].reshape(1, *grid, -1).permute(0, 3, 1, 2)  # [1, D, gh, gw]
     wide = image if pos.dtype in (torch.float32, torch.float64) else image.float()
     resized = F.interpolate(wide, mode="bicubic", align_corners=False, **target).to(pos.dtype)
@@ -58,7 +59,9 @@ class PatchEmbed(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         patch = config.patch_size
-        self.proj = nn.Conv2d(config.in_chans, config.embed_dim, kernel_size=patch, stride=patch)
+        self.proj = nn.Conv2d(
+            config.in_chans, config.embed_dim, kernel_size=patch, stride=patch, bias=not config.pre_norm
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         return self.proj(image).flatten(2).transpose(1, 2)
@@ -69,12 +72,14 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim, bias=config.qkv_bias)
+        norm = functools.partial(nn.LayerNorm if config.qk_norm else nn.Identity, config.head_dim, eps=config.norm_eps)
+        self.q_norm, self.k_norm = norm(), norm()
         self.proj = nn.Linear(config.embed_dim, config.embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # [B, N, 3, HEADS, HEAD_DIM]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, HEADS, N, HEAD_DIM] each
-        o = F.scaled_dot_product_attention(q, k, v)
+        o = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
         return self.proj(o.transpose(1, 2).flatten(2))
 
 
@@ -116,6 +121,34 @@ class Block(nn.Module):
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
+class PatchDrop(nn.Module):
+    """Drops a share of the patches of each image in training; what stays is shuffled."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.rate, self.num_prefix_tokens = config.patch_drop_rate, config.num_prefix_tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0.0:
+            return x
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        batch, count, _ = patches.shape
+        order = torch.argsort(torch.randn(batch, count, device=x.device), dim=1)
+        kept = order[:, : max(int(count * (1 - self.rate)), 1)]
+        return torch.cat([prefix, patches[torch.arange(batch, device=x.device)[:, None], kept]], dim=1)
+
+
+class PreLogits(nn.Module):
+    """Hidden tanh layer of the head that models are pre-trained with."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(dim, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x).tanh()
+
+
 class VisionTransformer(nn.Module):
     """The reference model; ``config.impl`` has no effect on it.
 
@@ -132,18 +165,23 @@ class VisionTransformer(nn.Module):
         self.reg_token = nn.Parameter(torch.empty(1, config.reg_tokens, dim)) if config.reg_tokens else None
         self.pos_embed = nn.Parameter(torch.empty(1, config.pos_embed_len, dim))
         self.patch_embed = PatchEmbed(config)
+        self.patch_drop = PatchDrop(config)
+        self.norm_pre = nn.LayerNorm(dim, eps=config.norm_eps) if config.pre_norm else nn.Identity()
         self.blocks = nn.Sequential(*[Block(config) for _ in range(config.depth)])
-        self.norm = nn.Identity() if config.use_fc_norm else nn.LayerNorm(dim, eps=config.norm_eps)
-        self.fc_norm = nn.LayerNorm(dim, eps=config.norm_eps) if config.use_fc_norm else nn.Identity()
-        self.head = nn.Linear(dim, config.num_classes) if config.num_classes else nn.Identity()
+        pooled_norm, final_norm = config.use_fc_norm, config.final_norm
+        self.norm = nn.LayerNorm(dim, eps=config.norm_eps) if final_norm and not pooled_norm else nn.Identity()
+        self.fc_norm = nn.LayerNorm(dim, eps=config.norm_eps) if final_norm and pooled_norm else nn.Identity()
+        hidden = config.representation_size
+        self.pre_logits = PreLogits(dim, hidden) if hidden else nn.Identity()
+        self.head = nn.Linear(hidden or dim, config.num_classes) if config.num_classes else nn.Identity()
         init_weights(self, seed)
 
-    def forward(self, image: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+    def forward(self, image: Tensor, interpolate_pos_encoding: bool | None = None) -> Tensor:
         """Classifies images.
 
         Args:
             image: ``[B, in_chans, H, W]``, floating point, in the dtype of the parameters.
-            interpolate_pos_encoding: allow any H and W that are multiples of the patch.
+            interpolate_pos_encoding: allow any H and W that are multiples of the patch; None: ``dynamic_img_size``.
 
         Returns:
             ``[B, num_classes]``, or ``[B, N, num_classes]`` where ``global_pool=""``; D columns without a head.
@@ -154,7 +192,7 @@ class VisionTransformer(nn.Module):
         """
         return self.forward_head(self.forward_features(image, interpolate_pos_encoding))
 
-    def forward_features(self, image: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+    def forward_features(self, image: Tensor, interpolate_pos_encoding: bool | None = None) -> Tensor:
         """All tokens ``[B, N, D]`` after the last block (and ``norm``, unless there is an ``fc_norm``)."""
         config = self.config
         grid = config.check_image(image, interpolate_pos_encoding)
@@ -162,6 +200,7 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed(image)  # [B, num_patches, D]
         prefix = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
         x = torch.cat([*prefix, x + pos], dim=1) if config.no_embed_class else torch.cat([*prefix, x], dim=1) + pos
+        x = self.norm_pre(self.patch_drop(x))
         return self.norm(self.blocks(x))  # [B, N, D]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -170,13 +209,14 @@ class VisionTransformer(nn.Module):
             x = x[:, 0]
         elif self.config.global_pool == "avg":
             x = x[:, self.config.num_prefix_tokens :].mean(dim=1)
-        x = self.fc_norm(x)
+        x = self.pre_logits(self.fc_norm(x))
         return x if pre_logits else self.head(x)
 
     @torch.no_grad()
     def reset_classifier(self, num_classes: int) -> None:
-        """Replaces the head by a zero-initialised one for fine-tuning, or by none for ``num_classes=0``."""
-        self.config = dataclasses.replace(self.config, num_classes=num_classes)
+        """Replaces the whole head by a zero-initialised linear layer for fine-tuning, or by none for 0 classes."""
+        self.config = dataclasses.replace(self.config, num_classes=num_classes, representation_size=None)
+        self.pre_logits = nn.Identity()
         like = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
         self.head = nn.Linear(self.config.embed_dim, num_classes, **like) if num_classes else nn.Identity()
         self.head.train(self.training)
