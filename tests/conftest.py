@@ -35,6 +35,7 @@ LAYERS = {
     "test_reference_model": "reference model",
     "test_vit": "model",
     "test_peers": "model",
+    "test_model_api": "model",
     "test_bad_inputs": "bad inputs",
     "test_packaging": "packaging",
     "test_demo": "demo",

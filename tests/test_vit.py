@@ -10,7 +10,7 @@ import vit
 from vit.kernels import runtime
 from vit.reference import VisionTransformer as Reference
 from vit.testing import measure, pool
-from vit.tokens import drop_patches
+from vit.tokens import PatchDrop
 
 SMALL = vit.ViTConfig(img_size=(32, 48), patch_size=8, num_classes=10, embed_dim=64, depth=2, num_heads=2)
 
@@ -192,17 +192,17 @@ def test_dynamic_img_size():
 
 
 def test_dropped_patches():
-    x, rate = torch.arange(2 * 23 * 4.0).reshape(2, 23, 4), 0.4
-    kept = drop_patches(x, rate, 3)
+    x, drop = torch.arange(2 * 23 * 4.0).reshape(2, 23, 4), PatchDrop(vit.ViTConfig(patch_drop_rate=0.4, reg_tokens=2))
+    kept = drop(x)
     assert torch.equal(kept[:, :3], x[:, :3]) and kept.shape == (2, 3 + 12, 4)
     rows = kept[:, :, 0].sub(x[:, :1, 0]).div(4).long()
     assert all(len(set(r.tolist())) == 15 for r in rows) and not torch.equal(rows[0], rows[1])
     assert torch.equal(x.gather(1, rows[:, :, None].expand(-1, -1, 4)), kept)
-    counts = torch.zeros(20)
+    counts = torch.zeros(23)
     for _ in range(400):
-        row = drop_patches(torch.arange(20.0).reshape(1, 20, 1), rate, 0).flatten().long()
-        counts[row] += 1
-    assert (counts / 400 - 0.6).abs().max() < 0.1  # 4 standard deviations
+        counts[drop(torch.arange(23.0).reshape(1, 23, 1)).flatten().long()] += 1
+    assert (counts[3:] / 400 - 0.6).abs().max() < 0.1  # 4 standard deviations
+    assert drop.eval()(x) is x
 
 
 def test_create_model():

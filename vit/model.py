@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vit.config import ViTConfig, get_config
+from vit.groups import MATCHER, NO_WEIGHT_DECAY
 from vit.init import init_weights
 from vit.layers import Block, LayerNorm, Linear, NoNorm, PatchEmbed, PreLogits
-from vit.tokens import drop_patches, resize_pos_embed
+from vit.tokens import PatchDrop, resize_pos_embed, take_indices
 
 
 class VisionTransformer(nn.Module):
@@ -34,12 +36,14 @@ class VisionTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.grad_checkpointing = False
         dim = config.embed_dim
         with torch.device(device) if device is not None else torch.device(torch.get_default_device()):
             self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if config.class_token else None
             self.reg_token = nn.Parameter(torch.empty(1, config.reg_tokens, dim)) if config.reg_tokens else None
             self.pos_embed = nn.Parameter(torch.empty(1, config.pos_embed_len, dim))
             self.patch_embed = PatchEmbed(config)
+            self.patch_drop = PatchDrop(config)
             self.norm_pre = LayerNorm(config) if config.pre_norm else nn.Identity()
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
             before, after = (config.final_norm and config.use_fc_norm is pooled for pooled in (False, True))
@@ -86,15 +90,89 @@ class VisionTransformer(nn.Module):
         x = self.pre_logits(self.fc_norm(x))
         return x if pre_logits else self.head(x)
 
+    def forward_intermediates(
+        self,
+        image: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        interpolate_pos_encoding: bool | None = None,
+    ) -> Any:
+        """The stream after chosen blocks, with timm's options.
+
+        Args:
+            image: as for `forward`.
+            indices: of the blocks, negative ones from the end; n means the last n, None all. The order is the blocks'.
+            return_prefix_tokens: make each intermediate a pair (patch tokens, prefix tokens), if there are any.
+            norm: apply the final norm to each.
+            stop_early: skip the blocks after the last index.
+            output_fmt: "NCHW" for patch tokens as a map [B, D, grid height, grid width], "NLC" for [B, N, D].
+            intermediates_only: return the list alone.
+
+        Returns:
+            (tokens after the last block that ran, normalised; list of intermediates), or the list.
+
+        Raises:
+            ValueError: an index is out of range, output_fmt is unknown, or a map is asked for while patches drop out.
+        """
+        config, taken = self.config, take_indices(self.config.depth, indices)
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f'output_fmt={output_fmt!r} is unknown; use "NCHW" or "NLC"')
+        if output_fmt == "NCHW" and self.training and config.patch_drop_rate:
+            raise ValueError('output_fmt="NCHW" needs all patches; call eval(), or use "NLC" with patch_drop_rate')
+        x = self._embed(image, interpolate_pos_encoding)
+        kept = []
+        depth = max(taken) + 1 if stop_early else config.depth
+        for index, (stream, normalised) in enumerate(self._run(x, depth), start=-1):
+            y = normalised
+            if index in taken:
+                kept.append(self.norm(stream) if norm else stream)
+
+        prefix = config.num_prefix_tokens
+        patches = [x[:, prefix:] for x in kept]
+        if output_fmt == "NCHW":
+            grid = config.check_image(image, interpolate_pos_encoding)
+            patches = [x.unflatten(1, grid).permute(0, 3, 1, 2).contiguous() for x in patches]
+        if return_prefix_tokens and prefix:
+            patches = [(p, x[:, :prefix]) for p, x in zip(patches, kept, strict=True)]
+        return patches if intermediates_only else (y, patches)
+
+    def get_intermediate_layers(
+        self,
+        image: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list[Any]:
+        """`forward_intermediates` in the words of DINO: the last ``n`` blocks, or the blocks with the indices ``n``."""
+        output_fmt = "NCHW" if reshape else "NLC"
+        return self.forward_intermediates(
+            image, n, return_prefix_tokens, norm, output_fmt=output_fmt, intermediates_only=True
+        )
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether each block is computed again in backward instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that an optimiser should not decay, beside those with one dimension."""
+        return set(NO_WEIGHT_DECAY)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Which layer a parameter belongs to, in timm's format; ``coarse`` changes nothing, as in timm's ViT."""
+        return dict(MATCHER)
+
     def _embed(self, image: Tensor, interpolate_pos_encoding: bool | None) -> Tensor:
         """The stream [B, N, D] that enters the first block."""
         config = self.config
         grid = config.check_image(image, interpolate_pos_encoding)
         pos_embed = resize_pos_embed(self.pos_embed, config, grid)  # [1, N or N - R, D]
         x = self.patch_embed(image, pos_embed, self._prefix())
-        if self.training and config.patch_drop_rate:
-            x = drop_patches(x, config.patch_drop_rate, config.num_prefix_tokens)
-        return self.norm_pre(x)
+        return self.norm_pre(self.patch_drop(x))
 
     def _run(self, x: Tensor, depth: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Runs the first ``depth`` blocks. Yields the stream and its next normalisation, before and after each."""
@@ -103,7 +181,10 @@ class VisionTransformer(nn.Module):
         y = blocks[0].norm1(x)  # [B, N, D]
         yield x, y
         for block, next_norm in zip(blocks, next_norms, strict=True):
-            x, y = block(x, y, next_norm)  # [B, N, D] each
+            if self.grad_checkpointing and torch.is_grad_enabled():  # a block draws no random numbers
+                x, y = checkpoint(block, x, y, next_norm, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, y = block(x, y, next_norm)  # [B, N, D] each
             yield x, y
 
     def get_classifier(self) -> nn.Module:
