@@ -36,6 +36,8 @@ LAYERS = {
     "test_vit": "model",
     "test_peers": "model",
     "test_model_api": "model",
+    "test_masking": "model",
+    "test_training_options": "model",
     "test_bad_inputs": "bad inputs",
     "test_packaging": "packaging",
     "test_demo": "demo",

@@ -73,7 +73,7 @@ def test_intermediates_have_gradients():
         del model.blocks[2], model.norm, model.head
         model.norm = torch.nn.Identity()
     ours.config = dataclasses.replace(SMALL, depth=2)
-    ours.norm = vit.layers.NoNorm()
+    ours.norm = vit.layers.NoNorm(SMALL)
     assert_same(
         *(outputs_and_gradients(m, lambda x, m=m: m.forward_intermediates(x, 1)[1][0], image) for m in (ours, theirs)),
         2e-5,
@@ -171,3 +171,36 @@ def test_layer_decay_groups_are_timms(options, layer_decay):
 def test_bad_layer_decay():
     with pytest.raises(ValueError, match="layer_decay=0 must be above 0 and at most 1"):
         param_groups_layer_decay(vit.VisionTransformer(SMALL), layer_decay=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True, "reg_tokens": 1}], ids=str)
+def test_attention_maps_are_timms(options):
+    ours, theirs = twins(dataclasses.replace(SMALL, **options))
+    image = torch.randn(2, 3, 16, 24)
+    want = {}
+    for i, block in enumerate(theirs.blocks):  # what dropout sees there is the map
+        block.attn.attn_drop.register_forward_hook(lambda module, inputs, out, i=i: want.setdefault(i, inputs[0]))
+    with torch.no_grad():
+        theirs(image)
+        logits, maps = ours.attention_maps(image)
+    assert_same({str(i): m for i, m in maps.items()}, {str(i): m for i, m in want.items()}, 1e-5)
+    assert torch.equal(logits, ours(image))
+    assert list(ours.attention_maps(image, [-1, 0])[1]) == [0, 2] and list(ours.attention_maps(image, 1)[1]) == [2]
+    with pytest.raises(ValueError, match="block index 7 is out of range"):
+        ours.attention_maps(image, [7])
+
+
+def test_attention_maps_leave_the_kernels_alone(device):
+    config = dataclasses.replace(SMALL, depth=2, impl="triton", use_mask_token=True, attn_drop_rate=0.2)
+    model = vit.VisionTransformer(config, 0).to(device)
+    randomise(model)
+    image, mask = torch.randn(2, 3, 16, 24).to(device), torch.eye(6, dtype=torch.bool)[:2].to(device)
+    for mode in (True, False):
+        model.train(mode)
+        torch.manual_seed(0)
+        plain = model(image, mask)
+        torch.manual_seed(0)
+        logits, maps = model.attention_maps(image, bool_masked_pos=mask)
+        assert torch.equal(logits, plain)
+        assert {i: m.shape for i, m in maps.items()} == {0: (2, 2, 7, 7), 1: (2, 2, 7, 7)}
+        torch.testing.assert_close(maps[1].sum(-1), torch.ones(2, 2, 7, device=device))

@@ -19,6 +19,7 @@ CASES = {
     "no qkv bias": {"qkv_bias": False},
     "tuple patch": {"img_size": (24, 20), "patch_size": (8, 4)},
     "tanh GELU": {"act_layer": "gelu_tanh"},
+    "quick GELU": {"act_layer": "quick_gelu"},
     "CLIP": {"pre_norm": True, "norm_eps": 1e-5},
     "no final norm": {"final_norm": False},
     "qk_norm": {"qk_norm": True},

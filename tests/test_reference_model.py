@@ -42,6 +42,7 @@ CASES = {
     "no final norm, avg": dict(final_norm=False, global_pool="avg"),
     "qk_norm": dict(qk_norm=True),
     "qk_norm, no qkv bias": dict(qk_norm=True, qkv_bias=False),
+    "quick GELU": dict(act_layer="quick_gelu"),
     "patch drop": dict(patch_drop_rate=0.4, reg_tokens=2),
     "nearly all patches dropped": dict(patch_drop_rate=0.95, class_token=False, global_pool="avg"),
     "dynamic size": dict(dynamic_img_size=True),
@@ -88,6 +89,7 @@ def test_norm_eps_reaches_every_norm(eps):
 
 HF_NAMES = {
     "cls_token": "embeddings.cls_token",
+    "mask_token": "embeddings.mask_token",
     "pos_embed": "embeddings.position_embeddings",
     "patch_embed.proj": "embeddings.patch_embeddings.projection",
     "blocks": "layers",
@@ -125,7 +127,7 @@ def from_hf(tensors: dict[str, torch.Tensor], names: list[str]) -> dict[str, tor
     return {name: pick(name) for name in names}
 
 
-def hf_pair(head: bool, **words):
+def hf_pair(head: bool, mask_token: bool = False, **words):
     """A transformers model and ours with the same weights, in fp64."""
     transformers = peers.import_transformers()
     words = (
@@ -144,8 +146,8 @@ def hf_pair(head: bool, **words):
         theirs = transformers.ViTForImageClassification(hf_config)
         ours = VisionTransformer(ViTConfig.from_hf(hf_config))
     else:
-        theirs = transformers.ViTModel(hf_config, add_pooling_layer=False)
-        ours = VisionTransformer(ViTConfig.from_hf(hf_config, num_classes=0))
+        theirs = transformers.ViTModel(hf_config, add_pooling_layer=False, use_mask_token=mask_token)
+        ours = VisionTransformer(ViTConfig.from_hf(hf_config, num_classes=0, use_mask_token=mask_token))
     theirs, ours = theirs.double().eval(), ours.double()
     randomise(theirs)
     ours.load_state_dict(from_hf(theirs.state_dict(), list(ours.state_dict())))
@@ -174,11 +176,22 @@ def test_matches_transformers(head, words, size):
         return out.logits if head else out.last_hidden_state
 
     def run_ours(x):
-        return ours(x, interpolate_pos_encoding=resized) if head else ours.forward_features(x, resized)
+        return ours(x, interpolate_pos_encoding=resized) if head else ours.forward_features(x, None, resized)
 
     b = outputs_and_gradients(theirs, run_theirs, image)
     b = {k: b.pop(k) for k in ("output", "image")} | from_hf(b, [name for name, _ in ours.named_parameters()])
     assert_same(outputs_and_gradients(ours, run_ours, image), b, 1e-12)
+
+
+@pytest.mark.parametrize("size", [(24, 24), (16, 40)])
+def test_masked_patches_match_transformers(size):
+    theirs, ours = hf_pair(False, mask_token=True)
+    image = torch.randn(2, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    mask = torch.rand(2, size[0] * size[1] // 64, generator=torch.Generator().manual_seed(2)) < 0.5
+    options = {"bool_masked_pos": mask, "interpolate_pos_encoding": size != (24, 24)}
+    b = outputs_and_gradients(theirs, lambda x: theirs(x, **options).last_hidden_state, image)
+    b = {k: b.pop(k) for k in ("output", "image")} | from_hf(b, [name for name, _ in ours.named_parameters()])
+    assert_same(outputs_and_gradients(ours, lambda x: ours.forward_features(x, **options), image), b, 1e-12)
 
 
 def test_from_hf_words():
@@ -351,7 +364,7 @@ def test_low_precision_is_near_fp64(dtype):
     exact = VisionTransformer(model.config).double()
     exact.load_state_dict(model.state_dict())
     image = torch.randn(2, 3, 32, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
-    low, want = model(image, True), exact(image.double(), True)
+    low, want = model(image, None, True), exact(image.double(), None, True)
     assert low.dtype is dtype
     assert (low - want).square().mean().sqrt() < 4 * torch.finfo(dtype).eps * want.square().mean().sqrt()
 
@@ -478,7 +491,7 @@ def test_config_properties():
 
 def test_named_variants():
     names = list_models()
-    assert len(names) == len(set(names)) == 74 and "vit_base_patch14_384" not in names
+    assert len(names) == len(set(names)) == 75 and "vit_base_patch14_384" not in names
     assert get_config("vit_base_patch16_224") == ViTConfig()
     head_dims = dict(tiny=64, base=64, so400m=72, huge=80, giant=88, gigantic=104, enormous=112)
     assert head_dims == {size: get_config(f"vit_{size}_patch14_224").head_dim for size in head_dims}
@@ -498,7 +511,7 @@ def test_named_variants():
 def test_named_variants_have_timms_shapes():
     timm = peers.import_timm()
     common = [name for name in list_models() if timm.is_model(name)]
-    assert len(common) >= 21, common
+    assert len(common) >= 22, common
     for name in common:
         with torch.device("meta"):  # 1000 classes: timm's cards of some names have none
             ours, theirs = VisionTransformer(get_config(name)), timm.create_model(name, num_classes=1000)

@@ -27,6 +27,7 @@ VARIANTS = {
     "LayerScale": {"init_values": 0.1},
     "no qkv bias": {"qkv_bias": False},
     "tanh GELU": {"act_layer": "gelu_tanh"},
+    "quick GELU": {"act_layer": "quick_gelu"},
     "rectangular patch": {"patch_size": (8, 16), "img_size": (40, 32)},
     "four channels": {"in_chans": 4},
     "head_dim 80": {"embed_dim": 160},

@@ -6,19 +6,19 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
 _CHOICES = {
     "global_pool": ("token", "avg", ""),
-    "act_layer": ("gelu", "gelu_tanh"),
+    "act_layer": ("gelu", "gelu_tanh", "quick_gelu"),
     "interpolation": ("bicubic_offset", "bicubic", "bicubic_antialias"),
     "weight_init": ("", "zeros", "jax", "jax_nlhb"),
     "impl": ("auto", "triton", "reference"),
 }
-_RATES = ("patch_drop_rate",)
+_DROPOUT = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +49,20 @@ class ViTConfig:
     )
     final_norm: bool = True  # False: no norm after the blocks, neither before nor after pooling
     fc_norm: bool | None = None  # normalise after pooling, not before; None: only where global_pool is "avg"
-    act_layer: str = "gelu"  # "gelu" (erf) or "gelu_tanh"
+    act_layer: str = "gelu"  # "gelu" (erf), "gelu_tanh" or "quick_gelu", x · sigmoid(1.702 · x)
     norm_eps: float = 1e-6
+    use_mask_token: bool = False  # a token for the patches that forward's bool_masked_pos hides
     representation_size: int | None = None  # width of the tanh layer of a pre-training head; None: no such layer
     dynamic_img_size: bool = False  # take images of any size unless forward's interpolate_pos_encoding says otherwise
     # How the position embedding is resized, always bicubic: "bicubic_offset" passes the scale factor (new + 0.1) / old
     # (DINO, Hugging Face 4), "bicubic" the size (Hugging Face 5), "bicubic_antialias" the size and smooths (timm). The
     # results differ by a few percent.
     interpolation: str = "bicubic_offset"
+    drop_rate: float = 0.0  # dropout in training: before the head,
+    pos_drop_rate: float = 0.0  # after the position embedding,
+    proj_drop_rate: float = 0.0  # after attention's projection, the MLP's activation and its second layer,
+    attn_drop_rate: float = 0.0  # and of the attention probabilities
+    drop_path_rate: float = 0.0  # stochastic depth of the last block's branches; the blocks before have linearly less
     patch_drop_rate: float = 0.0  # share of the patches that each image loses in training (FLIP)
     weight_init: str = ""  # "" (timm's), "zeros" (class token and position embedding start at 0), "jax" or "jax_nlhb"
     impl: str = "auto"  # which implementation of the ops runs: "auto", "triton" or "reference"
@@ -68,7 +74,7 @@ class ViTConfig:
             object.__setattr__(self, name, _pair(name, getattr(self, name)))
         if self.representation_size is not None:
             _check_int("representation_size", self.representation_size, at_least=1)
-        for name in _RATES:
+        for name in (*_DROPOUT, "patch_drop_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
         for name, known in _CHOICES.items():
@@ -128,6 +134,14 @@ class ViTConfig:
     def use_fc_norm(self) -> bool:
         return self.global_pool == "avg" if self.fc_norm is None else self.fc_norm
 
+    @property
+    def drops(self) -> bool:
+        """Whether a training step needs a seed for dropout or stochastic depth."""
+        return any(getattr(self, name) for name in _DROPOUT)
+
+    def block_drop_path_rate(self, index: int) -> float:
+        return self.drop_path_rate * index / max(self.depth - 1, 1)
+
     def check_image(self, image: Tensor, interpolate_pos_encoding: bool | None = None) -> tuple[int, int]:
         """The patch grid of ``image`` [B, in_chans, H, W]; H and W are free multiples of the patch when interpolating.
 
@@ -152,6 +166,23 @@ class ViTConfig:
             patch = f"{self.patch_size[0]}*{self.patch_size[1]}"
             raise ValueError(f"image size {height}*{width} is not a multiple of the patch {patch}; pad or crop it")
         return height // self.patch_size[0], width // self.patch_size[1]
+
+    def check_mask(self, mask: Tensor | None, batch: int, grid: tuple[int, int]) -> None:
+        """Raises unless ``mask`` says of every patch of the ``grid`` of each image whether it is hidden, or is None.
+
+        Raises:
+            TypeError: the mask is not boolean.
+            ValueError: its shape is not [B, number of patches], or the model has no mask token.
+        """
+        if mask is None:
+            return
+        if not self.use_mask_token:
+            raise ValueError("bool_masked_pos needs a mask token; make the model with use_mask_token=True")
+        if mask.dtype is not torch.bool:
+            raise TypeError(f"bool_masked_pos must be a bool tensor, got {mask.dtype}; pass bool_masked_pos.bool()")
+        if mask.shape != (batch, grid[0] * grid[1]):
+            want = f"[{batch}, {grid[0] * grid[1]}] for the {grid[0]}*{grid[1]} patches of each image"
+            raise ValueError(f"bool_masked_pos must have shape {want}, got {tuple(mask.shape)}")
 
     @classmethod
     def from_hf(cls, config: Any, **overrides: Any) -> ViTConfig:
@@ -186,7 +217,12 @@ def _mlp_ratio(dim: int, hidden: int) -> float:
     return math.nextafter(hidden / dim, math.inf) if rounded_down else hidden / dim
 
 
-_HF_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+_HF_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+}
 _HF_WORDS = {
     "img_size": ("image_size", 224),
     "patch_size": ("patch_size", 16),
@@ -231,6 +267,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "vit_so400m_patch16_siglip_gap_384": _variant("so400m", 16, 384, **_GAP),
     "vit_base_patch16_clip_224": _variant("base", 16, 224, **_CLIP),
     "vit_large_patch14_clip_224": _variant("large", 14, 224, **_CLIP),
+    "vit_large_patch14_clip_quickgelu_224": _variant("large", 14, 224, **_CLIP, act_layer="quick_gelu"),
 }
 
 

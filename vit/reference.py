@@ -53,6 +53,29 @@ def interpolate_pos_embed(
     return torch.cat([pos[:, :prefix], resized.flatten(2).transpose(1, 2)], dim=1)
 
 
+class Drop(nn.Module):
+    """The dropout with number ``site``; ``function`` can be replaced by another that drops x [...] with p.
+
+    In block i: 8·i of the attention probabilities, + 1 after the projection, + 2 after the MLP's activation, + 3 after
+    its second layer, + 4 and + 5 of the branches' samples. 6 after the position embedding, 7 before the head.
+    """
+
+    def __init__(self, rate: float, site: int) -> None:
+        super().__init__()
+        self.rate, self.site = rate, site
+        self.function = lambda x, p, site: F.dropout(x, p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.rate, self.site) if self.training and self.rate > 0 else x
+
+
+class DropSamples(Drop):
+    """Stochastic depth: drops whole samples of a branch ``[B, N, D]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * super().forward(x.new_ones(len(x), 1)).unsqueeze(2)
+
+
 class PatchEmbed(nn.Module):
     """Splits ``[B, C, H, W]`` into patches and projects them: ``[B, num_patches, D]``."""
 
@@ -68,8 +91,12 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: ViTConfig, index: int) -> None:
         super().__init__()
+        self.attn_drop, self.proj_drop = (
+            Drop(config.attn_drop_rate, 8 * index),
+            Drop(config.proj_drop_rate, 8 * index + 1),
+        )
         self.num_heads = config.num_heads
         self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim, bias=config.qkv_bias)
         norm = functools.partial(nn.LayerNorm if config.qk_norm else nn.Identity, config.head_dim, eps=config.norm_eps)
@@ -79,19 +106,32 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # [B, N, 3, HEADS, HEAD_DIM]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, HEADS, N, HEAD_DIM] each
-        o = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
-        return self.proj(o.transpose(1, 2).flatten(2))
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.attn_drop.rate > 0:
+            o = self.attn_drop(torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1)) @ v
+        else:
+            o = F.scaled_dot_product_attention(q, k, v)
+        return self.proj_drop(self.proj(o.transpose(1, 2).flatten(2)))
+
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
 
 
 class Mlp(nn.Module):
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: ViTConfig, index: int) -> None:
         super().__init__()
-        self.approximate = "tanh" if config.act_layer == "gelu_tanh" else "none"
+        self.act = ACTIVATIONS[config.act_layer]
         self.fc1 = nn.Linear(config.embed_dim, config.mlp_hidden_dim)
+        self.drop1 = Drop(config.proj_drop_rate, 8 * index + 2)
         self.fc2 = nn.Linear(config.mlp_hidden_dim, config.embed_dim)
+        self.drop2 = Drop(config.proj_drop_rate, 8 * index + 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
+        return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
 
 
 class LayerScale(nn.Module):
@@ -106,19 +146,22 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """One pre-LN encoder block on ``[B, N, D]``."""
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: ViTConfig, index: int) -> None:
         super().__init__()
         scaled = config.init_values is not None
+        rate = config.drop_path_rate * index / (config.depth - 1) if index else 0.0
         self.norm1 = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
-        self.attn = Attention(config)
+        self.attn = Attention(config, index)
         self.ls1 = LayerScale(config) if scaled else nn.Identity()
+        self.drop_path1 = DropSamples(rate, 8 * index + 4)
         self.norm2 = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
-        self.mlp = Mlp(config)
+        self.mlp = Mlp(config, index)
         self.ls2 = LayerScale(config) if scaled else nn.Identity()
+        self.drop_path2 = DropSamples(rate, 8 * index + 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
 class PatchDrop(nn.Module):
@@ -163,44 +206,60 @@ class VisionTransformer(nn.Module):
         dim = config.embed_dim
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if config.class_token else None
         self.reg_token = nn.Parameter(torch.empty(1, config.reg_tokens, dim)) if config.reg_tokens else None
+        self.mask_token = nn.Parameter(torch.empty(1, 1, dim)) if config.use_mask_token else None
         self.pos_embed = nn.Parameter(torch.empty(1, config.pos_embed_len, dim))
         self.patch_embed = PatchEmbed(config)
+        self.pos_drop = Drop(config.pos_drop_rate, 6)
         self.patch_drop = PatchDrop(config)
         self.norm_pre = nn.LayerNorm(dim, eps=config.norm_eps) if config.pre_norm else nn.Identity()
-        self.blocks = nn.Sequential(*[Block(config) for _ in range(config.depth)])
+        self.blocks = nn.Sequential(*[Block(config, index) for index in range(config.depth)])
         pooled_norm, final_norm = config.use_fc_norm, config.final_norm
         self.norm = nn.LayerNorm(dim, eps=config.norm_eps) if final_norm and not pooled_norm else nn.Identity()
         self.fc_norm = nn.LayerNorm(dim, eps=config.norm_eps) if final_norm and pooled_norm else nn.Identity()
         hidden = config.representation_size
         self.pre_logits = PreLogits(dim, hidden) if hidden else nn.Identity()
+        self.head_drop = Drop(config.drop_rate, 7)
         self.head = nn.Linear(hidden or dim, config.num_classes) if config.num_classes else nn.Identity()
         init_weights(self, seed)
 
-    def forward(self, image: Tensor, interpolate_pos_encoding: bool | None = None) -> Tensor:
+    def forward(
+        self, image: Tensor, bool_masked_pos: Tensor | None = None, interpolate_pos_encoding: bool | None = None
+    ) -> Tensor:
         """Classifies images.
 
         Args:
             image: ``[B, in_chans, H, W]``, floating point, in the dtype of the parameters.
+            bool_masked_pos: bool ``[B, num_patches]``, of the image's own grid: patches that the mask token replaces.
+                What their pixels are does not matter, not even to a gradient.
             interpolate_pos_encoding: allow any H and W that are multiples of the patch; None: ``dynamic_img_size``.
 
         Returns:
             ``[B, num_classes]``, or ``[B, N, num_classes]`` where ``global_pool=""``; D columns without a head.
 
         Raises:
-            TypeError: the image is not floating point.
-            ValueError: its rank, channels or size do not fit the model.
+            TypeError: the image is not floating point, the mask not boolean.
+            ValueError: its rank, channels or size do not fit the model, or there is no mask token.
         """
-        return self.forward_head(self.forward_features(image, interpolate_pos_encoding))
+        return self.forward_head(self.forward_features(image, bool_masked_pos, interpolate_pos_encoding))
 
-    def forward_features(self, image: Tensor, interpolate_pos_encoding: bool | None = None) -> Tensor:
+    def forward_features(
+        self, image: Tensor, bool_masked_pos: Tensor | None = None, interpolate_pos_encoding: bool | None = None
+    ) -> Tensor:
         """All tokens ``[B, N, D]`` after the last block (and ``norm``, unless there is an ``fc_norm``)."""
-        config = self.config
+        config, mask = self.config, bool_masked_pos
         grid = config.check_image(image, interpolate_pos_encoding)
+        config.check_mask(mask, len(image), grid)
         pos = interpolate_pos_embed(self.pos_embed, config.grid_size, grid, config.interpolation)
+        if mask is not None:  # hidden pixels are cut off before the product that would multiply a NaN by 0
+            rows, columns = config.patch_size
+            pixels = mask.unflatten(1, grid).repeat_interleave(rows, 1).repeat_interleave(columns, 2)
+            image = image.masked_fill(pixels.unsqueeze(1), 0)
         x = self.patch_embed(image)  # [B, num_patches, D]
+        if mask is not None:
+            x = torch.where(mask.unsqueeze(2), self.mask_token, x)
         prefix = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
         x = torch.cat([*prefix, x + pos], dim=1) if config.no_embed_class else torch.cat([*prefix, x], dim=1) + pos
-        x = self.norm_pre(self.patch_drop(x))
+        x = self.norm_pre(self.patch_drop(self.pos_drop(x)))
         return self.norm(self.blocks(x))  # [B, N, D]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -209,7 +268,7 @@ class VisionTransformer(nn.Module):
             x = x[:, 0]
         elif self.config.global_pool == "avg":
             x = x[:, self.config.num_prefix_tokens :].mean(dim=1)
-        x = self.pre_logits(self.fc_norm(x))
+        x = self.head_drop(self.pre_logits(self.fc_norm(x)))
         return x if pre_logits else self.head(x)
 
     @torch.no_grad()
