@@ -37,6 +37,7 @@ LAYERS = {
     "test_peers": "model",
     "test_model_api": "model",
     "test_masking": "model",
+    "test_model_autocast": "model",
     "test_training_options": "model",
     "test_bad_inputs": "bad inputs",
     "test_packaging": "packaging",
