@@ -18,6 +18,8 @@ x [M, D] has any row stride; statistics are fp32 (fp64 for fp64 tensors, interpr
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -163,7 +165,7 @@ def layer_norm_fwd(
 
 @layer_norm_fwd.register_fake
 def _layer_norm_fwd_fake(x, branch, gamma, row_scale, weight, bias, seed, eps, dropout_p, site, out_dtype, save):
-    rows = x.shape[:-1].numel() if save else 0
+    rows = math.prod(x.shape[:-1]) if save else 0  # numel() of a shape would make its symbols constants
     stats = x.new_empty(rows, dtype=_stat_dtype(x)), x.new_empty(rows, dtype=_stat_dtype(x))
     return x.new_empty(0 if branch is None else x.shape), x.new_empty(x.shape, dtype=out_dtype), *stats
 

@@ -406,7 +406,8 @@ def _check(
     if prefix is not None and (prefix.dim() != 3 or prefix.shape[0] != 1 or prefix.shape[2] != D):
         raise ValueError(f"{op}: prefix must have shape (1, R, {D}), got {tuple(prefix.shape)}")
     N, R = (img_h // PH) * (img_w // PW), 0 if prefix is None else prefix.shape[1]
-    if pos_embed is not None and pos_embed.shape not in ((1, R + N, D), (1, N, D)):
+    # With == and not `in`, which torch.compile answers wrongly where H and W are symbols.
+    if pos_embed is not None and not (pos_embed.shape == (1, R + N, D) or pos_embed.shape == (1, N, D)):
         without = f" or, without the {R} prefix tokens, (1, {N}, {D})" if R else ""
         raise ValueError(
             f"{op}: pos_embed must have shape (1, {R + N}, {D}){without} for {N} patches, got {tuple(pos_embed.shape)}"

@@ -6,6 +6,8 @@ Shapes are those of the public functions of the same name.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,7 +40,7 @@ def keep(seed: Tensor, site: int, shape: torch.Size, p: float) -> Tensor:
 
     A function of (seed, site, row, column) alone, see `vit.kernels.tile.keep`.
     """
-    rows = torch.arange(shape[:-1].numel(), device=seed.device)[:, None]
+    rows = torch.arange(math.prod(shape[:-1]), device=seed.device)[:, None]
     columns = torch.arange(shape[-1], device=seed.device)[None, :]
     word = philox(seed.reshape(()), (columns, rows & 0xFFFFFFFF, rows >> 32, site))
     return torch.where(word >= int(p * 2**32), 1.0 / (1.0 - p), 0.0).to(torch.float64).reshape(shape)

@@ -10,6 +10,7 @@ import vit
 from vit.kernels import runtime
 from vit.reference import VisionTransformer as Reference
 from vit.testing import measure, pool
+from vit.tokens import PatchDrop
 
 SMALL = vit.ViTConfig(img_size=(32, 48), patch_size=8, num_classes=10, embed_dim=64, depth=2, num_heads=2)
 
@@ -28,11 +29,18 @@ VARIANTS = {
     "norm_eps": {"norm_eps": 1e-2},
     "no qkv bias": {"qkv_bias": False},
     "tanh GELU": {"act_layer": "gelu_tanh"},
+    "quick GELU": {"act_layer": "quick_gelu"},
     "rectangular patch": {"patch_size": (8, 16), "img_size": (40, 32)},
     "four channels": {"in_chans": 4},
     "head_dim 80": {"embed_dim": 160},
     "wide MLP of odd width": {"mlp_ratio": 2.7},
     "no head": {"num_classes": 0},
+    "pre_norm": {"pre_norm": True},
+    "no final norm": {"final_norm": False},
+    "no final norm, avg pool": {"final_norm": False, "global_pool": "avg", "init_values": 0.1},
+    "qk_norm": {"qk_norm": True},
+    "pre-training head": {"representation_size": 24},
+    "patch drop": {"patch_drop_rate": 0.5, "reg_tokens": 2},
 }
 
 
@@ -51,6 +59,7 @@ def three_models(config: vit.ViTConfig, dtype: torch.dtype, device: torch.device
 
 def gradients(model, image, cotangent, **kwargs):
     image = image.detach().to(next(model.parameters()).dtype).requires_grad_()
+    torch.manual_seed(0)  # of what is dropped
     out = model(image, **kwargs)
     params = dict(model.named_parameters())
     grads = torch.autograd.grad(out, [image, *params.values()], cotangent.to(out.dtype))
@@ -170,6 +179,33 @@ def test_features_head_and_reset_classifier():
     assert model.config.num_classes == 3 and model.get_classifier() is model.head
     model.reset_classifier(0)
     torch.testing.assert_close(model(image), features[:, 0], rtol=0, atol=0)
+    model = vit.create_model(
+        "vit_tiny_patch16_224", img_size=32, depth=1, num_classes=7, representation_size=20, seed=0
+    )
+    assert model.forward_head(features, pre_logits=True).shape == (2, 20)
+    model.reset_classifier(3)
+    assert model(image).shape == (2, 3) and not [k for k in model.state_dict() if "pre_logits" in k]
+
+
+def test_dynamic_img_size():
+    config = dataclasses.replace(SMALL, dynamic_img_size=True, interpolation="bicubic_antialias")
+    assert_parity(config, torch.float32, "cpu", size=(48, 24))
+    with pytest.raises(ValueError, match="doesn't match model"):
+        vit.VisionTransformer(config)(torch.ones(1, 3, 48, 24), interpolate_pos_encoding=False)
+
+
+def test_dropped_patches():
+    x, drop = torch.arange(2 * 23 * 4.0).reshape(2, 23, 4), PatchDrop(vit.ViTConfig(patch_drop_rate=0.4, reg_tokens=2))
+    kept = drop(x)
+    assert torch.equal(kept[:, :3], x[:, :3]) and kept.shape == (2, 3 + 12, 4)
+    rows = kept[:, :, 0].sub(x[:, :1, 0]).div(4).long()
+    assert all(len(set(r.tolist())) == 15 for r in rows) and not torch.equal(rows[0], rows[1])
+    assert torch.equal(x.gather(1, rows[:, :, None].expand(-1, -1, 4)), kept)
+    counts = torch.zeros(23)
+    for _ in range(400):
+        counts[drop(torch.arange(23.0).reshape(1, 23, 1)).flatten().long()] += 1
+    assert (counts[3:] / 400 - 0.6).abs().max() < 0.1  # 4 standard deviations
+    assert drop.eval()(x) is x
 
 
 def test_create_model():

@@ -6,17 +6,19 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
 _CHOICES = {
     "global_pool": ("token", "avg", ""),
-    "act_layer": ("gelu", "gelu_tanh"),
-    "interpolation": ("bicubic_offset", "bicubic"),
+    "act_layer": ("gelu", "gelu_tanh", "quick_gelu"),
+    "interpolation": ("bicubic_offset", "bicubic", "bicubic_antialias"),
+    "weight_init": ("", "zeros", "jax", "jax_nlhb"),
     "impl": ("auto", "triton", "reference"),
 }
+_DROPOUT = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,16 +39,32 @@ class ViTConfig:
     num_heads: int = 12
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
+    qk_norm: bool = False  # LayerNorm over head_dim of queries and keys
     init_values: float | None = None  # initial LayerScale γ; None or 0: no LayerScale
     class_token: bool = True
     no_embed_class: bool = False  # position embedding for the patches only, not for class and register tokens
     reg_tokens: int = 0  # register tokens, between the class token and the patches
+    pre_norm: bool = (
+        False  # normalise the tokens before the first block, as CLIP; the patch projection has no bias then
+    )
+    final_norm: bool = True  # False: no norm after the blocks, neither before nor after pooling
     fc_norm: bool | None = None  # normalise after pooling, not before; None: only where global_pool is "avg"
-    act_layer: str = "gelu"  # "gelu" (erf) or "gelu_tanh"
+    act_layer: str = "gelu"  # "gelu" (erf), "gelu_tanh" or "quick_gelu", x · sigmoid(1.702 · x)
     norm_eps: float = 1e-6
+    use_mask_token: bool = False  # a token for the patches that forward's bool_masked_pos hides
+    representation_size: int | None = None  # width of the tanh layer of a pre-training head; None: no such layer
+    dynamic_img_size: bool = False  # take images of any size unless forward's interpolate_pos_encoding says otherwise
     # How the position embedding is resized, always bicubic: "bicubic_offset" passes the scale factor (new + 0.1) / old
-    # (DINO, Hugging Face 4), "bicubic" the size (Hugging Face 5). Their results differ by a few percent.
+    # (DINO, Hugging Face 4), "bicubic" the size (Hugging Face 5), "bicubic_antialias" the size and smooths (timm). The
+    # results differ by a few percent.
     interpolation: str = "bicubic_offset"
+    drop_rate: float = 0.0  # dropout in training: before the head,
+    pos_drop_rate: float = 0.0  # after the position embedding,
+    proj_drop_rate: float = 0.0  # after attention's projection, the MLP's activation and its second layer,
+    attn_drop_rate: float = 0.0  # and of the attention probabilities
+    drop_path_rate: float = 0.0  # stochastic depth of the last block's branches; the blocks before have linearly less
+    patch_drop_rate: float = 0.0  # share of the patches that each image loses in training (FLIP)
+    weight_init: str = ""  # "" (timm's), "zeros" (class token and position embedding start at 0), "jax" or "jax_nlhb"
     impl: str = "auto"  # which implementation of the ops runs: "auto", "triton" or "reference"
 
     def __post_init__(self) -> None:
@@ -54,6 +72,11 @@ class ViTConfig:
             _check_int(name, getattr(self, name), at_least=0 if name in ("num_classes", "reg_tokens") else 1)
         for name in ("img_size", "patch_size"):
             object.__setattr__(self, name, _pair(name, getattr(self, name)))
+        if self.representation_size is not None:
+            _check_int("representation_size", self.representation_size, at_least=1)
+        for name in (*_DROPOUT, "patch_drop_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {known}")
@@ -111,8 +134,18 @@ class ViTConfig:
     def use_fc_norm(self) -> bool:
         return self.global_pool == "avg" if self.fc_norm is None else self.fc_norm
 
-    def check_image(self, image: Tensor, interpolate_pos_encoding: bool = False) -> tuple[int, int]:
+    @property
+    def drops(self) -> bool:
+        """Whether a training step needs a seed for dropout or stochastic depth."""
+        return any(getattr(self, name) for name in _DROPOUT)
+
+    def block_drop_path_rate(self, index: int) -> float:
+        return self.drop_path_rate * index / max(self.depth - 1, 1)
+
+    def check_image(self, image: Tensor, interpolate_pos_encoding: bool | None = None) -> tuple[int, int]:
         """The patch grid of ``image`` [B, in_chans, H, W]; H and W are free multiples of the patch when interpolating.
+
+        ``interpolate_pos_encoding=None`` means ``dynamic_img_size``.
 
         Raises:
             TypeError: the image is not floating point.
@@ -125,13 +158,31 @@ class ViTConfig:
         _, channels, height, width = image.shape
         if channels != self.in_chans:
             raise ValueError(f"image has {channels} channels, the model takes in_chans={self.in_chans}")
-        if not interpolate_pos_encoding and (height, width) != self.img_size:
+        interpolate = self.dynamic_img_size if interpolate_pos_encoding is None else interpolate_pos_encoding
+        if not interpolate and (height, width) != self.img_size:
             model = f"{self.img_size[0]}*{self.img_size[1]}"
             raise ValueError(f"Input image size ({height}*{width}) doesn't match model ({model}).")
         if min(height, width) < 1 or height % self.patch_size[0] or width % self.patch_size[1]:
             patch = f"{self.patch_size[0]}*{self.patch_size[1]}"
             raise ValueError(f"image size {height}*{width} is not a multiple of the patch {patch}; pad or crop it")
         return height // self.patch_size[0], width // self.patch_size[1]
+
+    def check_mask(self, mask: Tensor | None, batch: int, grid: tuple[int, int]) -> None:
+        """Raises unless ``mask`` says of every patch of the ``grid`` of each image whether it is hidden, or is None.
+
+        Raises:
+            TypeError: the mask is not boolean.
+            ValueError: its shape is not [B, number of patches], or the model has no mask token.
+        """
+        if mask is None:
+            return
+        if not self.use_mask_token:
+            raise ValueError("bool_masked_pos needs a mask token; make the model with use_mask_token=True")
+        if mask.dtype is not torch.bool:
+            raise TypeError(f"bool_masked_pos must be a bool tensor, got {mask.dtype}; pass bool_masked_pos.bool()")
+        if mask.shape != (batch, grid[0] * grid[1]):
+            want = f"[{batch}, {grid[0] * grid[1]}] for the {grid[0]}*{grid[1]} patches of each image"
+            raise ValueError(f"bool_masked_pos must have shape {want}, got {tuple(mask.shape)}")
 
     @classmethod
     def from_hf(cls, config: Any, **overrides: Any) -> ViTConfig:
@@ -156,13 +207,22 @@ class ViTConfig:
         fields = {ours: get(theirs, default) for ours, (theirs, default) in _HF_WORDS.items()}
         fields["num_classes"] = get("num_labels", len(get("id2label", None) or (0, 1)))
         fields["act_layer"], fields["interpolation"] = _HF_ACTIVATIONS[act], "bicubic"
-        fields["mlp_ratio"] = hidden / dim
-        if int(dim * fields["mlp_ratio"]) < hidden:  # the quotient was rounded down
-            fields["mlp_ratio"] = math.nextafter(hidden / dim, math.inf)
+        fields["mlp_ratio"] = _mlp_ratio(dim, hidden)
         return cls(**(fields | _known(overrides)))
 
 
-_HF_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+def _mlp_ratio(dim: int, hidden: int) -> float:
+    """The ratio from which `ViTConfig.mlp_hidden_dim` finds ``hidden`` again."""
+    rounded_down = int(dim * (hidden / dim)) < hidden
+    return math.nextafter(hidden / dim, math.inf) if rounded_down else hidden / dim
+
+
+_HF_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+}
 _HF_WORDS = {
     "img_size": ("image_size", 224),
     "patch_size": ("patch_size", 16),
@@ -174,19 +234,40 @@ _HF_WORDS = {
     "norm_eps": ("layer_norm_eps", 1e-12),
 }
 
-_SIZES = {  # embed_dim, depth, num_heads
-    "tiny": (192, 12, 3),
-    "small": (384, 12, 6),
-    "base": (768, 12, 12),
-    "large": (1024, 24, 16),
-    "huge": (1280, 32, 16),
+_SIZES = {  # embed_dim, depth, num_heads, MLP width
+    "tiny": (192, 12, 3, 768),
+    "small": (384, 12, 6, 1536),
+    "medium": (512, 12, 8, 2048),
+    "base": (768, 12, 12, 3072),
+    "large": (1024, 24, 16, 4096),
+    "so400m": (1152, 27, 16, 4304),
+    "huge": (1280, 32, 16, 5120),
+    "giant": (1408, 40, 16, 6144),
+    "gigantic": (1664, 48, 16, 8192),
+    "enormous": (1792, 56, 16, 15360),
 }
-VARIANTS: dict[str, dict[str, int]] = {
-    f"vit_{size}_patch{patch}_{img}": dict(img_size=img, patch_size=patch, embed_dim=dim, depth=depth, num_heads=heads)
-    for size, (dim, depth, heads) in _SIZES.items()
+
+
+def _variant(size: str, patch: int, img: int, **fields: Any) -> dict[str, Any]:
+    dim, depth, heads, hidden = _SIZES[size]
+    shape = dict(embed_dim=dim, depth=depth, num_heads=heads, mlp_ratio=_mlp_ratio(dim, hidden))
+    return dict(img_size=img, patch_size=patch) | shape | fields
+
+
+_CLIP = dict(pre_norm=True, norm_eps=1e-5)
+_GAP = dict(class_token=False, global_pool="avg", fc_norm=False)
+VARIANTS: dict[str, dict[str, Any]] = {
+    f"vit_{size}_patch{patch}_{img}": _variant(size, patch, img)
+    for size in _SIZES
     for patch in (8, 14, 16, 32)
     for img in (224, 384)
     if img % patch == 0
+} | {
+    "vit_so400m_patch14_siglip_gap_224": _variant("so400m", 14, 224, **_GAP),
+    "vit_so400m_patch16_siglip_gap_384": _variant("so400m", 16, 384, **_GAP),
+    "vit_base_patch16_clip_224": _variant("base", 16, 224, **_CLIP),
+    "vit_large_patch14_clip_224": _variant("large", 14, 224, **_CLIP),
+    "vit_large_patch14_clip_quickgelu_224": _variant("large", 14, 224, **_CLIP, act_layer="quick_gelu"),
 }
 
 

@@ -1,20 +1,27 @@
-"""timm's default weight initialisation, by parameter name, so that any model with timm's names can use it."""
+"""timm's weight initialisation, by parameter name, so that any model with timm's names can use it."""
 
 from __future__ import annotations
 
+import math
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @torch.no_grad()
 def init_weights(model: nn.Module, seed: int | None = None) -> None:
-    """Initialises every parameter of a ViT in place, with the distributions of timm's default mode.
+    """Initialises every parameter of a ViT in place, with the distributions of timm's ``weight_init`` modes.
 
-    Linear weights and ``pos_embed``: normal, std 0.02. Class and register tokens: normal, std 1e-6. Patch
-    projection: PyTorch's default for a convolution. Norms: 1 and 0. LayerScale γ: ``init_values``. Other biases: 0.
+    ``""``: linear weights and ``pos_embed`` normal, std 0.02; class and register tokens normal, std 1e-6; the patch
+    projection as PyTorch initialises a convolution; norms 1 and 0; LayerScale γ ``init_values``; other biases 0.
+
+    ``"zeros"``: the same, but class token, register tokens and ``pos_embed`` 0.
+
+    ``"jax"``: the patch projection and ``pre_logits`` LeCun's truncated normal, other linear weights Xavier's uniform,
+    the head 0, biases of the MLPs normal, std 1e-6. ``"jax_nlhb"``: and the head's bias −log(num_classes).
 
     Args:
-        model: has timm's parameter names and a ``config`` with ``init_values``.
+        model: has timm's parameter names and a ``config`` with ``init_values`` and ``weight_init``.
         seed: draws the same fp32 numbers on the CPU whatever the model's device and dtype, and leaves the global
             generators alone. None draws on the model's device from the global generator.
 
@@ -22,29 +29,49 @@ def init_weights(model: nn.Module, seed: int | None = None) -> None:
         ValueError: a parameter has a name that no rule covers.
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    params = dict(model.named_parameters())
-    patch_bound = params["patch_embed.proj.weight"][0].numel() ** -0.5
+    config = model.config
+    jax = config.weight_init.startswith("jax")
+    head_bias = -math.log(config.num_classes) if config.weight_init == "jax_nlhb" and config.num_classes else 0.0
+    patch_bound = math.prod((config.in_chans, *config.patch_size)) ** -0.5
 
-    for name, param in params.items():
+    for name, param in model.named_parameters():
         if param.is_meta:
             continue
         value = param if generator is None else torch.empty(param.shape)
-        leaf = name.rpartition(".")[2]
-        if name.startswith("patch_embed.proj."):
+        module, _, leaf = name.rpartition(".")
+        if module == "patch_embed.proj" and not jax:
             nn.init.uniform_(value, -patch_bound, patch_bound, generator=generator)
-        elif leaf == "pos_embed" or (leaf == "weight" and param.ndim == 2):
-            # timm truncates at ±2, which is 100 std away and never reached, except that its float arithmetic returns
-            # -2 itself about once in 2^24 draws: a normal distribution is what it means.
-            nn.init.normal_(value, std=0.02, generator=generator)
+        elif leaf == "mask_token" or (
+            config.weight_init == "zeros" and leaf in ("cls_token", "reg_token", "pos_embed")
+        ):
+            nn.init.zeros_(value)
         elif leaf in ("cls_token", "reg_token"):
             nn.init.normal_(value, std=1e-6, generator=generator)
         elif leaf == "gamma":
-            nn.init.constant_(value, model.config.init_values)
-        elif leaf == "weight":
+            nn.init.constant_(value, config.init_values)
+        elif leaf == "weight" and value.ndim == 1:
             nn.init.ones_(value)
-        elif leaf in ("bias", "mask_token"):
-            nn.init.zeros_(value)
+        elif leaf == "weight" and jax:
+            _jax_weight(module, value, generator)
+        elif leaf == "pos_embed" or leaf == "weight":
+            # timm truncates at ±2, which is 100 std away and never reached, except that its float arithmetic returns
+            # -2 itself about once in 2^24 draws: a normal distribution is what it means.
+            nn.init.normal_(value, std=0.02, generator=generator)
+        elif leaf == "bias" and jax and ".mlp." in name:
+            nn.init.normal_(value, std=1e-6, generator=generator)
+        elif leaf == "bias":
+            nn.init.constant_(value, head_bias if module == "head" else 0.0)
         else:
             raise ValueError(f"no initialisation is known for parameter {name!r} of shape {tuple(param.shape)}")
         if value is not param:
             param.copy_(value)
+
+
+def _jax_weight(module: str, value: Tensor, generator: torch.Generator | None) -> None:
+    if module == "head":
+        nn.init.zeros_(value)
+    elif module in ("patch_embed.proj", "pre_logits.fc"):
+        std = value[0].numel() ** -0.5 / 0.8796256610342398  # the std of a standard normal cut off at ±2
+        nn.init.trunc_normal_(value, std=std, a=-2 * std, b=2 * std, generator=generator)
+    else:
+        nn.init.xavier_uniform_(value, generator=generator)

@@ -1,16 +1,48 @@
 """The modules of a ViT: timm's parameter names around the ops of `vit.kernels`.
 
 Each takes ``impl`` and hands it to every op. The residual stream x and its normalised copy y travel together, because
-the add and the LayerNorm that follows it are one op.
+the add and the LayerNorm that follows it are one op. ``seed`` is None where nothing drops out.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vit import kernels
 from vit.config import ViTConfig
+
+# What a dropout mask belongs to: its site is 8 · block + one of these. The last two belong to no block.
+ATTN, PROJ, ACT, FC2, PATH1, PATH2, POS, HEAD = range(8)
+
+
+def dropping(p: float, seed: Tensor | None, site: int) -> dict[str, Any]:
+    """The keywords that let an op drop out; none where it does not."""
+    return {} if seed is None or p == 0.0 else {"dropout_p": p, "seed": seed, "site": site}
+
+
+class Dropout(nn.Module):
+    """Dropout that is part of no other op."""
+
+    def __init__(self, config: ViTConfig, p: float, site: int) -> None:
+        super().__init__()
+        self.p, self.site, self.impl = p, site, config.impl
+
+    def forward(self, x: Tensor, seed: Tensor | None) -> Tensor:
+        return x if seed is None else kernels.dropout(x, self.p, seed, self.site, impl=self.impl)
+
+
+class DropPath(Dropout):
+    """Stochastic depth (Huang et al., 2016): what the branch of each sample is multiplied by, 0 or 1 / (1 − p)."""
+
+    def forward(self, x: Tensor, seed: Tensor | None) -> Tensor | None:
+        """x [B, ...] -> [B]; None where every branch stays."""
+        if seed is None or self.p == 0.0:
+            return None
+        ones = torch.ones(len(x), 1, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        return super().forward(ones, seed)[:, 0]
 
 
 class PatchEmbed(nn.Module):
@@ -20,33 +52,46 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.impl = config.impl
         patch = config.patch_size
-        self.proj = nn.Conv2d(config.in_chans, config.embed_dim, kernel_size=patch, stride=patch)
+        bias = not config.pre_norm
+        self.proj = nn.Conv2d(config.in_chans, config.embed_dim, kernel_size=patch, stride=patch, bias=bias)
 
-    def forward(self, image: Tensor, pos_embed: Tensor, prefix: Tensor | None) -> Tensor:
+    def forward(self, image: Tensor, pos_embed: Tensor, prefix: Tensor | None, **mask: Tensor | None) -> Tensor:
         """[B, C, H, W] -> [B, R + N, D] with the R prefix tokens in front and the position embedding added."""
-        return kernels.patch_embed(image, self.proj.weight, self.proj.bias, pos_embed, prefix, impl=self.impl)
+        return kernels.patch_embed(image, self.proj.weight, self.proj.bias, pos_embed, prefix, **mask, impl=self.impl)
 
 
 class LayerNorm(nn.LayerNorm):
     """LayerNorm, alone (`forward`) or together with the residual add before it (`add`)."""
 
-    def __init__(self, config: ViTConfig) -> None:
-        super().__init__(config.embed_dim, eps=config.norm_eps)
+    def __init__(self, config: ViTConfig, width: int | None = None) -> None:
+        super().__init__(width or config.embed_dim, eps=config.norm_eps)
         self.impl = config.impl
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.layer_norm(x, self.weight, self.bias, self.eps, impl=self.impl)
 
-    def add(self, x: Tensor, branch: Tensor, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(x + gamma · branch, its LayerNorm)."""
-        return kernels.residual_layer_norm(x, branch, self.weight, self.bias, self.eps, gamma=gamma, impl=self.impl)
+    def add(self, x: Tensor, branch: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        """(x + row_scale · gamma · dropout(branch), its LayerNorm)."""
+        return kernels.residual_layer_norm(x, branch, self.weight, self.bias, self.eps, **options, impl=self.impl)
 
 
 class NoNorm(nn.Identity):
-    """Stands where a model normalises after pooling instead (``fc_norm``)."""
+    """Stands where a model does not normalise after its blocks (``fc_norm``, ``final_norm=False``)."""
 
-    def add(self, x: Tensor, branch: Tensor, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
-        x = x + (branch if gamma is None else branch * gamma)
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.impl = config.impl
+
+    def add(
+        self, x: Tensor, branch: Tensor, gamma: Tensor | None, row_scale: Tensor | None, **dropout: Any
+    ) -> tuple[Tensor, Tensor]:
+        if dropout:
+            branch = kernels.dropout(branch, *dropout.values(), impl=self.impl)
+        if gamma is not None:
+            branch = branch * gamma
+        if row_scale is not None:
+            branch = branch * row_scale.to(branch.dtype)[:, None, None]
+        x = x + branch
         return x, x
 
 
@@ -61,59 +106,96 @@ class LayerScale(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention on [B, N, D]; q, k and v stay packed as qkv's projection wrote them."""
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: ViTConfig, index: int) -> None:
         super().__init__()
         self.impl = config.impl
+        self.drop_rate, self.site = config.attn_drop_rate, 8 * index + ATTN
         self.num_heads = config.num_heads
         self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim, bias=config.qkv_bias)
+        self.q_norm = LayerNorm(config, config.head_dim) if config.qk_norm else None
+        self.k_norm = LayerNorm(config, config.head_dim) if config.qk_norm else None
         self.proj = nn.Linear(config.embed_dim, config.embed_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = kernels.linear(x, self.qkv.weight, self.qkv.bias, impl=self.impl)  # [B, N, 3·D]
-        o = kernels.attention(qkv, num_heads=self.num_heads, impl=self.impl)  # [B, N, D]
+    def forward(self, x: Tensor, seed: Tensor | None = None) -> Tensor:
+        options = {"impl": self.impl} | dropping(self.drop_rate, seed, self.site)
+        if self.q_norm is None:
+            o = kernels.attention(self.project(x), num_heads=self.num_heads, **options)  # [B, N, D]
+        else:
+            o = kernels.attention_qkv(*self.heads(x), **options)
         return kernels.linear(o, self.proj.weight, self.proj.bias, impl=self.impl)
+
+    def project(self, x: Tensor) -> Tensor:
+        """[B, N, D] -> packed queries, keys and values [B, N, 3·D]."""
+        return kernels.linear(x, self.qkv.weight, self.qkv.bias, impl=self.impl)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as attention sees them, [B, N, HEADS, HEAD_DIM] each."""
+        q, k, v = self.project(x).unflatten(2, (3, self.num_heads, -1)).unbind(2)
+        return (q, k, v) if self.q_norm is None else (self.q_norm(q), self.k_norm(k), v)
 
 
 class Mlp(nn.Module):
-    """fc2(gelu(fc1(x))) on [B, N, D]."""
+    """fc2(activation(fc1(x))) on [B, N, D]."""
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: ViTConfig, index: int) -> None:
         super().__init__()
+        self.drop_rate, self.site = config.proj_drop_rate, 8 * index + ACT
         self.impl = config.impl
         self.activation = config.act_layer
         self.fc1 = nn.Linear(config.embed_dim, config.mlp_hidden_dim)
         self.fc2 = nn.Linear(config.mlp_hidden_dim, config.embed_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        fc1, fc2 = self.fc1, self.fc2
-        return kernels.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.activation, impl=self.impl)
+    def forward(self, x: Tensor, seed: Tensor | None = None) -> Tensor:
+        params = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        options = {"impl": self.impl} | dropping(self.drop_rate, seed, self.site)
+        return kernels.mlp(x, *params, self.activation, **options)
 
 
 class Block(nn.Module):
-    """One pre-LN encoder block."""
+    """One pre-LN encoder block; ``index`` is its place in the model."""
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: ViTConfig, index: int) -> None:
         super().__init__()
-        scaled = config.init_values is not None
+        scaled, path_rate, site = config.init_values is not None, config.block_drop_path_rate(index), 8 * index
+        self.drop_rate, self.site = config.proj_drop_rate, site
         self.norm1 = LayerNorm(config)
-        self.attn = Attention(config)
+        self.attn = Attention(config, index)
         self.ls1 = LayerScale(config) if scaled else None
+        self.drop_path1 = DropPath(config, path_rate, site + PATH1)
         self.norm2 = LayerNorm(config)
-        self.mlp = Mlp(config)
+        self.mlp = Mlp(config, index)
         self.ls2 = LayerScale(config) if scaled else None
+        self.drop_path2 = DropPath(config, path_rate, site + PATH2)
 
-    def forward(self, x: Tensor, y: Tensor, next_norm: LayerNorm | NoNorm) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, y: Tensor, next_norm: LayerNorm | NoNorm, seed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The stream x [B, N, D] and y = norm1(x) in; the stream and next_norm of it out."""
-        x, y = self.norm2.add(x, self.attn(y), self.ls1 and self.ls1.gamma)
-        return next_norm.add(x, self.mlp(y), self.ls2 and self.ls2.gamma)
+        drop = dropping(self.drop_rate, seed, self.site + PROJ)
+        gamma, path = self.ls1 and self.ls1.gamma, self.drop_path1(x, seed)
+        x, y = self.norm2.add(x, self.attn(y, seed), gamma=gamma, row_scale=path, **drop)
+        drop = dropping(self.drop_rate, seed, self.site + FC2)
+        gamma, path = self.ls2 and self.ls2.gamma, self.drop_path2(x, seed)
+        return next_norm.add(x, self.mlp(y, seed), gamma=gamma, row_scale=path, **drop)
 
 
-class Head(nn.Linear):
-    """The classifier: one linear layer."""
+class Linear(nn.Linear):
+    """A linear layer on the op."""
 
-    def __init__(self, config: ViTConfig, **factory) -> None:
-        super().__init__(config.embed_dim, config.num_classes, **factory)
+    def __init__(self, config: ViTConfig, in_features: int, out_features: int, **factory) -> None:
+        super().__init__(in_features, out_features, **factory)
         self.impl = config.impl
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.linear(x, self.weight, self.bias, impl=self.impl)
+
+
+class PreLogits(nn.Module):
+    """The hidden layer of a pre-training head (paper, 3.1): a linear layer and tanh."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.fc = Linear(config, config.embed_dim, config.representation_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.fc(x))

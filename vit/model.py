@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from vit import kernels
 from vit.config import ViTConfig, get_config
+from vit.groups import MATCHER, NO_WEIGHT_DECAY
 from vit.init import init_weights
-from vit.layers import Block, Head, LayerNorm, NoNorm, PatchEmbed
+from vit.layers import HEAD, POS, Block, Dropout, LayerNorm, Linear, NoNorm, PatchEmbed, PreLogits
+from vit.tokens import PatchDrop, resize_pos_embed, take_indices
 
 
 class VisionTransformer(nn.Module):
@@ -33,57 +37,214 @@ class VisionTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.grad_checkpointing = False
         dim = config.embed_dim
         with torch.device(device) if device is not None else torch.device(torch.get_default_device()):
             self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if config.class_token else None
             self.reg_token = nn.Parameter(torch.empty(1, config.reg_tokens, dim)) if config.reg_tokens else None
+            self.mask_token = nn.Parameter(torch.empty(1, 1, dim)) if config.use_mask_token else None
             self.pos_embed = nn.Parameter(torch.empty(1, config.pos_embed_len, dim))
             self.patch_embed = PatchEmbed(config)
-            self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-            self.norm = NoNorm() if config.use_fc_norm else LayerNorm(config)
-            self.fc_norm = LayerNorm(config) if config.use_fc_norm else nn.Identity()
-            self.head = Head(config) if config.num_classes else nn.Identity()
+            self.pos_drop = Dropout(config, config.pos_drop_rate, POS)
+            self.patch_drop = PatchDrop(config)
+            self.norm_pre = LayerNorm(config) if config.pre_norm else nn.Identity()
+            self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
+            before, after = (config.final_norm and config.use_fc_norm is pooled for pooled in (False, True))
+            self.norm = LayerNorm(config) if before else NoNorm(config)
+            self.fc_norm = LayerNorm(config) if after else nn.Identity()
+            self.pre_logits = PreLogits(config) if config.representation_size else nn.Identity()
+            self.head_drop = Dropout(config, config.drop_rate, HEAD)
+            width = config.representation_size or dim
+            self.head = Linear(config, width, config.num_classes) if config.num_classes else nn.Identity()
         init_weights(self, seed)
         if dtype is not None:
             self.to(dtype)
 
-    def forward(self, image: Tensor, *, interpolate_pos_encoding: bool = False) -> Tensor:
+    def forward(
+        self,
+        image: Tensor,
+        bool_masked_pos: Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        *,
+        dropout_seed: Tensor | None = None,
+    ) -> Tensor:
         """Classifies images.
 
         Args:
             image: [B, in_chans, H, W], floating point, in the dtype of the parameters; any strides.
+            bool_masked_pos: bool [B, number of patches of the image]: where the mask token stands instead of the patch.
             interpolate_pos_encoding: resize the position embedding, so that any H and W that are multiples of the patch
-                are accepted.
+                are accepted. None: as ``config.dynamic_img_size`` says.
+            dropout_seed: which elements drop out in training, see `vit.kernels.dropout_seed`; None draws one.
 
         Returns:
             [B, num_classes]; [B, N, num_classes] where ``global_pool=""``; D columns where there is no head.
 
         Raises:
-            TypeError: the image is not floating point.
-            ValueError: its rank, channels or size do not fit the model.
+            TypeError: the image is not floating point, the mask not boolean.
+            ValueError: its rank, channels or size do not fit the model, or there is no mask token.
         """
-        x = self.forward_features(image, interpolate_pos_encoding=interpolate_pos_encoding)  # [B, N, D]
-        return self.forward_head(x)  # [B, num_classes]
+        seed = self._seed(image, dropout_seed)
+        x = self.forward_features(image, bool_masked_pos, interpolate_pos_encoding, dropout_seed=seed)  # [B, N, D]
+        return self.forward_head(x, dropout_seed=seed)  # [B, num_classes]
 
-    def forward_features(self, image: Tensor, *, interpolate_pos_encoding: bool = False) -> Tensor:
+    def forward_features(
+        self,
+        image: Tensor,
+        bool_masked_pos: Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        *,
+        dropout_seed: Tensor | None = None,
+    ) -> Tensor:
         """All tokens [B, N, D] after the last block, normalised unless the model has an ``fc_norm``."""
-        grid = self.config.check_image(image, interpolate_pos_encoding)
-        pos_embed = _resize_pos_embed(self.pos_embed, self.config, grid)  # [1, N or N - R, D]
-        x = self.patch_embed(image, pos_embed, self._prefix())  # [B, N, D]
-        y = self.blocks[0].norm1(x)  # [B, N, D]
-        next_norms = [*(block.norm1 for block in self.blocks[1:]), self.norm]
-        for block, next_norm in zip(self.blocks, next_norms, strict=True):
-            x, y = block(x, y, next_norm)  # [B, N, D] each
+        seed = self._seed(image, dropout_seed)
+        x = self._embed(image, bool_masked_pos, interpolate_pos_encoding, seed)  # [B, N, D]
+        for _stream, normalised in self._run(x, self.config.depth, seed):
+            y = normalised
         return y
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+    def forward_head(self, x: Tensor, pre_logits: bool = False, *, dropout_seed: Tensor | None = None) -> Tensor:
         """Pools tokens [B, N, D] and classifies them; ``pre_logits`` stops before the last projection."""
         if self.config.global_pool == "token":
             x = x[:, 0]  # [B, D]
         elif self.config.global_pool == "avg":
             x = x[:, self.config.num_prefix_tokens :].mean(dim=1)  # [B, D]
-        x = self.fc_norm(x)
+        x = self.head_drop(self.pre_logits(self.fc_norm(x)), self._seed(x, dropout_seed))
         return x if pre_logits else self.head(x)
+
+    def forward_intermediates(
+        self,
+        image: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        interpolate_pos_encoding: bool | None = None,
+    ) -> Any:
+        """The stream after chosen blocks, with timm's options.
+
+        Args:
+            image: as for `forward`.
+            indices: of the blocks, negative ones from the end; n means the last n, None all. The order is the blocks'.
+            return_prefix_tokens: make each intermediate a pair (patch tokens, prefix tokens), if there are any.
+            norm: apply the final norm to each.
+            stop_early: skip the blocks after the last index.
+            output_fmt: "NCHW" for patch tokens as a map [B, D, grid height, grid width], "NLC" for [B, N, D].
+            intermediates_only: return the list alone.
+
+        Returns:
+            (tokens after the last block that ran, normalised; list of intermediates), or the list.
+
+        Raises:
+            ValueError: an index is out of range, output_fmt is unknown, or a map is asked for while patches drop out.
+        """
+        config, taken = self.config, take_indices(self.config.depth, indices)
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f'output_fmt={output_fmt!r} is unknown; use "NCHW" or "NLC"')
+        if output_fmt == "NCHW" and self.training and config.patch_drop_rate:
+            raise ValueError('output_fmt="NCHW" needs all patches; call eval(), or use "NLC" with patch_drop_rate')
+        seed = self._seed(image)
+        x = self._embed(image, None, interpolate_pos_encoding, seed)
+        kept = []
+        depth = max(taken) + 1 if stop_early else config.depth
+        for index, (stream, normalised) in enumerate(self._run(x, depth, seed), start=-1):
+            y = normalised
+            if index in taken:
+                kept.append(self.norm(stream) if norm else stream)
+
+        prefix = config.num_prefix_tokens
+        patches = [x[:, prefix:] for x in kept]
+        if output_fmt == "NCHW":
+            grid = config.check_image(image, interpolate_pos_encoding)
+            patches = [x.unflatten(1, grid).permute(0, 3, 1, 2).contiguous() for x in patches]
+        if return_prefix_tokens and prefix:
+            patches = [(p, x[:, :prefix]) for p, x in zip(patches, kept, strict=True)]
+        return patches if intermediates_only else (y, patches)
+
+    def get_intermediate_layers(
+        self,
+        image: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list[Any]:
+        """`forward_intermediates` in the words of DINO: the last ``n`` blocks, or the blocks with the indices ``n``."""
+        output_fmt = "NCHW" if reshape else "NLC"
+        return self.forward_intermediates(
+            image, n, return_prefix_tokens, norm, output_fmt=output_fmt, intermediates_only=True
+        )
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether each block is computed again in backward instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that an optimiser should not decay, beside those with one dimension."""
+        return set(NO_WEIGHT_DECAY)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Which layer a parameter belongs to, in timm's format; ``coarse`` changes nothing, as in timm's ViT."""
+        return dict(MATCHER)
+
+    def attention_maps(
+        self,
+        image: Tensor,
+        layers: int | Sequence[int] | None = None,
+        bool_masked_pos: Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """The logits, to the same bits as without maps, and what attends to what.
+
+        Args:
+            image, bool_masked_pos, interpolate_pos_encoding: as for `forward`.
+            layers: which blocks, as ``indices`` of `forward_intermediates`. Each map takes B · HEADS · N² numbers.
+
+        Returns:
+            (logits, {block: probabilities [B, HEADS, N queries, N keys]}), before dropout, in fp32.
+
+        Raises:
+            ValueError: a block is out of range; and as `forward`.
+        """
+        taken, seed, maps = take_indices(self.config.depth, layers), self._seed(image), {}
+        x = self._embed(image, bool_masked_pos, interpolate_pos_encoding, seed)
+        for index, (_stream, normalised) in enumerate(self._run(x, self.config.depth, seed)):
+            y = normalised
+            if index in taken:
+                maps[index] = kernels.attention_probs(*self.blocks[index].attn.heads(y)[:2])
+        return self.forward_head(y, dropout_seed=seed), maps
+
+    def _seed(self, x: Tensor, seed: Tensor | None = None) -> Tensor | None:
+        """What decides which elements drop out: None in evaluation and without a rate, else ``seed`` or a new one."""
+        if not (self.training and self.config.drops):
+            return None
+        return kernels.dropout_seed(x) if seed is None else seed
+
+    def _embed(
+        self, image: Tensor, mask: Tensor | None, interpolate_pos_encoding: bool | None, seed: Tensor | None
+    ) -> Tensor:
+        """The stream [B, N, D] that enters the first block."""
+        grid = self.config.check_image(image, interpolate_pos_encoding)
+        self.config.check_mask(mask, len(image), grid)
+        pos_embed = resize_pos_embed(self.pos_embed, self.config, grid)  # [1, N or N - R, D]
+        masked = {} if mask is None else {"mask_token": self.mask_token, "bool_masked_pos": mask}
+        x = self.patch_embed(image, pos_embed, self._prefix(), **masked)
+        return self.norm_pre(self.patch_drop(self.pos_drop(x, seed)))
+
+    def _run(self, x: Tensor, depth: int, seed: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Runs the first ``depth`` blocks. Yields the stream and its next normalisation, before and after each."""
+        blocks = self.blocks[:depth]
+        next_norms = [*(block.norm1 for block in blocks[1:]), self.norm]
+        y = blocks[0].norm1(x)  # [B, N, D]
+        yield x, y
+        for block, next_norm in zip(blocks, next_norms, strict=True):
+            if self.grad_checkpointing and torch.is_grad_enabled():  # a block draws no random numbers
+                x, y = checkpoint(block, x, y, next_norm, seed, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, y = block(x, y, next_norm, seed)  # [B, N, D] each
+            yield x, y
 
     def get_classifier(self) -> nn.Module:
         """The head."""
@@ -91,10 +252,14 @@ class VisionTransformer(nn.Module):
 
     @torch.no_grad()
     def reset_classifier(self, num_classes: int) -> None:
-        """Replaces the head by a zero-initialised one for fine-tuning (paper, 3.2), or by none for 0 classes."""
-        self.config = dataclasses.replace(self.config, num_classes=num_classes)
+        """Replaces the head by a zero-initialised one for fine-tuning (paper, 3.2), or by none for 0 classes.
+
+        The hidden layer of a pre-training head goes with it.
+        """
+        self.config = config = dataclasses.replace(self.config, num_classes=num_classes, representation_size=None)
         like = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
-        self.head = Head(self.config, **like) if num_classes else nn.Identity()
+        self.pre_logits = nn.Identity()
+        self.head = Linear(config, config.embed_dim, num_classes, **like) if num_classes else nn.Identity()
         self.head.train(self.training)
         for param in self.head.parameters():
             param.zero_()
@@ -119,31 +284,3 @@ def create_model(
         ValueError: unknown name (the nearest is suggested) or invalid value. TypeError: no such field.
     """
     return VisionTransformer(get_config(name, **overrides), seed, device=device, dtype=dtype)
-
-
-def _resize_pos_embed(pos: Tensor, config: ViTConfig, grid: tuple[int, int]) -> Tensor:
-    """The position embedding for another grid: bicubic, as two fixed matrix products.
-
-    The bicubic kernel is separable, and the backward of a matrix product is deterministic where that of CUDA's bicubic
-    interpolation is not.
-    """
-    if grid == config.grid_size:
-        return pos
-    prefix = pos.shape[1] - config.num_patches
-    wide = pos.to(torch.promote_types(pos.dtype, torch.float32))
-    rows, columns = (
-        _bicubic_matrix(old, new, config.interpolation, wide) for old, new in zip(config.grid_size, grid, strict=True)
-    )
-    table = wide[0, prefix:].unflatten(0, config.grid_size)  # [gh, gw, D]
-    resized = torch.einsum("ha,wb,abd->hwd", rows, columns, table).flatten(0, 1)  # [new_gh·new_gw, D]
-    return torch.cat([pos[:, :prefix], resized[None].to(pos.dtype)], dim=1)
-
-
-def _bicubic_matrix(old: int, new: int, interpolation: str, like: Tensor) -> Tensor:
-    """[new, old]: the weights that F.interpolate's bicubic mode gives each of ``old`` values."""
-    basis = torch.eye(old, dtype=like.dtype, device=like.device).reshape(1, old, old, 1)
-    if interpolation == "bicubic_offset":  # the 0.1 also moves the sampling points
-        resized = F.interpolate(basis, scale_factor=((new + 0.1) / old, 1.0), mode="bicubic", align_corners=False)
-    else:
-        resized = F.interpolate(basis, size=(new, 1), mode="bicubic", align_corners=False)
-    return resized[0, :, :, 0].T

@@ -24,14 +24,14 @@ Progress = Callable[[str], contextlib.AbstractContextManager[Any]]
 # The groups of the table, and how the names in each begin, after "blocks.<i>." where there is one.
 GROUPS = {
     "patch_embed": ("patch_embed.",),
-    "class, register and position tokens": ("cls_token", "reg_token", "pos_embed"),
+    "class, register and position tokens": ("cls_token", "reg_token", "pos_embed", "mask_token"),
     "attn.qkv": ("attn.qkv.",),
     "attn.proj": ("attn.proj.",),
     "mlp.fc1": ("mlp.fc1.",),
     "mlp.fc2": ("mlp.fc2.",),
-    "norms": ("norm1.", "norm2.", "norm.", "fc_norm."),
+    "norms": ("norm1.", "norm2.", "norm.", "fc_norm.", "norm_pre.", "attn.q_norm.", "attn.k_norm."),
     "LayerScale": ("ls1.", "ls2."),
-    "head": ("head.",),
+    "head": ("head.", "pre_logits."),
 }
 
 

@@ -1,0 +1,153 @@
+"""Dropout and stochastic depth of the whole model, with known masks: where each stands, and that it stays the same."""
+
+import dataclasses
+
+import pytest
+import torch
+from peers import assert_same, outputs_and_gradients, randomise, timm_twin
+from torch.utils.checkpoint import checkpoint
+
+import vit
+from vit.kernels import dropout_seed
+from vit.kernels.reference import keep
+from vit.reference import Drop
+from vit.reference import VisionTransformer as Reference
+
+SMALL = vit.ViTConfig(img_size=(16, 24), patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=5)
+RATES = {
+    "drop_rate": 0.15,
+    "pos_drop_rate": 0.1,
+    "proj_drop_rate": 0.2,
+    "attn_drop_rate": 0.25,
+    "drop_path_rate": 0.5,
+}
+SEED = torch.tensor([1234567890123456789])
+MODELS = {rate: {rate: value} for rate, value in RATES.items()} | {
+    "all": RATES,
+    "LayerScale": RATES | {"init_values": 0.3},
+    "avg pool": RATES | {"global_pool": "avg"},
+    "qk_norm": RATES | {"qk_norm": True},
+    "pre-training head": RATES | {"representation_size": 24},
+}
+
+
+def known(x, p, site):
+    return x * keep(SEED.to(x.device), site, x.shape, p).to(x.dtype)
+
+
+class Known(torch.nn.Module):
+    """Stands for a dropout of timm's model, with the rate that timm gave it."""
+
+    def __init__(self, theirs: torch.nn.Module, site: int) -> None:
+        super().__init__()
+        self.site = site
+        self.rate = getattr(theirs, "p", getattr(theirs, "drop_prob", 0.0))
+
+    def forward(self, x):
+        return known(x, self.rate, self.site) if self.rate else x
+
+
+class KnownPath(Known):
+    def forward(self, x):
+        return x * super().forward(x.new_ones(len(x), 1))[:, :, None]
+
+
+def reference(config: vit.ViTConfig, device="cpu") -> Reference:
+    model = Reference(config).to(device)
+    randomise(model)
+    for module in model.modules():
+        if isinstance(module, Drop):
+            module.function = known
+    return model
+
+
+@pytest.mark.parametrize("options", [o for o in MODELS if o != "pre-training head"])
+def test_reference_drops_where_timm_does(options):
+    config = dataclasses.replace(SMALL, **MODELS[options])
+    ours, theirs = reference(config).double(), timm_twin(config).double()
+    theirs.load_state_dict(ours.state_dict())
+    theirs.pos_drop, theirs.head_drop = Known(theirs.pos_drop, 6), Known(theirs.head_drop, 7)
+    for i, block in enumerate(theirs.blocks):
+        block.attn.attn_drop = Known(block.attn.attn_drop, 8 * i)
+        block.attn.proj_drop = Known(block.attn.proj_drop, 8 * i + 1)
+        block.mlp.drop1, block.mlp.drop2 = Known(block.mlp.drop1, 8 * i + 2), Known(block.mlp.drop2, 8 * i + 3)
+        block.drop_path1 = KnownPath(block.drop_path1, 8 * i + 4)
+        block.drop_path2 = KnownPath(block.drop_path2, 8 * i + 5)
+    image = torch.randn(8, 3, 16, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert_same(*(outputs_and_gradients(m, m, image) for m in (ours, theirs)), 1e-6)  # timm's linspace is fp32
+
+
+def assert_like_reference(config, device):
+    theirs = reference(config, device)
+    ours = vit.VisionTransformer(config).to(device)
+    ours.load_state_dict(theirs.state_dict())
+    image = torch.randn(6, 3, 16, 24, generator=torch.Generator().manual_seed(1)).to(device)
+    found = outputs_and_gradients(ours, lambda x: ours(x, dropout_seed=SEED.to(device)), image)
+    assert_same(found, outputs_and_gradients(theirs, theirs, image), 2e-5)
+    with torch.no_grad():
+        plain = theirs.eval()(image)
+        assert (found["output"] - plain).abs().max() > 0.05 * plain.abs().max()
+        assert_same({"eval": ours.eval()(image)}, {"eval": plain}, 2e-5)
+
+
+@pytest.mark.parametrize("options", MODELS)
+def test_fast_model_drops_where_the_reference_does(options):
+    assert_like_reference(dataclasses.replace(SMALL, **MODELS[options]), "cpu")
+
+
+@pytest.mark.parametrize("options", ["all", "avg pool", "qk_norm"])
+def test_kernels_drop_where_the_reference_does(options, device):
+    assert_like_reference(dataclasses.replace(SMALL, depth=2, impl="triton", **MODELS[options]), device)
+
+
+def test_stochastic_depth_is_linear_in_the_block():
+    config = dataclasses.replace(SMALL, drop_path_rate=0.3)
+    theirs = [getattr(b.drop_path1, "drop_prob", 0.0) for b in timm_twin(config).blocks]
+    assert theirs == pytest.approx([0.0, 0.15, 0.3])
+    for path in ("drop_path1", "drop_path2"):
+        assert [getattr(b, path).p for b in vit.VisionTransformer(config).blocks] == pytest.approx(theirs)
+        assert [getattr(b, path).rate for b in Reference(config).blocks] == pytest.approx(theirs)
+    assert vit.VisionTransformer(dataclasses.replace(config, depth=1)).blocks[0].drop_path1.p == 0.0
+
+
+@pytest.mark.parametrize("cls", [vit.VisionTransformer, Reference], ids=["fast", "reference"])
+def test_evaluation_and_rate_0_draw_nothing(cls):
+    image = torch.randn(2, 3, 16, 24)
+    dropping, plain = cls(dataclasses.replace(SMALL, patch_drop_rate=0.5, **RATES), 0).eval(), cls(SMALL, 0)
+    state = torch.get_rng_state()
+    assert_same({"eval": dropping(image)}, {"eval": plain(image)}, 1e-6)
+    assert torch.equal(torch.get_rng_state(), state)
+    first, again = (dropping.train()(image) for _ in range(2))
+    assert not torch.equal(first, again) and not torch.equal(torch.get_rng_state(), state)
+
+
+def test_one_seed_for_a_forward(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(vit.kernels, "dropout_seed", lambda x: drawn.append(dropout_seed(x)) or drawn[-1])
+    model, image = vit.VisionTransformer(dataclasses.replace(SMALL, **RATES), 0), torch.randn(2, 3, 16, 24)
+    out = model(image)
+    assert len(drawn) == 1
+    assert torch.equal(model(image, dropout_seed=drawn[0]), out) and len(drawn) == 1
+    features = model.forward_features(image, dropout_seed=drawn[0])
+    assert torch.equal(model.forward_head(features, dropout_seed=drawn[0]), out) and len(drawn) == 1
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_checkpointing_and_compilation_drop_the_same(impl, device):
+    config = dataclasses.replace(SMALL, depth=2, impl=impl, patch_drop_rate=0.3, **RATES)
+    model = vit.VisionTransformer(config, 0).to(device if impl == "triton" else "cpu")
+    randomise(model)
+    image = torch.randn(2, 3, 16, 24).to(model.pos_embed.device)
+
+    def run(f):
+        torch.manual_seed(0)
+        return outputs_and_gradients(model, f, image)
+
+    direct = run(model)
+    found = {"whole model": run(lambda x: checkpoint(model, x, use_reentrant=False))}
+    if impl == "triton":  # the reference's many small integer ops take a minute to trace
+        found["compiled"] = run(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    model.set_grad_checkpointing()
+    found["blocks"] = run(model)
+    for way, other in found.items():
+        assert all(torch.equal(direct[k], other[k]) for k in direct), way

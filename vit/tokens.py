@@ -1,0 +1,85 @@
+"""What happens to the sequence of tokens before the first block, and which blocks are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vit.config import ViTConfig
+
+
+def take_indices(depth: int, indices: int | Sequence[int] | None) -> set[int]:
+    """Indices of blocks: all for None, the last n for an integer, negative ones counted from the end.
+
+    Raises:
+        ValueError: out of range, or none at all.
+    """
+    if indices is None:
+        return set(range(depth))
+    if isinstance(indices, int):
+        if not 1 <= indices <= depth:
+            raise ValueError(f"the last {indices} blocks of {depth} cannot be taken; use 1 to {depth}")
+        return set(range(depth - indices, depth))
+    for index in indices:
+        if not -depth <= index < depth:
+            raise ValueError(f"block index {index} is out of range; use {-depth} to {depth - 1}")
+    if not indices:
+        raise ValueError("no block index given; use None for all")
+    return {index % depth for index in indices}
+
+
+def resize_pos_embed(pos: Tensor, config: ViTConfig, grid: tuple[int, int]) -> Tensor:
+    """The position embedding for another grid: bicubic, as two fixed matrix products.
+
+    The bicubic kernel is separable, and the backward of a matrix product is deterministic where that of CUDA's bicubic
+    interpolation is not.
+    """
+    if grid == config.grid_size:
+        return pos
+    prefix = pos.shape[1] - config.num_patches
+    wide = pos.to(torch.promote_types(pos.dtype, torch.float32))
+    rows, columns = (
+        _bicubic_matrix(old, new, config.interpolation, wide) for old, new in zip(config.grid_size, grid, strict=True)
+    )
+    table = wide[0, prefix:].unflatten(0, config.grid_size)  # [gh, gw, D]
+    resized = torch.einsum("ha,wb,abd->hwd", rows, columns, table).flatten(0, 1)  # [new_gh·new_gw, D]
+    return torch.cat([pos[:, :prefix], resized[None].to(pos.dtype)], dim=1)
+
+
+def _bicubic_matrix(old: int, new: int, interpolation: str, like: Tensor) -> Tensor:
+    """[new, old]: the weights that F.interpolate's bicubic mode gives each of ``old`` values."""
+    # An image whose columns are the basis vectors; its width stays. (PyTorch 2.13 resizes the channels of an image one
+    # pixel wide wrongly with antialias.)
+    basis = torch.eye(old, dtype=like.dtype, device=like.device)[None, None]
+    # The 0.1 also moves the sampling points.
+    offset = interpolation == "bicubic_offset"
+    target = {"scale_factor": ((new + 0.1) / old, 1.0)} if offset else {"size": (new, old)}
+    smooth = interpolation == "bicubic_antialias"
+    return F.interpolate(basis, mode="bicubic", align_corners=False, antialias=smooth, **target)[0, 0]
+
+
+class PatchDrop(nn.Module):
+    """Keeps the prefix tokens and, per image, a random part of the patches in training (Li et al., 2023).
+
+    As timm's PatchDropout does: at least one patch, in random order, drawn from PyTorch's generator of the device.
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.prefix = config.num_prefix_tokens
+        # As text, because torch.compile may take a float for a symbol, and no shape can depend on that.
+        self.share = repr(1.0 - config.patch_drop_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, prefix + N, D] -> [B, prefix + kept, D]."""
+        if not self.training or self.share == "1.0":
+            return x
+        B, N, D = x.shape[0], x.shape[1] - self.prefix, x.shape[2]
+        count = max(1, int(N * float(self.share)))
+        patches = torch.randn(B, N, device=x.device).argsort(dim=1)[:, :count] + self.prefix
+        kept = torch.cat([torch.arange(self.prefix, device=x.device).expand(B, -1), patches], dim=1)
+        # Each token is taken at most once, so the scattered gradients never meet and their order does not matter.
+        return x.gather(1, kept[:, :, None].expand(-1, -1, D))
