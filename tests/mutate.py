@@ -198,8 +198,8 @@ MUTANTS = [
     Mutant(
         "model: gamma of the attention used for the MLP",
         "vit/layers.py",
-        "return next_norm.add(x, self.mlp(y), self.ls2 and self.ls2.gamma)",
-        "return next_norm.add(x, self.mlp(y), self.ls1 and self.ls1.gamma)",
+        "gamma, path = self.ls2 and self.ls2.gamma",
+        "gamma, path = self.ls1 and self.ls1.gamma",
         (f"{VIT}::test_cpu_path",),
     ),
     Mutant(

@@ -7,7 +7,7 @@ import torch
 from peers import assert_same, import_timm, outputs_and_gradients, randomise, timm_twin
 
 import vit
-from vit.groups import param_groups_layer_decay
+from vit import param_groups_layer_decay
 
 SMALL = vit.ViTConfig(img_size=(16, 24), patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=5)
 TOKENS = {

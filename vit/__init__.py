@@ -10,6 +10,7 @@
 from vit import kernels, reference
 from vit.config import ViTConfig, get_config, list_models
 from vit.explain import explain
+from vit.groups import param_groups_layer_decay
 from vit.model import VisionTransformer, create_model
 
 __version__ = "0.1.0"
@@ -21,5 +22,6 @@ __all__ = [
     "get_config",
     "kernels",
     "list_models",
+    "param_groups_layer_decay",
     "reference",
 ]
