@@ -102,7 +102,7 @@ def attention_bwd(arch: int, n: int, head_dim: int, dtype: torch.dtype, dropout:
         return Config(*blocks, num_warps=8, num_stages=2)
     num_warps = 4 if head_dim <= (80 if arch >= 90 else 64) else 8
     if dropout:
-        num_stages = 1 if arch < 90 and head_dim > 80 else 2
+        num_stages = 1 if arch != 90 and head_dim > 80 else 2
         return Config(block_m=64, block_n=16, num_warps=num_warps, num_stages=num_stages)
     return Config(block_m=64, block_n=32, num_warps=num_warps, num_stages=2)
 
