@@ -254,8 +254,8 @@ MUTANTS = [
     Mutant(
         "layer_norm: an fp32 stream is rounded to the type of the branch",
         "kernels/layer_norm.py",
-        "return x.new_empty(x.shape), x.new_empty(x.shape, dtype=branch.dtype)",
-        "return x.new_empty(x.shape, dtype=branch.dtype), x.new_empty(x.shape, dtype=branch.dtype)",
+        "return x.new_empty(0 if branch is None else x.shape), ",
+        "return x.new_empty(0 if branch is None else x.shape, dtype=out_dtype), ",
         (f"{LN}::test_fp32_stream_with_16_bit_branch",),
     ),
     Mutant(
@@ -275,8 +275,8 @@ MUTANTS = [
     Mutant(
         "attention: statistics of the first query are not written",
         "kernels/attention.py",
-        "tl.store(m_ptr + offs_stats, m_i, mask=mask_m)",
-        "tl.store(m_ptr + offs_stats, m_i, mask=mask_m & (offs_m > 0))",
+        "tl.store(m_ptr + head * NQ + offs_m, m_i, mask=mask_m)",
+        "tl.store(m_ptr + head * NQ + offs_m, m_i, mask=mask_m & (offs_m > 0))",
         (f"{ATTENTION}::test_packed",),
     ),
     Mutant(
@@ -305,14 +305,14 @@ MUTANTS = [
         "kernels/tile.py",
         "0.21406444881780076 * square",
         "0.07135481627260025 * square",
-        (f"{LINEAR}::test_gelu_and_grad",),
+        ("tests/test_gelu.py::test_gelu_and_grad",),
     ),
     Mutant(
         "gemm: the cheap erf in fp32",
         "kernels/linear.py",
         "primitive_bitwidth == 16",
         "primitive_bitwidth <= 32",
-        (f"{LINEAR}::test_only_16_bit_results_take_the_cheap_form",),
+        ("tests/test_gelu.py::test_only_16_bit_results_take_the_cheap_form",),
     ),
     Mutant(
         "gemm: a ragged group of tiles is taken for a whole one",
@@ -387,8 +387,8 @@ MUTANTS = [
     Mutant(
         "patch_embed: the gradient of the position embedding from the first rows",
         "kernels/patch_embed.py",
-        "sums[None, T - num_pos :]",
-        "sums[None, :num_pos]",
+        "[None, T - num_pos :]",
+        "[None, :num_pos]",
         (f"{PATCH}::test_patch_embed[float32-position embedding of patches only]",),
     ),
     Mutant(
@@ -406,17 +406,38 @@ MUTANTS = [
         (f"{VIT}::test_cpu_path[plain]",),
     ),
     Mutant(
+        "dropout: the mask ignores the site",
+        "kernels/tile.py",
+        "(row >> 32).to(tl.int32), site)",
+        "(row >> 32).to(tl.int32), site * 0)",
+        ("tests/test_dropout.py::test_kernel_draws_the_mask_of_the_reference",),
+    ),
+    Mutant(
+        "dropout: the backward of residual_layer_norm does not drop",
+        "kernels/layer_norm.py",
+        "            ds *= tile.keep(",
+        "            ds *= 1.0 + 0.0 * tile.keep(",
+        ("tests/test_dropout.py::test_residual_layer_norm",),
+    ),
+    Mutant(
+        "model: the MLP's stochastic depth draws that of the attention",
+        "vit/layers.py",
+        "site + PATH2",
+        "site + PATH1",
+        ("tests/test_training_options.py::test_fast_model_drops_where_the_reference_does",),
+    ),
+    Mutant(
         "model: norm1 of the block before",
         "vit/model.py",
-        "for block in self.blocks[1:]",
-        "for block in self.blocks[:-1]",
+        "for block in blocks[1:]",
+        "for block in blocks[:-1]",
         (f"{VIT}::test_cpu_path[plain]",),
     ),
     Mutant(
         "model: gamma is ignored where no norm follows",
         "vit/layers.py",
-        "branch if gamma is None else branch * gamma",
-        "branch",
+        "branch = branch * gamma",
+        "branch = branch * 1.0",
         (f"{VIT}::test_cpu_path[LayerScale, avg pool]",),
     ),
     Mutant(
@@ -449,14 +470,14 @@ MUTANTS = [
     ),
     Mutant(
         "model: the position embedding is resized in the other dialect",
-        "vit/model.py",
+        "vit/tokens.py",
         "(new + 0.1) / old",
         "new / old",
         (f"{VIT}::test_position_embedding_is_resized",),
     ),
     Mutant(
         "model: the resized position embedding is transposed",
-        "vit/model.py",
+        "vit/tokens.py",
         "ha,wb,abd->hwd",
         "ha,wb,abd->whd",
         (f"{VIT}::test_position_embedding_is_resized",),

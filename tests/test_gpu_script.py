@@ -37,6 +37,10 @@ def records(path: Path) -> list[dict]:
 # ---- the rehearsal ---------------------------------------------------------------------------------------------------
 
 
+# One worker of xdist for all that asks for it: it is made once.
+one_worker = pytest.mark.xdist_group("rehearsal")
+
+
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory):
     out = tmp_path_factory.mktemp("rehearsal")
@@ -44,6 +48,7 @@ def rehearsal(tmp_path_factory):
     return out, done
 
 
+@one_worker
 @pytest.mark.parametrize("stage", STAGES)
 def test_rehearsal(rehearsal, stage):
     out, done = rehearsal
@@ -63,6 +68,7 @@ def test_rehearsal(rehearsal, stage):
         assert result["records"][-1]["skipped"] == "compute-sanitizer is not installed"
 
 
+@one_worker
 def test_rehearsal_ends_well(rehearsal):
     assert rehearsal[1].returncode == 0 and f"{len(STAGES)} of {len(STAGES)} stages ok" in rehearsal[1].stdout
 
