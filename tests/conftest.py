@@ -50,6 +50,7 @@ LAYERS = {
     "test_training_options": "model",
     "test_bad_inputs": "bad inputs",
     "test_transforms": "bad inputs",
+    "test_user_errors": "bad inputs",
     "test_properties": "properties",
     "test_packaging": "packaging",
     "test_demo": "demo",

@@ -68,6 +68,8 @@ class ViTConfig:
     impl: str = "auto"  # which implementation of the ops runs: "auto", "triton" or "reference"
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_type(field.name, field.type, getattr(self, field.name))
         for name in ("in_chans", "embed_dim", "depth", "num_heads", "num_classes", "reg_tokens"):
             _check_int(name, getattr(self, name), at_least=0 if name in ("num_classes", "reg_tokens") else 1)
         for name in ("img_size", "patch_size"):
@@ -94,8 +96,8 @@ class ViTConfig:
         if self.embed_dim % self.num_heads:
             fix = f"use num_heads={math.gcd(self.embed_dim, self.num_heads)} or another divisor"
             raise ValueError(f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}; {fix}")
-        if self.impl == "triton" and not 16 <= self.head_dim <= 128:
-            fix = 'the kernels take 16 to 128; change num_heads or use impl="auto"'
+        if self.impl == "triton" and (self.head_dim % 8 or not 16 <= self.head_dim <= 128):
+            fix = 'the kernels take 16 to 128 in steps of 8; change num_heads or use impl="auto"'
             raise ValueError(f"num_heads={self.num_heads} makes head_dim={self.head_dim}; {fix}")
         if self.mlp_hidden_dim < 1:
             raise ValueError(f"mlp_ratio={self.mlp_ratio} of embed_dim={self.embed_dim} is no hidden unit; raise it")
@@ -151,6 +153,8 @@ class ViTConfig:
             TypeError: the image is not floating point.
             ValueError: its rank, channels or size do not fit the model.
         """
+        if not isinstance(image, torch.Tensor):
+            raise TypeError(f"image must be a torch.Tensor, got {type(image).__name__}")
         if image.ndim != 4:
             raise ValueError(f"image must be [B, {self.in_chans}, H, W], got shape {tuple(image.shape)}")
         if not image.is_floating_point():
@@ -178,8 +182,9 @@ class ViTConfig:
             return
         if not self.use_mask_token:
             raise ValueError("bool_masked_pos needs a mask token; make the model with use_mask_token=True")
-        if mask.dtype is not torch.bool:
-            raise TypeError(f"bool_masked_pos must be a bool tensor, got {mask.dtype}; pass bool_masked_pos.bool()")
+        kind = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
+        if kind is not torch.bool:
+            raise TypeError(f"bool_masked_pos must be a bool tensor, got {kind}; pass bool_masked_pos.bool()")
         if mask.shape != (batch, grid[0] * grid[1]):
             want = f"[{batch}, {grid[0] * grid[1]}] for the {grid[0]}*{grid[1]} patches of each image"
             raise ValueError(f"bool_masked_pos must have shape {want}, got {tuple(mask.shape)}")
@@ -209,6 +214,15 @@ class ViTConfig:
         fields["act_layer"], fields["interpolation"] = _HF_ACTIVATIONS[act], "bicubic"
         fields["mlp_ratio"] = _mlp_ratio(dim, hidden)
         return cls(**(fields | _known(overrides)))
+
+
+def _check_type(name: str, annotation: str, value: Any) -> None:
+    """Yes-or-no fields and real numbers; the others are checked where their range is."""
+    kinds = {"bool": (bool, "True or False"), "float": ((int, float), "a number")}
+    kind, what = kinds.get(annotation.removesuffix(" | None"), (object, ""))
+    allowed = value is None and annotation.endswith("None")
+    if not allowed and (not isinstance(value, kind) or (isinstance(value, bool) and what == "a number")):
+        raise TypeError(f"{name}={value!r} must be {what}")
 
 
 def _mlp_ratio(dim: int, hidden: int) -> float:

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from vit.config import ViTConfig
+
 NO_WEIGHT_DECAY = frozenset({"cls_token", "reg_token", "mask_token", "pos_embed"})
 #: In timm's format. Layers count in the order stem, blocks, the rest; 99999 joins what matches to the layer before it.
 MATCHER = {
@@ -37,8 +39,14 @@ def param_groups_layer_decay(
         schedule multiplies it in (timm's do), or ``group["lr"] = base_lr * group["lr_scale"]``.
 
     Raises:
-        ValueError: layer_decay is outside (0, 1].
+        ValueError: layer_decay is outside (0, 1]. TypeError: another kind of model.
     """
+    model = getattr(model, "_orig_mod", model)  # torch.compile puts that name before every parameter's
+    if not isinstance(getattr(model, "config", None), ViTConfig):
+        kind = type(model).__name__
+        raise TypeError(
+            f"param_groups_layer_decay needs a VisionTransformer of this package, got {kind}; unwrap it first"
+        )
     if not 0.0 < layer_decay <= 1.0:
         raise ValueError(f"layer_decay={layer_decay} must be above 0 and at most 1")
     layers = {name: _layer(name, model.config.depth) for name, _ in model.named_parameters()}

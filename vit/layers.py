@@ -18,9 +18,10 @@ from vit.config import ViTConfig
 ATTN, PROJ, ACT, FC2, PATH1, PATH2, POS, HEAD = range(8)
 
 
-def dropping(p: float, seed: Tensor | None, site: int) -> dict[str, Any]:
-    """The keywords that let an op drop out; none where it does not."""
-    return {} if seed is None or p == 0.0 else {"dropout_p": p, "seed": seed, "site": site}
+def dropping(module: nn.Module, seed: Tensor | None, site: int) -> dict[str, Any]:
+    """The keywords that let an op drop out at the module's ``drop_rate``; none in evaluation."""
+    drops = module.training and seed is not None and module.drop_rate > 0.0
+    return {"dropout_p": module.drop_rate, "seed": seed, "site": site} if drops else {}
 
 
 class Dropout(nn.Module):
@@ -31,7 +32,7 @@ class Dropout(nn.Module):
         self.p, self.site, self.impl = p, site, config.impl
 
     def forward(self, x: Tensor, seed: Tensor | None) -> Tensor:
-        return x if seed is None else kernels.dropout(x, self.p, seed, self.site, impl=self.impl)
+        return kernels.dropout(x, self.p, seed, self.site, impl=self.impl) if self.training and seed is not None else x
 
 
 class DropPath(Dropout):
@@ -39,7 +40,7 @@ class DropPath(Dropout):
 
     def forward(self, x: Tensor, seed: Tensor | None) -> Tensor | None:
         """x [B, ...] -> [B]; None where every branch stays."""
-        if seed is None or self.p == 0.0:
+        if seed is None or self.p == 0.0 or not self.training:
             return None
         ones = torch.ones(len(x), 1, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         return super().forward(ones, seed)[:, 0]
@@ -117,7 +118,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.embed_dim, config.embed_dim)
 
     def forward(self, x: Tensor, seed: Tensor | None = None) -> Tensor:
-        options = {"impl": self.impl} | dropping(self.drop_rate, seed, self.site)
+        options = {"impl": self.impl} | dropping(self, seed, self.site)
         if self.q_norm is None:
             o = kernels.attention(self.project(x), num_heads=self.num_heads, **options)  # [B, N, D]
         else:
@@ -147,7 +148,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, seed: Tensor | None = None) -> Tensor:
         params = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-        options = {"impl": self.impl} | dropping(self.drop_rate, seed, self.site)
+        options = {"impl": self.impl} | dropping(self, seed, self.site)
         return kernels.mlp(x, *params, self.activation, **options)
 
 
@@ -171,10 +172,10 @@ class Block(nn.Module):
         self, x: Tensor, y: Tensor, next_norm: LayerNorm | NoNorm, seed: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The stream x [B, N, D] and y = norm1(x) in; the stream and next_norm of it out."""
-        drop = dropping(self.drop_rate, seed, self.site + PROJ)
+        drop = dropping(self, seed, self.site + PROJ)
         gamma, path = self.ls1 and self.ls1.gamma, self.drop_path1(x, seed)
         x, y = self.norm2.add(x, self.attn(y, seed), gamma=gamma, row_scale=path, **drop)
-        drop = dropping(self.drop_rate, seed, self.site + FC2)
+        drop = dropping(self, seed, self.site + FC2)
         gamma, path = self.ls2 and self.ls2.gamma, self.drop_path2(x, seed)
         return next_norm.add(x, self.mlp(y, seed), gamma=gamma, row_scale=path, **drop)
 

@@ -75,7 +75,8 @@ class VisionTransformer(nn.Module):
             bool_masked_pos: bool [B, number of patches of the image]: where the mask token stands instead of the patch.
             interpolate_pos_encoding: resize the position embedding, so that any H and W that are multiples of the patch
                 are accepted. None: as ``config.dynamic_img_size`` says.
-            dropout_seed: which elements drop out in training, see `vit.kernels.dropout_seed`; None draws one.
+            dropout_seed: which elements drop out in training, see `vit.kernels.dropout_seed`; None draws one. Patches
+                (``patch_drop_rate``) are drawn from PyTorch's generator instead.
 
         Returns:
             [B, num_classes]; [B, N, num_classes] where ``global_pool=""``; D columns where there is no head.
@@ -218,6 +219,10 @@ class VisionTransformer(nn.Module):
 
     def _seed(self, x: Tensor, seed: Tensor | None = None) -> Tensor | None:
         """What decides which elements drop out: None in evaluation and without a rate, else ``seed`` or a new one."""
+        if seed is not None and not (isinstance(seed, Tensor) and seed.dtype is torch.int64):
+            raise TypeError(
+                f"dropout_seed must be an int64 tensor, as vit.kernels.dropout_seed returns it, got {seed!r}"
+            )
         if not (self.training and self.config.drops):
             return None
         return kernels.dropout_seed(x) if seed is None else seed

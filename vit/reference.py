@@ -53,6 +53,10 @@ def interpolate_pos_embed(
     return torch.cat([pos[:, :prefix], resized.flatten(2).transpose(1, 2)], dim=1)
 
 
+def torch_dropout(x: Tensor, p: float, site: int) -> Tensor:
+    return F.dropout(x, p)
+
+
 class Drop(nn.Module):
     """The dropout with number ``site``; ``function`` can be replaced by another that drops x [...] with p.
 
@@ -63,7 +67,7 @@ class Drop(nn.Module):
     def __init__(self, rate: float, site: int) -> None:
         super().__init__()
         self.rate, self.site = rate, site
-        self.function = lambda x, p, site: F.dropout(x, p)
+        self.function = torch_dropout
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x, self.rate, self.site) if self.training and self.rate > 0 else x
@@ -114,10 +118,14 @@ class Attention(nn.Module):
         return self.proj_drop(self.proj(o.transpose(1, 2).flatten(2)))
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "quick_gelu": quick_gelu,
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -11,24 +11,31 @@ from torch import Tensor, nn
 from vit.config import ViTConfig
 
 
-def take_indices(depth: int, indices: int | Sequence[int] | None) -> set[int]:
+def take_indices(depth: int, indices: int | Iterable[int] | None) -> set[int]:
     """Indices of blocks: all for None, the last n for an integer, negative ones counted from the end.
 
     Raises:
-        ValueError: out of range, or none at all.
+        ValueError: out of range, or none at all. TypeError: not integers.
     """
     if indices is None:
         return set(range(depth))
-    if isinstance(indices, int):
-        if not 1 <= indices <= depth:
+    if isinstance(indices, Tensor):
+        indices = indices.tolist()
+    last = isinstance(indices, str) or not isinstance(indices, Iterable)
+    chosen = [index.item() if isinstance(index, Tensor) else index for index in ([indices] if last else indices)]
+    for index in chosen:
+        if isinstance(index, bool) or not hasattr(index, "__index__"):
+            raise TypeError(f"block indices must be integers, got {index!r}")
+    if last:
+        if not 1 <= chosen[0] <= depth:
             raise ValueError(f"the last {indices} blocks of {depth} cannot be taken; use 1 to {depth}")
-        return set(range(depth - indices, depth))
-    for index in indices:
+        return set(range(depth - chosen[0], depth))
+    for index in chosen:
         if not -depth <= index < depth:
             raise ValueError(f"block index {index} is out of range; use {-depth} to {depth - 1}")
-    if not indices:
+    if not chosen:
         raise ValueError("no block index given; use None for all")
-    return {index % depth for index in indices}
+    return {int(index) % depth for index in chosen}
 
 
 def resize_pos_embed(pos: Tensor, config: ViTConfig, grid: tuple[int, int]) -> Tensor:
