@@ -85,7 +85,7 @@ def test_head_dim_that_the_kernels_do_not_take():
 @pytest.mark.parametrize("image", [torch.zeros(1, 3, 16, 16).numpy(), None, [[1.0]]])
 @pytest.mark.parametrize("cls", [vit.VisionTransformer, Reference])
 def test_image_that_is_no_tensor(cls, image):
-    with pytest.raises(TypeError, match="image must be a torch.Tensor"):
+    with pytest.raises(TypeError, match=r"image must be a torch.Tensor"):
         cls(vit.ViTConfig(**SMALL), seed=0)(image)
 
 
