@@ -22,7 +22,7 @@ setup(
         "demo": ["Pillow"],
         "test": ["Pillow", "hypothesis", "pytest", "pytest-xdist", "ruff", "setuptools", "wheel"],
     },
-    packages=["vit", "vit.kernels"],
+    packages=["vit", "vit.adapters", "vit.kernels"],
     package_dir={"vit": "vit", "vit.kernels": "kernels"},
     package_data={"vit": ["assets/*"]},
     entry_points={"console_scripts": ["vit = vit.cli:main"]},

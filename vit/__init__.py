@@ -8,6 +8,7 @@
 """
 
 from vit import kernels, reference
+from vit.adapters import accelerate, restore
 from vit.config import ViTConfig, get_config, list_models
 from vit.explain import explain
 from vit.groups import param_groups_layer_decay
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ViTConfig",
     "VisionTransformer",
+    "accelerate",
     "create_model",
     "explain",
     "get_config",
@@ -24,4 +26,5 @@ __all__ = [
     "list_models",
     "param_groups_layer_decay",
     "reference",
+    "restore",
 ]

@@ -1,0 +1,167 @@
+"""What every library's blocks are made of, on the ops of `vit.kernels`.
+
+A part is computed from its parameters only where calling it would do just that. One with hooks, a parametrisation, a
+wrapper (LoRA) or a weight of another kind (quantised, DTensor) is called as it is: never wrong, only not fused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from vit import kernels
+
+LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
+
+
+def owner_of(module: nn.Module) -> type:
+    """The class whose ``forward`` the module runs, unless it has one of its own."""
+    return next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+
+
+def path_of(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its ``forward``."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(map(bool, hooks)) or _has_any_global_hook()
+
+
+def plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
+    """Whether calling the module computes what its kind computes from ordinary tensors, and nothing more."""
+    return (
+        type(module) in kinds
+        and not hooked(module)
+        and not any(p is not None and is_traceable_wrapper_subclass(p) for p in module._parameters.values())
+    )
+
+
+def is_layer_norm(module: nn.Module) -> bool:
+    """A LayerNorm over the last dimension: PyTorch's, or timm's of the same computation."""
+    known = type(module) is nn.LayerNorm or path_of(type(module)) == "timm.layers.norm.LayerNorm"
+    return known and len(module.normalized_shape) == 1 and plain(module, (type(module),))
+
+
+def linear(module: nn.Module, x: Tensor, impl: str) -> Tensor:
+    return kernels.linear(x, module.weight, module.bias, impl=impl) if plain(module, LINEAR) else module(x)
+
+
+def layer_norm(module: nn.Module, x: Tensor, impl: str) -> Tensor:
+    """In autocast's dtype under autocast, as the product that follows would cast it."""
+    if not is_layer_norm(module):
+        return module(x)
+    return kernels.layer_norm(x, module.weight, module.bias, module.eps, impl=impl)
+
+
+def add_norm(
+    x: Tensor,
+    branch: Tensor,
+    norm: nn.Module | None,
+    impl: str,
+    layer_scale: nn.Module | None = None,
+    drop_path: nn.Module | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The stream x + drop_path(layer_scale(branch)), and ``norm`` of it (None without one)."""
+    gamma = row_scale = None
+    if layer_scale is not None and type(layer_scale) is not nn.Identity:
+        gamma = _layer_scale(layer_scale)
+        branch = layer_scale(branch) if gamma is None else branch
+    if drop_path is not None and type(drop_path) is not nn.Identity:
+        if gamma is None and not _is_drop_path(drop_path):
+            branch = drop_path(branch)
+        elif gamma is not None and not _is_drop_path(drop_path):
+            branch, gamma = drop_path(branch * gamma), None
+        elif drop_path.training and drop_path.drop_prob:
+            # The library's own draw, so that its seed gives its paths.
+            row_scale = drop_path(branch.new_ones(len(branch), *[1] * (branch.dim() - 1))).flatten()
+    if norm is not None and is_layer_norm(norm) and _fit(x, branch, norm.weight, norm.bias, gamma):
+        options = {"gamma": gamma, "row_scale": row_scale, "impl": impl}
+        return kernels.residual_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, **options)
+    if gamma is not None:
+        branch = branch * gamma
+    if row_scale is not None:
+        branch = branch * row_scale.reshape(-1, *[1] * (branch.dim() - 1))
+    x = x + branch
+    return x, None if norm is None else layer_norm(norm, x, impl)
+
+
+def activation_of(module: nn.Module) -> str | None:
+    """The op's name for an activation module; None for one that the kernels do not have."""
+    if type(module) is nn.GELU:
+        known = {"none": "gelu", "tanh": "gelu_tanh"}[module.approximate]
+    else:
+        known = _ACTIVATIONS.get(path_of(type(module)))
+    return known if known is not None and not hooked(module) else None
+
+
+def mlp(fc1: nn.Module, act: nn.Module, drop: nn.Module | None, fc2: nn.Module, x: Tensor, impl: str) -> Tensor:
+    """fc2(drop(act(fc1(x)))), as one op where all of them are plain."""
+    activation, options = activation_of(act), dropping(drop, x)
+    if activation is None or options is None or not (plain(fc1, LINEAR) and plain(fc2, LINEAR)):
+        hidden = act(linear(fc1, x, impl))
+        return linear(fc2, hidden if drop is None else drop(hidden), impl)
+    return kernels.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation, impl=impl, **options)
+
+
+def dropping(module: nn.Module | None, x: Tensor) -> dict[str, Any] | None:
+    """The keywords with which an op drops out as the module would; None where only the module can."""
+    if module is None or type(module) is nn.Identity:
+        return {}
+    if not plain(module, (nn.Dropout,)):
+        return None
+    return draw(module.p if module.training else 0.0, x)
+
+
+def draw(p: float, x: Tensor) -> dict[str, Any] | None:
+    """The keywords with which an op drops out with probability ``p``; None for 1, which the ops do not take."""
+    if p >= 1.0:
+        return None
+    return {"dropout_p": p, "seed": kernels.dropout_seed(x)} if p > 0.0 else {}
+
+
+def _layer_scale(module: nn.Module) -> Tensor | None:
+    name = LAYER_SCALES.get(path_of(type(module)))
+    return None if name is None or not plain(module, (type(module),)) else getattr(module, name)
+
+
+def _is_drop_path(module: nn.Module) -> bool:
+    return path_of(type(module)) in DROP_PATHS and not hooked(module)
+
+
+def _fit(x: Tensor, branch: Tensor, *params: Tensor | None) -> bool:
+    """Whether the fused op gives the dtypes that the separate ones would."""
+    if torch.is_autocast_enabled(x.device.type):
+        return x.dtype is torch.float32 or x.dtype is torch.float64
+    same = all(t is None or t.dtype is branch.dtype for t in params)
+    return same and (x.dtype is branch.dtype or x.dtype is torch.float32)
+
+
+_ACTIVATIONS = {
+    "timm.layers.activations.GELU": "gelu",
+    "timm.layers.activations.GELUTanh": "gelu_tanh",
+    "timm.layers.activations.QuickGELU": "quick_gelu",
+    "transformers.activations.GELUActivation": "gelu",
+    "transformers.activations.GELUTanh": "gelu_tanh",
+    "transformers.activations.PytorchGELUTanh": "gelu_tanh",
+    "transformers.activations.NewGELUActivation": "gelu_tanh",
+    "transformers.activations.QuickGELUActivation": "quick_gelu",
+}
+_HF = "transformers.models."
+LAYER_SCALES = {
+    "timm.layers.layer_scale.LayerScale": "gamma",
+    "timm.models.vision_transformer.LayerScale": "gamma",
+    _HF + "dinov2.modeling_dinov2.Dinov2LayerScale": "lambda1",
+    _HF + "dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersLayerScale": "lambda1",
+}
+DROP_PATHS = {
+    "timm.layers.drop.DropPath",
+    _HF + "dinov2.modeling_dinov2.Dinov2DropPath",
+    _HF + "dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersDropPath",
+}
