@@ -51,6 +51,7 @@ LAYERS = {
     "test_bad_inputs": "bad inputs",
     "test_transforms": "bad inputs",
     "test_user_errors": "bad inputs",
+    "test_plain": "model",
     "test_properties": "properties",
     "test_packaging": "packaging",
     "test_demo": "demo",

@@ -434,6 +434,20 @@ MUTANTS = [
         (f"{VIT}::test_cpu_path[plain]",),
     ),
     Mutant(
+        "model: a hooked part is read, not called",
+        "vit/plain.py",
+        "and not hooked(module)",
+        "and True",
+        ("tests/test_plain.py::test_counts",),
+    ),
+    Mutant(
+        "model: a wrapped part is read, not called",
+        "vit/plain.py",
+        "type(module) in kinds",
+        "True",
+        ("tests/test_plain.py::test_counts",),
+    ),
+    Mutant(
         "model: gamma is ignored where no norm follows",
         "vit/layers.py",
         "branch = branch * gamma",

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from vit import kernels
 from vit.config import ViTConfig
+from vit.kernels import reference
+from vit.plain import LINEAR, linear, plain
 
 # What a dropout mask belongs to: its site is 8 · block + one of these. The last two belong to no block.
 ATTN, PROJ, ACT, FC2, PATH1, PATH2, POS, HEAD = range(8)
@@ -58,11 +60,16 @@ class PatchEmbed(nn.Module):
 
     def forward(self, image: Tensor, pos_embed: Tensor, prefix: Tensor | None, **mask: Tensor | None) -> Tensor:
         """[B, C, H, W] -> [B, R + N, D] with the R prefix tokens in front and the position embedding added."""
+        if not plain(self.proj, (nn.Conv2d,)):
+            raise RuntimeError(
+                "patch_embed.proj is not called: its weight is read by an op that also adds the position embedding. "
+                "Remove its hooks, parametrisation or wrapper, or put them on patch_embed"
+            )
         return kernels.patch_embed(image, self.proj.weight, self.proj.bias, pos_embed, prefix, **mask, impl=self.impl)
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm, alone (`forward`) or together with the residual add before it (`add`)."""
+    """LayerNorm on the op."""
 
     def __init__(self, config: ViTConfig, width: int | None = None) -> None:
         super().__init__(width or config.embed_dim, eps=config.norm_eps)
@@ -71,29 +78,28 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         return kernels.layer_norm(x, self.weight, self.bias, self.eps, impl=self.impl)
 
-    def add(self, x: Tensor, branch: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        """(x + row_scale · gamma · dropout(branch), its LayerNorm)."""
-        return kernels.residual_layer_norm(x, branch, self.weight, self.bias, self.eps, **options, impl=self.impl)
 
-
-class NoNorm(nn.Identity):
-    """Stands where a model does not normalise after its blocks (``fc_norm``, ``final_norm=False``)."""
-
-    def __init__(self, config: ViTConfig) -> None:
-        super().__init__()
-        self.impl = config.impl
-
-    def add(
-        self, x: Tensor, branch: Tensor, gamma: Tensor | None, row_scale: Tensor | None, **dropout: Any
-    ) -> tuple[Tensor, Tensor]:
-        if dropout:
-            branch = kernels.dropout(branch, *dropout.values(), impl=self.impl)
-        if gamma is not None:
-            branch = branch * gamma
-        if row_scale is not None:
-            branch = branch * row_scale.to(branch.dtype)[:, None, None]
-        x = x + branch
-        return x, x
+def add_norm(
+    norm: nn.Module,
+    x: Tensor,
+    branch: Tensor,
+    gamma: Tensor | None,
+    row_scale: Tensor | None,
+    impl: str,
+    **dropout: Any,
+) -> tuple[Tensor, Tensor]:
+    """(x + row_scale · gamma · dropout(branch), ``norm`` of it); one op where the norm is a plain LayerNorm."""
+    if plain(norm, (LayerNorm,)):
+        options = {"gamma": gamma, "row_scale": row_scale, "impl": impl} | dropout
+        return kernels.residual_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, **options)
+    if dropout:
+        branch = kernels.dropout(branch, *dropout.values(), impl=impl)
+    if gamma is not None:
+        branch = branch * gamma
+    if row_scale is not None:
+        branch = branch * row_scale.to(branch.dtype)[:, None, None]
+    x = x + branch
+    return x, norm(x)
 
 
 class LayerScale(nn.Module):
@@ -123,11 +129,11 @@ class Attention(nn.Module):
             o = kernels.attention(self.project(x), num_heads=self.num_heads, **options)  # [B, N, D]
         else:
             o = kernels.attention_qkv(*self.heads(x), **options)
-        return kernels.linear(o, self.proj.weight, self.proj.bias, impl=self.impl)
+        return linear(self.proj, o, self.impl)
 
     def project(self, x: Tensor) -> Tensor:
         """[B, N, D] -> packed queries, keys and values [B, N, 3·D]."""
-        return kernels.linear(x, self.qkv.weight, self.qkv.bias, impl=self.impl)
+        return linear(self.qkv, x, self.impl)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values as attention sees them, [B, N, HEADS, HEAD_DIM] each."""
@@ -147,9 +153,14 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(config.mlp_hidden_dim, config.embed_dim)
 
     def forward(self, x: Tensor, seed: Tensor | None = None) -> Tensor:
-        params = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         options = {"impl": self.impl} | dropping(self, seed, self.site)
-        return kernels.mlp(x, *params, self.activation, **options)
+        if plain(self.fc1, LINEAR) and plain(self.fc2, LINEAR):
+            params = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+            return kernels.mlp(x, *params, self.activation, **options)
+        hidden = reference.gelu(linear(self.fc1, x, self.impl), self.activation)
+        if "seed" in options:
+            hidden = kernels.dropout(hidden, options["dropout_p"], seed, self.site, impl=self.impl)
+        return linear(self.fc2, hidden, self.impl)
 
 
 class Block(nn.Module):
@@ -158,6 +169,7 @@ class Block(nn.Module):
     def __init__(self, config: ViTConfig, index: int) -> None:
         super().__init__()
         scaled, path_rate, site = config.init_values is not None, config.block_drop_path_rate(index), 8 * index
+        self.impl = config.impl
         self.drop_rate, self.site = config.proj_drop_rate, site
         self.norm1 = LayerNorm(config)
         self.attn = Attention(config, index)
@@ -168,16 +180,14 @@ class Block(nn.Module):
         self.ls2 = LayerScale(config) if scaled else None
         self.drop_path2 = DropPath(config, path_rate, site + PATH2)
 
-    def forward(
-        self, x: Tensor, y: Tensor, next_norm: LayerNorm | NoNorm, seed: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, y: Tensor, next_norm: nn.Module, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The stream x [B, N, D] and y = norm1(x) in; the stream and next_norm of it out."""
         drop = dropping(self, seed, self.site + PROJ)
         gamma, path = self.ls1 and self.ls1.gamma, self.drop_path1(x, seed)
-        x, y = self.norm2.add(x, self.attn(y, seed), gamma=gamma, row_scale=path, **drop)
+        x, y = add_norm(self.norm2, x, self.attn(y, seed), gamma, path, self.impl, **drop)
         drop = dropping(self, seed, self.site + FC2)
         gamma, path = self.ls2 and self.ls2.gamma, self.drop_path2(x, seed)
-        return next_norm.add(x, self.mlp(y, seed), gamma=gamma, row_scale=path, **drop)
+        return add_norm(next_norm, x, self.mlp(y, seed), gamma, path, self.impl, **drop)
 
 
 class Linear(nn.Linear):

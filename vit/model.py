@@ -14,7 +14,7 @@ from vit import kernels
 from vit.config import ViTConfig, get_config
 from vit.groups import MATCHER, NO_WEIGHT_DECAY
 from vit.init import init_weights
-from vit.layers import HEAD, POS, Block, Dropout, LayerNorm, Linear, NoNorm, PatchEmbed, PreLogits
+from vit.layers import HEAD, POS, Block, Dropout, LayerNorm, Linear, PatchEmbed, PreLogits
 from vit.tokens import PatchDrop, resize_pos_embed, take_indices
 
 
@@ -50,7 +50,7 @@ class VisionTransformer(nn.Module):
             self.norm_pre = LayerNorm(config) if config.pre_norm else nn.Identity()
             self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
             before, after = (config.final_norm and config.use_fc_norm is pooled for pooled in (False, True))
-            self.norm = LayerNorm(config) if before else NoNorm(config)
+            self.norm = LayerNorm(config) if before else nn.Identity()
             self.fc_norm = LayerNorm(config) if after else nn.Identity()
             self.pre_logits = PreLogits(config) if config.representation_size else nn.Identity()
             self.head_drop = Dropout(config, config.drop_rate, HEAD)

@@ -1,8 +1,4 @@
-"""What every library's blocks are made of, on the ops of `vit.kernels`.
-
-A part is computed from its parameters only where calling it would do just that. One with hooks, a parametrisation, a
-wrapper (LoRA) or a weight of another kind (quantised, DTensor) is called as it is: never wrong, only not fused.
-"""
+"""What every library's blocks are made of, on the ops of `vit.kernels` where it is plain (`vit.plain`)."""
 
 from __future__ import annotations
 
@@ -10,13 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.modules.module import _has_any_global_hook
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vit import kernels
-
-LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
+from vit.plain import LINEAR, hooked, linear, plain
 
 
 def owner_of(module: nn.Module) -> type:
@@ -28,29 +20,10 @@ def path_of(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its ``forward``."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(map(bool, hooks)) or _has_any_global_hook()
-
-
-def plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
-    """Whether calling the module computes what its kind computes from ordinary tensors, and nothing more."""
-    return (
-        type(module) in kinds
-        and not hooked(module)
-        and not any(p is not None and is_traceable_wrapper_subclass(p) for p in module._parameters.values())
-    )
-
-
 def is_layer_norm(module: nn.Module) -> bool:
     """A LayerNorm over the last dimension: PyTorch's, or timm's of the same computation."""
     known = type(module) is nn.LayerNorm or path_of(type(module)) == "timm.layers.norm.LayerNorm"
     return known and len(module.normalized_shape) == 1 and plain(module, (type(module),))
-
-
-def linear(module: nn.Module, x: Tensor, impl: str) -> Tensor:
-    return kernels.linear(x, module.weight, module.bias, impl=impl) if plain(module, LINEAR) else module(x)
 
 
 def layer_norm(module: nn.Module, x: Tensor, impl: str) -> Tensor:
