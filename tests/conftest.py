@@ -52,6 +52,7 @@ LAYERS = {
     "test_transforms": "bad inputs",
     "test_user_errors": "bad inputs",
     "test_plain": "model",
+    "test_hf_backend": "accelerate",
     "test_properties": "properties",
     "test_packaging": "packaging",
     "test_demo": "demo",

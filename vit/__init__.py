@@ -9,6 +9,7 @@
 
 from vit import kernels, reference
 from vit.adapters import accelerate, restore
+from vit.adapters.backend import register_attention
 from vit.config import ViTConfig, get_config, list_models
 from vit.explain import explain
 from vit.groups import param_groups_layer_decay
@@ -26,5 +27,6 @@ __all__ = [
     "list_models",
     "param_groups_layer_decay",
     "reference",
+    "register_attention",
     "restore",
 ]

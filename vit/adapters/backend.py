@@ -1,0 +1,66 @@
+"""Our attention as one that transformers models are loaded with: ``attn_implementation="vit_kernels"``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from vit import kernels
+from vit.adapters import parts
+
+
+def register_attention(name: str = "vit_kernels", impl: str = "auto") -> str:
+    """Registers the attention op with transformers, for every model that takes its attention from the registry.
+
+        vit.register_attention()
+        model = transformers.AutoModel.from_pretrained(folder, attn_implementation="vit_kernels")
+
+    It returns the weights when ``output_attentions=True`` asks for them, unlike "sdpa": softmax before dropout, in the
+    dtype of the queries. With a mask, causal attention, or fewer key heads than query heads, a layer takes
+    transformers' "sdpa" instead. `accelerate` fuses more than attention and needs no registration.
+
+    Args:
+        name: under which models ask for it. impl: "auto", "triton" or "reference".
+
+    Returns:
+        ``name``.
+
+    Raises:
+        ImportError: transformers 5 is not installed.
+    """
+    try:
+        from transformers import AttentionInterface
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    except ImportError as error:
+        raise ImportError("register_attention needs transformers 5: pip install 'transformers>=5'") from error
+
+    def forward(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        is_causal: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """query, key, value [B, HEADS, N, HEAD_DIM] -> ([B, N, HEADS, HEAD_DIM], weights or None)."""
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        options = parts.draw(dropout, query)
+        if attention_mask is not None or causal or options is None or key.shape[1] != query.shape[1]:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
+            )
+        q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+        o = kernels.attention_qkv(q, k, v, scale=scaling, impl=impl, **options)
+        config = getattr(module, "config", None)
+        wanted = kwargs.get("output_attentions", getattr(config, "output_attentions", False))
+        weights = kernels.attention_probs(q, k, scale=scaling).to(o.dtype) if wanted else None
+        return o.unflatten(2, q.shape[2:]), weights
+
+    AttentionInterface.register(name, forward)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return name
