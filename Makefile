@@ -8,13 +8,17 @@ READY := $(VENV)/.ready
 endif
 PIP = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint gpu lock lock-3.6 mutate peers clean
+.PHONY: demo test lint test-peers gpu lock lock-3.6 mutate peers clean
 
 demo: $(READY)
 	$(PY) -m vit demo
 
 test: $(READY)
 	$(PY) -m pytest -n 2 --dist loadgroup
+
+# Beside timm, transformers and torchvision; `make test` skips these cases where the libraries are missing.
+test-peers: peers
+	$(PY) -m pytest -n 2 --dist loadgroup -m peers
 
 lint: $(READY)
 	$(PY) -m ruff check .
@@ -36,8 +40,7 @@ build/triton-3.6.0: | $(READY)
 mutate: $(READY)
 	$(PY) tests/mutate.py
 
-# timm and transformers, to compare with. timm wants torchvision, whose CPU build is not in the registry: its Python part
-# alone is enough here.
+# The libraries to compare with. torchvision's CPU build is not in the registry: its Python part alone is enough here.
 peers: $(READY)
 	$(PIP) --no-deps timm torchvision
 	$(PIP) transformers huggingface_hub safetensors pyyaml

@@ -17,6 +17,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import peers
 import strict
 
 from vit.kernels import runtime
@@ -81,6 +82,13 @@ def _strict_interpreter():
     yield
 
 
+@pytest.fixture(autouse=True)
+def _peers_are_marked(request):
+    peers.marked = request.node.get_closest_marker("peers") is not None
+    yield
+    peers.marked = True
+
+
 @pytest.fixture(params=DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 def dtype(request) -> torch.dtype:
     return request.param
@@ -95,6 +103,7 @@ def randn(device):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; skipped without one")
+    config.addinivalue_line("markers", "peers: compares with timm, transformers or torchvision; skipped without them")
     config.addinivalue_line("markers", "interpreted: needs interpreted kernels (fp64); skipped on a GPU")
 
 

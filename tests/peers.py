@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
+marked = True  # whether the running test has the mark `peers`, without which `make test-peers` would not run it
 _declared = []  # a Library undeclares its operators when it is collected
 
 
@@ -25,7 +26,13 @@ def import_transformers() -> ModuleType:
     return _import("transformers")
 
 
+def import_torchvision() -> ModuleType:
+    """torchvision, or skips."""
+    return _import("torchvision")
+
+
 def _import(name: str) -> ModuleType:
+    assert marked, "a test that compares with another library is marked: @pytest.mark.peers"
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed")
     _make_torchvision_importable()

@@ -90,6 +90,7 @@ def test_only_16_bit_results_take_the_cheap_form(device):
     assert torch.equal(linear(x.half(), identity.half(), activation="gelu", impl="triton"), cheap.half())
 
 
+@pytest.mark.peers
 def test_quick_gelu_is_that_of_clip(device):
     """The formula of the reference, against the library whose weights were trained with it."""
     x = gelu_points(device, torch.float32)

@@ -6,6 +6,8 @@ from peers import assert_same, import_transformers, randomise
 
 import vit
 
+pytestmark = pytest.mark.peers
+
 SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 64, "patch_size": 8}
 
 

@@ -9,6 +9,8 @@ from peers import assert_same, import_timm, outputs_and_gradients, randomise, ti
 import vit
 from vit import param_groups_layer_decay
 
+pytestmark = pytest.mark.peers
+
 SMALL = vit.ViTConfig(img_size=(16, 24), patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=5)
 TOKENS = {
     "class token": {},

@@ -68,6 +68,7 @@ def test_the_name_kernels_stays_empty_here():
     python("-c", code, cwd=ROOT)
 
 
+@pytest.mark.peers
 def test_transformers_imports_from_the_root():
     pytest.importorskip("transformers")
     code = "import peers; peers.import_transformers(); import vit; from transformers import ViTModel"

@@ -91,6 +91,7 @@ def test_mask_token(randn, dtype, case):
     )
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("fn", [ours, reference.patch_embed], ids=["triton", "reference"])
 def test_mask_token_agrees_with_transformers(randn, fn):
     """On a grid that is not square, too, where transformers' own masked-image model fails."""
@@ -253,6 +254,7 @@ def test_autocast_takes_the_projection_in_16_bits(randn, half, impl, token):
     assert kept.dtype is torch.float64
 
 
+@pytest.mark.peers
 @HALF
 @IMPL
 def test_autocast_agrees_with_timm(randn, half, impl):

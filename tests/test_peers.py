@@ -8,6 +8,8 @@ from peers import assert_same, outputs_and_gradients, randomise, timm_twin
 
 import vit
 
+pytestmark = pytest.mark.peers
+
 SMALL = vit.ViTConfig(img_size=(24, 40), patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=7)
 CASES = {
     "token": {},

@@ -14,6 +14,8 @@ from vit.config import ViTConfig, get_config, list_models
 from vit.init import init_weights
 from vit.reference import VisionTransformer, interpolate_pos_embed
 
+pytestmark = pytest.mark.peers
+
 SMALL = dict(img_size=24, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=7)
 CASES = {
     "token": {},

@@ -61,6 +61,7 @@ def reference(config: vit.ViTConfig, device="cpu") -> Reference:
     return model
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("options", [o for o in MODELS if o != "pre-training head"])
 def test_reference_drops_where_timm_does(options):
     config = dataclasses.replace(SMALL, **MODELS[options])
@@ -100,6 +101,7 @@ def test_kernels_drop_where_the_reference_does(options, device):
     assert_like_reference(dataclasses.replace(SMALL, depth=2, impl="triton", **MODELS[options]), device)
 
 
+@pytest.mark.peers
 def test_stochastic_depth_is_linear_in_the_block():
     config = dataclasses.replace(SMALL, drop_path_rate=0.3)
     theirs = [getattr(b.drop_path1, "drop_prob", 0.0) for b in timm_twin(config).blocks]
