@@ -25,6 +25,11 @@ def import_transformers() -> ModuleType:
     return _import("transformers")
 
 
+def import_torchvision() -> ModuleType:
+    """torchvision, or skips."""
+    return _import("torchvision")
+
+
 def _import(name: str) -> ModuleType:
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PICKLES = (".pt", ".pth", ".bin")
+PICKLES = (".pt", ".pth", ".bin", ".tar")  # .pth.tar is no archive
 SUFFIXES = (".safetensors", *PICKLES, ".npz")
 _IN_FOLDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # the average first, as timm does
