@@ -126,11 +126,14 @@ def test_model_keeps_what_it_is(tmp_path):
     assert bits(model) != before
 
 
-def test_nan_is_data(tmp_path):
-    model = make()
+@pytest.mark.parametrize("dialect", ["timm", "dinov2"])
+def test_special_values_are_data(dialect, tmp_path):
+    fields = {"num_classes": 0, "no_embed_class": True}
+    model = make(**fields)
     with torch.no_grad():
-        model.head.weight[0, 0] = float("nan")
-    assert bits(load(make(seed=1), save(model, tmp_path / "m.npz"))) == bits(model)
+        model.norm.weight[:3] = torch.tensor([float("nan"), float("inf"), -0.0])
+        model.cls_token[0, 0, :3] = torch.tensor([float("nan"), float("inf"), -0.0])
+    assert bits(load(make(seed=1, **fields), save(model, tmp_path / "m.npz", dialect))) == bits(model)
 
 
 # The layouts of flax, written out from google-research/vision_transformer and big_vision; D, H and K = D / H.
@@ -349,6 +352,19 @@ def test_head_with_a_hidden_layer(tmp_path):
         vit.load_pretrained(make(), path)
     model = vit.load_pretrained(make(), path, num_classes=3)
     assert not model.head.weight.any() and model.head.weight.shape == (3, 32)
+    sizes = {k: v for k, v in SMALL.items() if k != "num_classes"}
+    named = vit.load_pretrained("vit_tiny_patch16_224", path, num_classes=3, **sizes)
+    assert bits(named) == bits(model) and named.config.representation_size is None
+    assert vit.load_pretrained("vit_tiny_patch16_224", path, **sizes).config.representation_size == 24
+
+
+def test_a_classifier_of_hugging_face_does_not_read_a_pooler(tmp_path):
+    state = torch.load(save(make(), tmp_path / "m.pt", "hf"), weights_only=True)
+    state |= {"vit.pooler.dense.weight": torch.ones(32, 32), "vit.pooler.dense.bias": torch.ones(32)}
+    torch.save(state, tmp_path / "m.pt")
+    assert bits(load(make(seed=1), tmp_path / "m.pt")) == bits(make())
+    sizes = {k: v for k, v in SMALL.items() if k != "num_classes"}
+    assert bits(load("vit_tiny_patch16_224", tmp_path / "m.pt", **sizes)) == bits(make())
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 7])

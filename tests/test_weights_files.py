@@ -23,6 +23,7 @@ from vit.config import ViTConfig
         lambda s: {"state_dict": s, "epoch": 3, "optimizer": {"lr": 0.1}},
         lambda s: {"model": s, "args": argparse.Namespace(lr=0.1)},
         lambda s: {"model": {"junk": torch.ones(1)}, "model_ema": s},
+        lambda s: {"model_ema": 0.999, "model": s},
         lambda s: {f"module.{k}": v for k, v in s.items()},
         lambda s: {"state_dict": {f"module._orig_mod.{k}": v for k, v in s.items()}},
         lambda s: {k: torch.nn.Parameter(v) for k, v in s.items()},
@@ -88,6 +89,9 @@ def test_folder_of_hugging_face(tmp_path):
     resized = load(make(), tmp_path / "new")  # 2*6 patches are no square: config.json says which grid
     want = vit.reference.interpolate_pos_embed(model.pos_embed, (2, 6), (4, 4), "bicubic")
     torch.testing.assert_close(resized.pos_embed, want, rtol=0, atol=1e-5)
+    sizes = {k: v for k, v in SMALL.items() if k != "num_classes"}
+    named = load("vit_tiny_patch16_224", tmp_path / "new", **sizes)
+    torch.testing.assert_close(named.pos_embed, want, rtol=0, atol=1e-5)
     with pytest.raises(vit.CheckpointError, match=r"num_attention_heads=2, the model has num_heads=4"):
         vit.load_pretrained(make(num_heads=4, img_size=(16, 48)), tmp_path / "new")
     (tmp_path / "new" / "config.json").write_text(json.dumps(config | {"hidden_act": "silu"}))
@@ -216,6 +220,11 @@ def test_checkpoints_that_do_not_fit(case, tmp_path):
     state, match = BAD_STATES[case]
     torch.save(state(), tmp_path / "m.pt")
     assert_refused(tmp_path / "m.pt", match)
+
+
+def test_pickled_model(tmp_path):
+    torch.save(make(), tmp_path / "m.pt")
+    assert_refused(tmp_path / "m.pt", r"holds pickled objects.*save model.state_dict\(\)")
 
 
 @pytest.mark.parametrize("suffix", [*SUFFIXES, ".bin"])

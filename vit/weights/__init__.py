@@ -88,8 +88,8 @@ def load_pretrained(
         if live is not None:
             _check_same(live, template)
 
-    for note in [" and ".join(plan.notes)] if plan.notes else []:
-        warnings.warn(f"{checkpoint.path}: {note}", stacklevel=2)
+    if plan.notes:
+        warnings.warn(f"{checkpoint.path}: {'; '.join(plan.notes)}", stacklevel=2)
     if live is None:
         device = where.get("device") or torch.get_default_device()
         live = VisionTransformer(plan.config, device="meta", dtype=where.get("dtype")).to_empty(device=device)

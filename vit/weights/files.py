@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -112,7 +113,11 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             note = json.loads((file.metadata() or {}).get(_NOTE, "null"))
     elif path.suffix in PICKLES:
         with torch.serialization.safe_globals([argparse.Namespace]):  # training scripts keep their options, plain data
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError as error:  # its own text advises to execute what the file contains
+                reason = "is damaged or holds pickled objects, which are not loaded; save model.state_dict() instead"
+                raise CheckpointError(path, reason) from error
         while isinstance(content, Mapping):
             inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
             if inner is None:

@@ -73,7 +73,10 @@ def plan(checkpoint: Checkpoint, dialect: str | None, start: ViTConfig, override
         ours = {own: tensor for own, tensor in ours.items() if not own.startswith("pre_logits.")}
 
     source = numerics(name, table, checkpoint, named or "norm_pre.weight" in ours)
-    found = parts(table, ours, start) if named else {}
+    grid = _described(checkpoint.config, start) if name.startswith("hf") and checkpoint.config else None
+    found = parts(table, ours, start, grid) if named else {}
+    if found and overrides.get("num_classes", found["num_classes"]) != found["num_classes"]:
+        found["representation_size"] = None  # the hidden layer goes with the head (paper, 3.2)
     config = dataclasses.replace(start, **found | source | overrides)
     notes = list(fit_head(ours, config, asked="num_classes" in overrides))
     if name == "timm" and not named:
@@ -88,7 +91,6 @@ def plan(checkpoint: Checkpoint, dialect: str | None, start: ViTConfig, override
     resize = table.resize or {"interpolation": table.interpolation}
     if "interpolation" in overrides:
         resize = {"interpolation": config.interpolation}
-    grid = _described(checkpoint.config, config) if name.startswith("hf") and checkpoint.config else None
     cfg = preprocessing(name, table, checkpoint)
     return Plan(config, table, ours, left, grid, resize, notes, cfg)
 
@@ -144,8 +146,12 @@ def numerics(name: str, dialect: Dialect, checkpoint: Checkpoint, architecture_k
     return found | {field: checkpoint.numerics[field] for field in NUMERICS if field in checkpoint.numerics}
 
 
-def parts(dialect: Dialect, ours: Tensors, variant: ViTConfig) -> dict[str, Any]:
-    """The fields of a configuration that follow from which tensors there are; sizes are the variant's."""
+def parts(dialect: Dialect, ours: Tensors, variant: ViTConfig, grid: tuple[int, int] | None) -> dict[str, Any]:
+    """The fields of a configuration that follow from which tensors there are; sizes are the variant's.
+
+    Raises:
+        ValueError: see `pos_layout`.
+    """
     cls, reg, head = (ours.get(name) for name in ("cls_token", "reg_token", "head.weight"))
     fields = {
         "class_token": cls is not None,
@@ -165,7 +171,7 @@ def parts(dialect: Dialect, ours: Tensors, variant: ViTConfig) -> dict[str, Any]
     if head is not None and "pre_logits.fc.weight" in ours:
         fields["representation_size"] = ours["pre_logits.fc.weight"].shape[0]
     with_parts = dataclasses.replace(variant, **{"global_pool": "avg"} | fields | {"no_embed_class": False})
-    rows, _grid = pos_layout(dialect, ours["pos_embed"], with_parts)
+    rows, _grid = pos_layout(dialect, ours["pos_embed"], with_parts, grid)
     prefix = with_parts.num_prefix_tokens
     fields["no_embed_class"] = bool(prefix) and rows != prefix
     return fields
