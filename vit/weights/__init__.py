@@ -81,7 +81,7 @@ def load_pretrained(
     start = get_config(model_or_name, **overrides) if live is None else _check_live(live, overrides)
 
     checkpoint = files.read(path)
-    with files.blame(checkpoint.path):
+    with files.blame(checkpoint.path, "does not fit the model"):
         plan = fit.plan(checkpoint, dialect, start, overrides, named=live is None)
         template = VisionTransformer(plan.config, device="meta")
         values = plan.values({name: param.shape for name, param in template.named_parameters()})

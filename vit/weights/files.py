@@ -55,7 +55,7 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
         ImportError: the file or the name needs a library that is not installed.
     """
     path = _local(path)
-    with blame(path):
+    with blame(path, "cannot be read: it is damaged or of another kind"):
         if not path.is_dir():
             tensors, numerics = _read_file(path)
             return Checkpoint(path, tensors, numerics)
@@ -72,16 +72,16 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 @contextlib.contextmanager
-def blame(path: Path) -> Iterator[None]:
+def blame(path: Path, what: str) -> Iterator[None]:
     """Turns whatever is raised over a malformed file into one class of error; there is no limit to what that is."""
     try:
         yield
     except (CheckpointError, ImportError):
         raise
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        raise CheckpointError(path, kind + reason) from error
+        first_line = str(error).strip().partition("\n")[0]
+        reason = first_line if type(error) is ValueError else f"{what} ({type(error).__name__}: {first_line})"
+        raise CheckpointError(path, reason) from error
 
 
 def _local(path: str | os.PathLike[str]) -> Path:
@@ -198,7 +198,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """A file beside ``path`` to write, which takes its place at the end."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors makes a file that only its owner can read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
