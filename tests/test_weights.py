@@ -323,6 +323,17 @@ def test_numerics_that_a_dialect_cannot_say_are_warned_of(tmp_path):
         vit.save_pretrained(make(), tmp_path / "m.npz", "google")
 
 
+def test_compiled_model_computes_with_the_new_numerics(tmp_path):
+    model, path = make(act_layer="quick_gelu"), tmp_path / "w.npz"
+    np.savez(path, **FLAX["google"])
+    compiled = torch.compile(model, backend="eager")
+    compiled(image(model))
+    vit.load_pretrained(compiled, path)
+    assert torch.equal(compiled(image(model)), model(image(model)))
+    want = flax_forward(FLAX["google"], image(model))
+    assert (compiled(image(model)) - want).abs().max() < 2e-5 * want.abs().max()
+
+
 # Head, channels, position embedding
 
 
@@ -404,6 +415,11 @@ def test_position_embedding_is_resized(dialect, interpolation, tmp_path):
     else:
         want = vit.reference.interpolate_pos_embed(source.pos_embed, (4, 4), (7, 5), interpolation)
     torch.testing.assert_close(model.pos_embed, want, rtol=0, atol=1e-5)
+    if dialect == "timm":  # as .pt, the file says how the model that it is from resizes
+        ours = load(make(img_size=(56, 40)), save(source, tmp_path / "m.pt"))
+        want = vit.reference.interpolate_pos_embed(source.pos_embed, (4, 4), (7, 5), "bicubic_offset")
+        torch.testing.assert_close(ours.pos_embed, want, rtol=0, atol=1e-5)
+        assert "mean" not in model.pretrained_cfg
     own = load(make(img_size=(56, 40), **fields), tmp_path / "m.npz", interpolation="bicubic_offset")
     want = vit.reference.interpolate_pos_embed(source.pos_embed, (4, 4), (7, 5), "bicubic_offset")
     torch.testing.assert_close(own.pos_embed, want, rtol=0, atol=1e-5)

@@ -233,3 +233,47 @@ def test_torchvision_resizes_the_position_embedding_likewise(tmp_path):
     resized = torchvision.models.vision_transformer.interpolate_embeddings(48, 8, theirs.state_dict())
     larger.load_state_dict(resized)
     loaded(tmp_path / "m.pth", larger, torch.randn(2, 3, 48, 48), img_size=48)
+
+
+DINOV2_NAMES = [  # transformers' name, and that of facebookresearch/dinov2
+    ("embeddings.patch_embeddings.projection", "patch_embed.proj"),
+    ("embeddings.position_embeddings", "pos_embed"),
+    ("embeddings.", ""),
+    ("encoder.layer.", "blocks."),
+    ("attention.o_proj", "attn.proj"),
+    ("layer_scale1.lambda1", "ls1.gamma"),
+    ("layer_scale2.lambda1", "ls2.gamma"),
+    ("layernorm.", "norm."),
+]
+
+
+@pytest.mark.parametrize("registers", [0, 3])
+def test_dinov2(registers, tmp_path):
+    """transformers' model computes what DINOv2's does; its weights are renamed here by hand."""
+    transformers = import_transformers()
+    words = dict(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2)
+    if registers:
+        config = transformers.Dinov2WithRegistersConfig(**words, num_register_tokens=registers)
+        theirs = transformers.Dinov2WithRegistersModel(config).eval()
+    else:
+        theirs = transformers.Dinov2Model(transformers.Dinov2Config(**words)).eval()
+    randomise(theirs)
+    state = theirs.state_dict()
+    for index in range(2):
+        for leaf in ("weight", "bias"):
+            parts = [state.pop(f"encoder.layer.{index}.attention.{p}_proj.{leaf}") for p in "qkv"]
+            state[f"blocks.{index}.attn.qkv.{leaf}"] = torch.cat(parts)
+    for old, new in DINOV2_NAMES:
+        state = {name.replace(old, new): tensor for name, tensor in state.items()}
+    torch.save(state, tmp_path / "dinov2.pth")
+    model = vit.load_pretrained("vit_tiny_patch16_224", tmp_path / "dinov2.pth", **SIZES).eval()
+    assert model.pretrained_cfg["source"] == "dinov2" and model.config.reg_tokens == registers
+    x, mask = image(model), torch.rand(2, 16) < 0.5
+    for options in ({}, {"bool_masked_pos": mask}):
+        with torch.no_grad():
+            got, want = model.forward_features(x, **options), theirs(x, **options).last_hidden_state
+        assert (got - want).abs().max() < LIMIT * want.abs().max()
+    if not registers:  # with registers, the position of the class token becomes a part of it
+        vit.save_pretrained(model, tmp_path / "back.pth", "dinov2")
+        back = torch.load(tmp_path / "back.pth", weights_only=True)
+        assert back.keys() == state.keys() and all(torch.equal(back[k], state[k]) for k in back)

@@ -41,7 +41,7 @@ def load_pretrained(
     config.json says, else 1e-12), ``act_layer`` (tanh GELU for google and big_vision, what config.json says for Hugging
     Face, else erf) and ``interpolation``. timm's are those of its architecture: a named variant keeps its own, and so
     does a live model with ``pre_norm`` (CLIP); another live model gets 1e-6 and erf. Files that `save_pretrained` wrote
-    as .safetensors or .pt say themselves what their model computed. Dropout rates stay the model's.
+    as .safetensors or .pt say all three themselves. Dropout rates stay the model's.
 
     A position embedding of another grid is resized as its source resizes one on load: timm bicubic with antialias,
     Hugging Face bicubic, DINOv2 bicubic with its offset of 0.1, torchvision bicubic and google and big_vision bilinear
@@ -63,8 +63,8 @@ def load_pretrained(
             source. For a named model also device and dtype.
 
     Returns:
-        The model; ``model.pretrained_cfg`` has the ``source`` (a dialect), ``mean`` and ``std`` of its images, and
-        ``label_names`` where the checkpoint has them. A pooler of Hugging Face's goes to the hidden layer of the head
+        The model; ``model.pretrained_cfg`` has the ``source`` (a dialect) and, where they are known, ``mean`` and
+        ``std`` of its images and ``label_names``. A pooler of Hugging Face's goes to the hidden layer of the head
         where the model has one, and else is left out, as are mask tokens and decoders that the model does not have.
 
     Raises:

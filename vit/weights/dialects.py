@@ -141,8 +141,8 @@ class Dialect(NamedTuple):
     prefix_rows: str = "class"  # prefix tokens with a row in pos_embed; the first of "all", "class", "none" is usual
     resize: dict[str, Any] | None = None  # F.interpolate's arguments, where a load resizes as no forward of ours does
     ignored: str = "$^"  # their tensors that a model of ours never needs
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    mean: tuple[float, ...] | None = (0.5, 0.5, 0.5)  # of its images; None: differs from model to model
+    std: tuple[float, ...] | None = (0.5, 0.5, 0.5)
 
 
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -165,7 +165,7 @@ _FLAX = {
     "resize": {"mode": "bilinear", "align_corners": True},
 }
 DIALECTS = {
-    "timm": Dialect(TIMM, ".*", "bicubic_antialias", prefix_rows="all none"),
+    "timm": Dialect(TIMM, ".*", "bicubic_antialias", prefix_rows="all none", mean=None, std=None),
     "hf": Dialect(
         _hf(
             "encoder.layer.{i}", "attention.{query,key,value}", "output.dense", "intermediate.dense", "output.dense"

@@ -27,8 +27,8 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str], dialect: str
     Args:
         model: a `vit.VisionTransformer`.
         path: its suffix is the kind of file: .safetensors, .pt, .pth, .bin or .npz. For dialect "hf" also a folder,
-            which is made if it is not there and gets model.safetensors, config.json and, where the model has a
-            ``pretrained_cfg``, preprocessor_config.json.
+            which is made if it is not there and gets model.safetensors, config.json and, where the model's
+            ``pretrained_cfg`` says how to normalise images, preprocessor_config.json.
         dialect: as for `load_pretrained`; "timm" are the names of ``model.state_dict()``.
 
     Raises:
@@ -60,7 +60,7 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str], dialect: str
     files.write(file, tensors, note | ({"pretrained_cfg": cfg} if cfg else {}))
     if folder:
         _write_json(path / "config.json", hf_config(config, (cfg or {}).get("label_names")))
-        if cfg:
+        if cfg and "mean" in cfg:
             _write_json(path / "preprocessor_config.json", _hf_preprocessor(config, cfg))
 
 
@@ -72,7 +72,8 @@ def unwrapped(model: nn.Module) -> VisionTransformer:
     """
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, VisionTransformer):
-        raise TypeError(f"expected a vit.VisionTransformer, got {type(model).__name__}; unwrap it first")
+        kind = f"{type(model).__module__}.{type(model).__name__}"
+        raise TypeError(f"expected a vit.VisionTransformer, got {kind}; unwrap it first")
     return model
 
 

@@ -88,7 +88,7 @@ def plan(checkpoint: Checkpoint, dialect: str | None, start: ViTConfig, override
         ours.pop("mask_token", None)
     if ours["patch_embed.proj.weight"].ndim == 4:
         ours["patch_embed.proj.weight"] = adapt_input(ours["patch_embed.proj.weight"], config.in_chans)
-    resize = table.resize or {"interpolation": table.interpolation}
+    resize = table.resize or {"interpolation": source["interpolation"]}
     if "interpolation" in overrides:
         resize = {"interpolation": config.interpolation}
     cfg = preprocessing(name, table, checkpoint)
@@ -117,7 +117,7 @@ def preprocessing(name: str, dialect: Dialect, checkpoint: Checkpoint) -> dict[s
     """The source, what its images are normalised with, and the names of its classes where it has them."""
     described = checkpoint.config or {}
     timm = described.get("pretrained_cfg", {})
-    cfg = {"source": name, "mean": dialect.mean, "std": dialect.std}
+    cfg: dict[str, Any] = {"source": name} | ({"mean": dialect.mean, "std": dialect.std} if dialect.mean else {})
     for key in ("mean", "std"):
         if own := timm.get(key) or checkpoint.preprocessor.get(f"image_{key}"):
             cfg[key] = tuple(map(float, own))
