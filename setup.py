@@ -20,9 +20,11 @@ setup(
     install_requires=["torch>=2.11", "triton>=3.6", "numpy"],
     extras_require={
         "demo": ["Pillow"],
-        "test": ["Pillow", "hypothesis", "pytest", "pytest-xdist", "ruff", "setuptools", "wheel"],
+        "hub": ["huggingface_hub", "safetensors"],
+        "test": ["Pillow", "hypothesis", "pytest", "pytest-xdist", "ruff", "safetensors", "setuptools", "wheel"],
+        "weights": ["safetensors"],
     },
-    packages=["vit", "vit.adapters", "vit.kernels"],
+    packages=["vit", "vit.adapters", "vit.kernels", "vit.weights"],
     package_dir={"vit": "vit", "vit.kernels": "kernels"},
     package_data={"vit": ["assets/*"]},
     entry_points={"console_scripts": ["vit = vit.cli:main"]},

@@ -38,6 +38,7 @@ class Mutant:
 LN, LINEAR, MLP = "tests/test_layer_norm.py", "tests/test_linear.py", "tests/test_mlp.py"
 DROPOUT, MIRROR = "tests/test_attention_dropout.py", "tests/test_attention_mirror.py"
 ATTENTION, PATCH, VIT = "tests/test_attention.py", "tests/test_patch_embed.py", "tests/test_vit.py"
+WEIGHTS, FILES = "tests/test_weights.py", "tests/test_weights_files.py"
 
 MUTANTS = [
     Mutant(
@@ -495,6 +496,48 @@ MUTANTS = [
         "ha,wb,abd->hwd",
         "ha,wb,abd->whd",
         (f"{VIT}::test_position_embedding_is_resized",),
+    ),
+    Mutant(
+        "weights: flax's patch kernel transposed",
+        "vit/weights/dialects.py",
+        "t[0].permute(3, 2, 0, 1)",
+        "t[0].permute(3, 2, 1, 0)",
+        (f"{WEIGHTS}::test_flax_checkpoints",),
+    ),
+    Mutant(
+        "weights: the row of the class token is lost",
+        "vit/weights/fit.py",
+        "torch.where(row == 0, head, head + row)",
+        "head",
+        (f"{WEIGHTS}::test_rows_of_the_prefix_tokens_move",),
+    ),
+    Mutant(
+        "weights: norms keep the eps of the model",
+        "vit/weights/__init__.py",
+        "module.eps = config.norm_eps",
+        "pass",
+        (f"{WEIGHTS}::test_numerics_of_the_source_reach_every_module",),
+    ),
+    Mutant(
+        "weights: pickles are executed",
+        "vit/weights/files.py",
+        "weights_only=True",
+        "weights_only=False",
+        (f"{FILES}::test_pickle_bombs_do_not_run",),
+    ),
+    Mutant(
+        "weights: a file is written in place",
+        "vit/weights/files.py",
+        'path.with_name(f".{path.name}.{os.getpid()}.tmp")',
+        "path",
+        (f"{FILES}::test_saving_is_atomic",),
+    ),
+    Mutant(
+        "weights: a changed model is not checked before it is loaded into",
+        "vit/weights/__init__.py",
+        "            _check_same(live, template)",
+        "            pass",
+        (f"{FILES}::test_wrong_arguments",),
     ),
 ]
 

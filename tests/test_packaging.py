@@ -39,6 +39,7 @@ def test_wheel_contents(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"vit"}
     assert "vit/kernels/attention.py" in names and "vit/model.py" in names
+    assert "vit/weights/dialects.py" in names
     assert any(n.startswith("vit/assets/") and n.endswith((".png", ".jpg")) for n in names)
     assert "vit/assets/LICENSE.txt" in names
 

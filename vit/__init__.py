@@ -14,9 +14,11 @@ from vit.config import ViTConfig, get_config, list_models
 from vit.explain import explain
 from vit.groups import param_groups_layer_decay
 from vit.model import VisionTransformer, create_model
+from vit.weights import CheckpointError, load_pretrained, save_pretrained
 
 __version__ = "0.1.0"
 __all__ = [
+    "CheckpointError",
     "ViTConfig",
     "VisionTransformer",
     "accelerate",
@@ -25,8 +27,10 @@ __all__ = [
     "get_config",
     "kernels",
     "list_models",
+    "load_pretrained",
     "param_groups_layer_decay",
     "reference",
     "register_attention",
     "restore",
+    "save_pretrained",
 ]

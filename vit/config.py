@@ -207,11 +207,11 @@ class ViTConfig:
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if get(name, 0.0):
                 raise ValueError(f"{name}={get(name, 0.0)} is not supported; set it to 0.0 in the configuration")
-        if act not in _HF_ACTIVATIONS:
-            raise ValueError(f"hidden_act={act!r} is not supported; use one of {tuple(_HF_ACTIVATIONS)}")
-        fields = {ours: get(theirs, default) for ours, (theirs, default) in _HF_WORDS.items()}
+        if act not in HF_ACTIVATIONS:
+            raise ValueError(f"hidden_act={act!r} is not supported; use one of {tuple(HF_ACTIVATIONS)}")
+        fields = {ours: get(theirs, default) for ours, (theirs, default) in HF_WORDS.items()}
         fields["num_classes"] = get("num_labels", len(get("id2label", None) or (0, 1)))
-        fields["act_layer"], fields["interpolation"] = _HF_ACTIVATIONS[act], "bicubic"
+        fields["act_layer"], fields["interpolation"] = HF_ACTIVATIONS[act], "bicubic"
         fields["mlp_ratio"] = _mlp_ratio(dim, hidden)
         return cls(**(fields | _known(overrides)))
 
@@ -231,13 +231,13 @@ def _mlp_ratio(dim: int, hidden: int) -> float:
     return math.nextafter(hidden / dim, math.inf) if rounded_down else hidden / dim
 
 
-_HF_ACTIVATIONS = {
+HF_ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "quick_gelu": "quick_gelu",
 }
-_HF_WORDS = {
+HF_WORDS = {
     "img_size": ("image_size", 224),
     "patch_size": ("patch_size", 16),
     "in_chans": ("num_channels", 3),

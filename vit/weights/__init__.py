@@ -1,0 +1,141 @@
+"""Checkpoints of a ViT in every dialect that people have: `load_pretrained` and `save_pretrained`.
+
+`files` reads and writes, `dialects` has the tables of names, `fit` makes a checkpoint that of a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from vit.config import ViTConfig, get_config
+from vit.layers import LayerNorm, Mlp
+from vit.model import VisionTransformer
+from vit.weights import dialects, files, fit
+from vit.weights.export import save_pretrained, unwrapped
+from vit.weights.files import CheckpointError
+
+__all__ = ["CheckpointError", "load_pretrained", "save_pretrained"]
+
+
+def load_pretrained(
+    model_or_name: nn.Module | str,
+    path: str | os.PathLike[str],
+    *,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    dialect: str | None = None,
+    **overrides: Any,
+) -> VisionTransformer:
+    """Loads a checkpoint of timm, Hugging Face, torchvision, DINOv2, google's vit_jax or big_vision.
+
+    A live model is changed in place: its parameters stay the same objects, with their dtype, device and requires_grad,
+    so an optimiser goes on. Whatever does not fit raises before anything has changed.
+
+    With the weights come the numbers that their source computes with: ``norm_eps`` (1e-6; Hugging Face what
+    config.json says, else 1e-12), ``act_layer`` (tanh GELU for google and big_vision, what config.json says for Hugging
+    Face, else erf) and ``interpolation``. timm's are those of its architecture: a named variant keeps its own, and so
+    does a live model with ``pre_norm`` (CLIP); another live model gets 1e-6 and erf. Files that `save_pretrained` wrote
+    as .safetensors or .pt say all three themselves. Dropout rates stay the model's.
+
+    A position embedding of another grid is resized as its source resizes one on load: timm bicubic with antialias,
+    Hugging Face bicubic, DINOv2 bicubic with its offset of 0.1, torchvision bicubic and google and big_vision bilinear
+    with aligned corners. ``forward`` has no aligned corners; there these three get ``"bicubic"``, the nearest. A grid
+    that is neither the model's nor, by config.json, known is taken for a square.
+
+    Args:
+        model_or_name: a `vit.VisionTransformer`, or a name for `vit.create_model`. By name, the model has the class
+            token, registers, LayerScale, biases, head and channels of the checkpoint.
+        path: a .safetensors, .pt, .pth, .bin or .npz file, an index of shards, a folder with either, or "owner/name" on
+            the Hugging Face hub. Pickled objects are never executed. Wrappers such as {"model": ...} are opened.
+        num_classes: None: that of the live model, or of the checkpoint. Where it is not the checkpoint's, the head is
+            zero (paper, 3.2), which a warning says unless it was asked for here. Another one than the live model's
+            replaces its head, as ``reset_classifier`` does.
+        in_chans: channels of a named model; a checkpoint with others is adapted as timm does.
+        dialect: "timm", "hf", "hf_memory" (the names of transformers 5 in memory), "torchvision", "torchvision_old",
+            "google", "big_vision" or "dinov2"; None finds it from the names.
+        **overrides: fields of `ViTConfig`; for a live model norm_eps, act_layer and interpolation. They win over the
+            source. For a named model also device and dtype.
+
+    Returns:
+        The model; ``model.pretrained_cfg`` has the ``source`` (a dialect) and, where they are known, ``mean`` and
+        ``std`` of its images and ``label_names``. A pooler of Hugging Face's goes to the hidden layer of the head
+        where the model has one, and else is left out, as are mask tokens and decoders that the model does not have.
+
+    Raises:
+        CheckpointError: the file is damaged, in no known dialect or does not fit; a ValueError with path and reason.
+        FileNotFoundError, ImportError: nothing is there; a library that the file needs is not installed.
+        ValueError, TypeError: an argument is wrong.
+    """
+    live = None if isinstance(model_or_name, str) else unwrapped(model_or_name)
+    if dialect is not None and dialect not in dialects.DIALECTS:
+        raise ValueError(f"dialect={dialect!r} is unknown; use one of {tuple(dialects.DIALECTS)}")
+    where = {key: overrides.pop(key) for key in ("device", "dtype") if live is None and key in overrides}
+    asked = {"num_classes": num_classes, "in_chans": in_chans}
+    overrides |= {field: value for field, value in asked.items() if value is not None}
+    start = get_config(model_or_name, **overrides) if live is None else _check_live(live, overrides)
+
+    checkpoint = files.read(path)
+    with files.blame(checkpoint.path, "does not fit the model"):
+        plan = fit.plan(checkpoint, dialect, start, overrides, named=live is None)
+        template = VisionTransformer(plan.config, device="meta")
+        values = plan.values({name: param.shape for name, param in template.named_parameters()})
+        if live is not None:
+            _check_same(live, template)
+
+    if plan.notes:
+        warnings.warn(f"{checkpoint.path}: {'; '.join(plan.notes)}", stacklevel=2)
+    if live is None:
+        device = where.get("device") or torch.get_default_device()
+        live = VisionTransformer(plan.config, device="meta", dtype=where.get("dtype")).to_empty(device=device)
+    elif plan.config.num_classes != live.config.num_classes:
+        live.reset_classifier(plan.config.num_classes)
+    _set_numerics(live, plan.config)
+    with torch.no_grad():
+        for name, param in live.named_parameters(remove_duplicate=False):
+            param.copy_(values[name])
+    live.pretrained_cfg = plan.pretrained_cfg
+    return live
+
+
+def _check_live(model: VisionTransformer, overrides: dict[str, Any]) -> ViTConfig:
+    """The configuration that ``overrides`` make of that of a live model.
+
+    Raises:
+        ValueError: they ask for another architecture.
+    """
+    config = model.config
+    for field, value in overrides.items():
+        if field not in (*fit.NUMERICS, "num_classes") and getattr(config, field, None) != value:
+            raise ValueError(f"{field}={value!r} cannot be changed in a live model; make it with that, or load by name")
+    if any(param.is_meta for param in model.parameters()):
+        raise ValueError("the model has parameters on the meta device; call model.to_empty(device=...) first")
+    changed = dataclasses.replace(config, **overrides)
+    if changed.num_classes != config.num_classes:
+        changed = dataclasses.replace(changed, representation_size=None)  # as reset_classifier
+    return changed
+
+
+def _check_same(live: VisionTransformer, template: VisionTransformer) -> None:
+    """Raises unless the live model has the parameters of the template, but for a head that will be replaced."""
+    replaced = ("head.", "pre_logits.") if live.config.num_classes != template.config.num_classes else ()
+    have, want = (
+        {n: p.shape for n, p in model.named_parameters(remove_duplicate=False) if not n.startswith(replaced)}
+        for model in (live, template)
+    )
+    for name in have.keys() ^ want.keys() or [n for n in want if have[n] != want[n]]:
+        raise ValueError(f"the live model was changed after it was made: {name} is not as its config says")
+
+
+def _set_numerics(model: VisionTransformer, config: ViTConfig) -> None:
+    model.config = config
+    for module in model.modules():
+        if isinstance(module, LayerNorm):
+            module.eps = config.norm_eps
+        elif isinstance(module, Mlp):
+            module.activation = config.act_layer

@@ -1,0 +1,296 @@
+"""The dialects in which checkpoints of a ViT are written: one table of names each, read in both directions.
+
+A row is (their module or tensor, ours, how). ``{i}`` counts the blocks, ``{a,b,c}`` are tensors that ours holds joined,
+and how says which tensors a module has and how each is laid out. Ours are timm's names, see `vit.model`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+
+
+class Layout(NamedTuple):
+    """``load(their tensors, heads)`` is our tensor, ``save(our tensor, heads)`` their tensors."""
+
+    load: Callable[[list[Tensor], int], Tensor]
+    save: Callable[[Tensor, int], list[Tensor]]
+
+
+def _heads(x: Tensor, heads: int, axis: int) -> Tensor:
+    if x.shape[axis] != heads:
+        raise ValueError(f"has {x.shape[axis]} heads, the model num_heads={heads}")
+    return x
+
+
+SAME = Layout(lambda t, h: t[0], lambda t, h: [t])
+ROW = Layout(lambda t, h: t[0][:, None], lambda t, h: [t[:, 0]])  # [1, D]
+KERNEL = Layout(lambda t, h: t[0].mT, lambda t, h: [t.mT])  # [in, out]
+HWIO = Layout(lambda t, h: t[0].permute(3, 2, 0, 1), lambda t, h: [t.permute(2, 3, 1, 0)])
+JOINED = Layout(lambda t, h: torch.stack(t).flatten(0, 1), lambda t, h: list(t.chunk(3)))  # q, k and v
+Q_KERNEL = Layout(  # [D, HEADS, HEAD_DIM] each of q, k and v
+    lambda t, h: torch.stack([_heads(x, h, 1).flatten(1).mT for x in t]).flatten(0, 1),
+    lambda t, h: [x.mT.unflatten(1, (h, -1)) for x in t.chunk(3)],
+)
+Q_BIAS = Layout(  # [HEADS, HEAD_DIM] each
+    lambda t, h: torch.stack([_heads(x, h, 0).flatten() for x in t]).flatten(),
+    lambda t, h: [x.unflatten(0, (h, -1)) for x in t.chunk(3)],
+)
+OUT_KERNEL = Layout(  # [HEADS, HEAD_DIM, D]
+    lambda t, h: _heads(t[0], h, 0).flatten(0, 1).mT,
+    lambda t, h: [t.mT.unflatten(0, (h, -1))],
+)
+
+# What a module holds: (end of their name, end of ours, layout).
+TENSOR = (("", "", SAME),)
+TOKEN = (("", "", ROW),)
+MODULE = ((".weight", ".weight", SAME), (".bias", ".bias", SAME))
+SPLIT = ((".weight", ".weight", JOINED), (".bias", ".bias", JOINED))
+PACKED = (("_weight", ".weight", SAME), ("_bias", ".bias", SAME))
+NORM = (("/scale", ".weight", SAME), ("/bias", ".bias", SAME))
+DENSE = (("/kernel", ".weight", KERNEL), ("/bias", ".bias", SAME))
+CONV = (("/kernel", ".weight", HWIO), ("/bias", ".bias", SAME))
+QKV = (("/kernel", ".weight", Q_KERNEL), ("/bias", ".bias", Q_BIAS))
+OUT = (("/kernel", ".weight", OUT_KERNEL), ("/bias", ".bias", SAME))
+
+TIMM = (
+    *((name, name, TENSOR) for name in ("cls_token", "reg_token", "mask_token", "pos_embed")),
+    *((name, name, MODULE) for name in ("patch_embed.proj", "norm_pre", "norm", "fc_norm", "pre_logits.fc", "head")),
+    *(
+        (f"blocks.{{i}}.{name}", f"blocks.{{i}}.{name}", MODULE)
+        for name in ("norm1", "attn.qkv", "attn.q_norm", "attn.k_norm", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    ),
+    *((f"blocks.{{i}}.{name}.gamma", f"blocks.{{i}}.{name}.gamma", TENSOR) for name in ("ls1", "ls2")),
+)
+DINOV2 = (
+    ("register_tokens", "reg_token", TENSOR),
+    ("mask_token", "mask_token", TOKEN),
+    *(row for row in TIMM if not re.search(r"_token$|_norm|head|pre", row[0]) or row[0] == "cls_token"),
+)
+
+
+def _hf(layer: str, qkv: str, out: str, fc1: str, fc2: str) -> tuple:
+    return (
+        ("embeddings.cls_token", "cls_token", TENSOR),
+        ("embeddings.mask_token", "mask_token", TENSOR),
+        ("embeddings.position_embeddings", "pos_embed", TENSOR),
+        ("embeddings.patch_embeddings.projection", "patch_embed.proj", MODULE),
+        (f"{layer}.layernorm_before", "blocks.{i}.norm1", MODULE),
+        (f"{layer}.attention.{qkv}", "blocks.{i}.attn.qkv", SPLIT),
+        (f"{layer}.attention.{out}", "blocks.{i}.attn.proj", MODULE),
+        (f"{layer}.layernorm_after", "blocks.{i}.norm2", MODULE),
+        (f"{layer}.{fc1}", "blocks.{i}.mlp.fc1", MODULE),
+        (f"{layer}.{fc2}", "blocks.{i}.mlp.fc2", MODULE),
+        ("layernorm", "norm", MODULE),
+        ("pooler.dense", "pre_logits.fc", MODULE),
+        ("classifier", "head", MODULE),
+    )
+
+
+def _torchvision(fc1: str, fc2: str) -> tuple:
+    layer = "encoder.layers.encoder_layer_{i}"
+    return (
+        ("class_token", "cls_token", TENSOR),
+        ("encoder.pos_embedding", "pos_embed", TENSOR),
+        ("conv_proj", "patch_embed.proj", MODULE),
+        (f"{layer}.ln_1", "blocks.{i}.norm1", MODULE),
+        (f"{layer}.self_attention.in_proj", "blocks.{i}.attn.qkv", PACKED),
+        (f"{layer}.self_attention.out_proj", "blocks.{i}.attn.proj", MODULE),
+        (f"{layer}.ln_2", "blocks.{i}.norm2", MODULE),
+        (f"{layer}.mlp.{fc1}", "blocks.{i}.mlp.fc1", MODULE),
+        (f"{layer}.mlp.{fc2}", "blocks.{i}.mlp.fc2", MODULE),
+        ("encoder.ln", "norm", MODULE),
+        ("heads.pre_logits", "pre_logits.fc", MODULE),
+        ("heads.head", "head", MODULE),
+    )
+
+
+def _flax(pos: str, attention: int, norm2: int, mlp: int) -> tuple:
+    layer = "Transformer/encoderblock_{i}"
+    attn = f"{layer}/MultiHeadDotProductAttention_{attention}"
+    return (
+        ("cls", "cls_token", TENSOR),
+        (pos, "pos_embed", TENSOR),
+        ("embedding", "patch_embed.proj", CONV),
+        (f"{layer}/LayerNorm_0", "blocks.{i}.norm1", NORM),
+        (f"{attn}/{{query,key,value}}", "blocks.{i}.attn.qkv", QKV),
+        (f"{attn}/out", "blocks.{i}.attn.proj", OUT),
+        (f"{layer}/LayerNorm_{norm2}", "blocks.{i}.norm2", NORM),
+        (f"{layer}/MlpBlock_{mlp}/Dense_0", "blocks.{i}.mlp.fc1", DENSE),
+        (f"{layer}/MlpBlock_{mlp}/Dense_1", "blocks.{i}.mlp.fc2", DENSE),
+        ("Transformer/encoder_norm", "norm", NORM),
+        ("pre_logits", "pre_logits.fc", DENSE),
+        ("head", "head", DENSE),
+    )
+
+
+class Dialect(NamedTuple):
+    """A table and what else its library means by the weights."""
+
+    rows: tuple
+    optional: str  # our tensors that its models may lack, a regular expression; all others a file must have
+    interpolation: str  # the nearest that the model can compute in forward
+    norm_eps: float = 1e-6
+    act_layer: str = "gelu"
+    prefix_rows: str = "class"  # prefix tokens with a row in pos_embed; the first of "all", "class", "none" is usual
+    resize: dict[str, Any] | None = None  # F.interpolate's arguments, where a load resizes as no forward of ours does
+    ignored: str = "$^"  # their tensors that a model of ours never needs
+    mean: tuple[float, ...] | None = (0.5, 0.5, 0.5)  # of its images; None: differs from model to model
+    std: tuple[float, ...] | None = (0.5, 0.5, 0.5)
+
+
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+_HEAD = r"(pre_logits|head)\."
+_HF = {
+    "optional": rf"{_HEAD}|mask_token|.*qkv\.bias",
+    "interpolation": "bicubic",
+    "norm_eps": 1e-12,
+    "ignored": r"decoder\.",
+}
+_TORCHVISION = {
+    "optional": _HEAD,
+    "interpolation": "bicubic",
+    "resize": {"mode": "bicubic", "align_corners": True},
+} | _IMAGENET
+_FLAX = {
+    "optional": rf"{_HEAD}|cls_token",
+    "interpolation": "bicubic",
+    "act_layer": "gelu_tanh",
+    "resize": {"mode": "bilinear", "align_corners": True},
+}
+DIALECTS = {
+    "timm": Dialect(TIMM, ".*", "bicubic_antialias", prefix_rows="all none", mean=None, std=None),
+    "hf": Dialect(
+        _hf(
+            "encoder.layer.{i}", "attention.{query,key,value}", "output.dense", "intermediate.dense", "output.dense"
+        ),
+        **_HF,
+    ),
+    "hf_memory": Dialect(_hf("layers.{i}", "{q_proj,k_proj,v_proj}", "o_proj", "mlp.fc1", "mlp.fc2"), **_HF),
+    "torchvision": Dialect(_torchvision("0", "3"), **_TORCHVISION),
+    "torchvision_old": Dialect(_torchvision("linear_1", "linear_2"), **_TORCHVISION),
+    "google": Dialect(
+        _flax("Transformer/posembed_input/pos_embedding", 1, 2, 3), **_FLAX, prefix_rows="class none"
+    ),
+    "big_vision": Dialect(_flax("pos_embedding", 0, 1, 0), **_FLAX, prefix_rows="none class"),
+    "dinov2": Dialect(
+        DINOV2, r"reg_token|mask_token|.*gamma|.*qkv\.bias", "bicubic_offset", **_IMAGENET
+    ),
+}  # fmt: skip
+
+
+def expand(dialect: Dialect, depth: int) -> Iterator[tuple[list[str], str, Layout]]:
+    """Every tensor of a model with ``depth`` blocks: (their names, our name, layout)."""
+    for theirs, ours, how in dialect.rows:
+        for index in map(str, range(depth) if "{i}" in theirs else (0,)):
+            name, own = theirs.replace("{i}", index), ours.replace("{i}", index)
+            parts = re.search(r"\{(.+)\}", name)
+            names = [name.replace(parts[0], part) for part in parts[1].split(",")] if parts else [name]
+            for end, own_end, layout in how:
+                yield [n + end for n in names], own + own_end, layout
+
+
+def plain(tensors: Tensors) -> Tensors:
+    """Without the prefixes of wrappers and libraries, with blocks one by one."""
+    while tensors and (wrapped := next((p for p in ("module.", "_orig_mod.") if all_start(tensors, p)), "")):
+        tensors = {name.removeprefix(wrapped): t for name, t in tensors.items()}
+    for prefix in ("opt/target/", "params/img/", "params/"):
+        if f"{prefix}embedding/kernel" in tensors:  # beside it are the optimiser's state and other towers
+            tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    if any(name.startswith("Transformer/encoderblock/") for name in tensors):  # scan=True
+        tensors = dict(_unstack(tensors))
+    if "vit.embeddings.patch_embeddings.projection.weight" in tensors:
+        tensors = {name.removeprefix("vit."): t for name, t in tensors.items()}
+    if any(re.match(r"blocks\.\d+\.\d+\.", name) for name in tensors):  # block_chunks > 0; the second is the index
+        tensors = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): t for name, t in tensors.items()}
+    return tensors
+
+
+def all_start(names: Tensors, prefix: str) -> bool:
+    return all(name.startswith(prefix) for name in names)
+
+
+def _unstack(tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors.items():
+        if name.startswith("Transformer/encoderblock/"):
+            for index, layer in enumerate(tensor):
+                yield name.replace("encoderblock/", f"encoderblock_{index}/"), layer
+        else:
+            yield name, tensor
+
+
+def detect(tensors: Tensors) -> str | None:
+    """The dialect of tensors from `plain`, or None."""
+    if "embeddings.patch_embeddings.projection.weight" in tensors:
+        return "hf" if has(tensors, "encoder.layer.0.") else "hf_memory"
+    if "embedding/kernel" in tensors and has(tensors, "Transformer/"):
+        return "google" if has(tensors, "Transformer/posembed_input/") else "big_vision"
+    if "conv_proj.weight" in tensors and has(tensors, "encoder.layers.encoder_layer_0."):
+        return "torchvision_old" if has(tensors, "encoder.layers.encoder_layer_0.mlp.linear_1.") else "torchvision"
+    if "patch_embed.proj.weight" in tensors and has(tensors, "blocks.0."):
+        mask_token = tensors.get("mask_token")
+        dinov2 = "register_tokens" in tensors or (mask_token is not None and mask_token.ndim == 2)
+        return "dinov2" if dinov2 else "timm"
+    return None
+
+
+def has(tensors: Tensors, prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in tensors)
+
+
+def depth_of(dialect: Dialect, tensors: Tensors) -> int:
+    block = next(theirs for theirs, _, _ in dialect.rows if "{i}" in theirs).partition("{i}")[0]
+    pattern = re.compile(re.escape(block) + r"(\d+)[./]")
+    return len({match[1] for match in map(pattern.match, tensors) if match})
+
+
+def read(dialect: Dialect, tensors: Tensors, heads: int) -> tuple[Tensors, list[str]]:
+    """Our tensors, and their names that the table does not know or that lack one of their company.
+
+    Raises:
+        ValueError: a tensor does not have the form that the dialect gives it.
+    """
+    ours, left = {}, dict.fromkeys(name for name in tensors if not re.match(dialect.ignored, name))
+    for names, own, layout in expand(dialect, depth_of(dialect, tensors)):
+        if all(name in tensors for name in names):
+            try:
+                ours[own] = layout.load([tensors[name] for name in names], heads)
+            except (RuntimeError, IndexError, ValueError) as error:
+                shapes = ", ".join(str(tuple(tensors[name].shape)) for name in names)
+                raise ValueError(f"{names[0]} of shape {shapes} does not fit: {error}") from error
+            for name in names:
+                left.pop(name, None)
+    return ours, list(left)
+
+
+def write(name: str, ours: Tensors, depth: int, heads: int) -> Tensors:
+    """Their tensors, which share our storage where the layout allows.
+
+    Raises:
+        ValueError: the dialect has no place for one of ours, or needs one that is missing.
+    """
+    dialect, theirs, left = DIALECTS[name], {}, set(ours)
+    for names, own, layout in expand(dialect, depth):
+        if own in ours:
+            left.discard(own)
+            theirs |= zip(names, layout.save(ours[own], heads), strict=True)
+        elif not re.match(dialect.optional, own):
+            raise ValueError(f"dialect {name!r} needs {own}, which the model does not have")
+    if left:
+        raise ValueError(f"dialect {name!r} has no place for {some(sorted(left))}; use dialect='timm'")
+    if name == "big_vision":
+        return {f"params/{key}": t for key, t in theirs.items()}
+    if "classifier.weight" in theirs:
+        return {key if key.startswith("classifier.") else f"vit.{key}": t for key, t in theirs.items()}
+    return theirs
+
+
+def some(names: list[str]) -> str:
+    """The first few of them."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

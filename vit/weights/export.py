@@ -1,0 +1,159 @@
+"""Writing a model in the dialect of another library."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vit.config import HF_ACTIVATIONS, HF_WORDS, ViTConfig
+from vit.model import VisionTransformer
+from vit.weights import files
+from vit.weights.dialects import DIALECTS, Dialect, Tensors, write
+
+
+def save_pretrained(model: nn.Module, path: str | os.PathLike[str], dialect: str = "timm") -> None:
+    """Writes a model's weights, so that `load_pretrained` and the library of the dialect read the same bits.
+
+    Everything is checked before anything is written, and a file is complete or not there. A dialect does not say
+    ``norm_eps`` and ``act_layer`` in its weights: a warning tells where its library computes with others. Folders of
+    Hugging Face say them in config.json; .safetensors and .pt files tell `load_pretrained`.
+
+    Args:
+        model: a `vit.VisionTransformer`.
+        path: its suffix is the kind of file: .safetensors, .pt, .pth, .bin or .npz. For dialect "hf" also a folder,
+            which is made if it is not there and gets model.safetensors, config.json and, where the model's
+            ``pretrained_cfg`` says how to normalise images, preprocessor_config.json.
+        dialect: as for `load_pretrained`; "timm" are the names of ``model.state_dict()``.
+
+    Raises:
+        ValueError: the dialect has no place for a part of the model, or the suffix is unknown.
+        TypeError: another kind of model. ImportError: safetensors is not installed.
+    """
+    model, path = unwrapped(model), Path(path).expanduser()
+    if dialect not in DIALECTS:
+        raise ValueError(f"dialect={dialect!r} is unknown; use one of {tuple(DIALECTS)}")
+    folder = path.is_dir() or (dialect == "hf" and path.suffix not in (*files.SUFFIXES, ".json"))
+    if folder and dialect != "hf":
+        raise ValueError(f"{path} is a folder, which only dialect 'hf' has; name a file, with {files.SUFFIXES}")
+    if not folder and path.suffix not in files.SUFFIXES:
+        raise ValueError(f"{path} has no suffix that says which kind of file it is; use one of {files.SUFFIXES}")
+    file = path / "model.safetensors" if folder else path
+    if file.suffix == ".safetensors":
+        files.safetensors()
+    tensors = _translate(model, dialect)
+
+    config, source = model.config, DIALECTS[dialect]
+    differ = [f for f in ("norm_eps", "act_layer") if getattr(config, f) != getattr(source, f)]
+    if differ and dialect != "timm" and not folder:
+        words = " and ".join(f"{f}={getattr(source, f)!r} (the model: {getattr(config, f)!r})" for f in differ)
+        warnings.warn(f"{path}: models of dialect {dialect!r} compute with {words}", stacklevel=2)
+    cfg = getattr(model, "pretrained_cfg", None)
+    note = {f: getattr(config, f) for f in ("norm_eps", "act_layer", "interpolation")}
+    if folder:
+        path.mkdir(parents=True, exist_ok=True)
+    files.write(file, tensors, note | ({"pretrained_cfg": cfg} if cfg else {}))
+    if folder:
+        _write_json(path / "config.json", hf_config(config, (cfg or {}).get("label_names")))
+        if cfg and "mean" in cfg:
+            _write_json(path / "preprocessor_config.json", _hf_preprocessor(config, cfg))
+
+
+def unwrapped(model: nn.Module) -> VisionTransformer:
+    """The model inside torch.compile's.
+
+    Raises:
+        TypeError: it is none of ours.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, VisionTransformer):
+        kind = f"{type(model).__module__}.{type(model).__name__}"
+        raise TypeError(f"expected a vit.VisionTransformer, got {kind}; unwrap it first")
+    return model
+
+
+def _translate(model: VisionTransformer, name: str) -> Tensors:
+    """The model's tensors under the names of a dialect.
+
+    Raises:
+        ValueError: the dialect has no place for one, or its models work otherwise.
+    """
+    config, dialect, ours = model.config, DIALECTS[name], dict(model.state_dict())
+    for own, tensor in ours.items():
+        if tensor.is_meta:
+            raise ValueError(f"{own} is on the meta device; there is nothing to save")
+    if name == "timm":
+        return write(name, ours, config.depth, config.num_heads)
+    pool = "token" if config.class_token else "avg"
+    if config.num_classes and config.global_pool != pool:
+        raise ValueError(f"dialect {name!r} pools {pool!r}, the model global_pool={config.global_pool!r}; use 'timm'")
+    if name.startswith("hf") and config.num_classes and config.representation_size:
+        raise ValueError(f"dialect {name!r} has no head with a hidden layer (representation_size); use 'timm'")
+    ours["pos_embed"] = _pos_embed(ours["pos_embed"], config, name, dialect)
+    if name == "dinov2":
+        ours.setdefault("mask_token", torch.zeros_like(ours["norm.bias"])[None, None])  # its models always have one
+    return write(name, ours, config.depth, config.num_heads)
+
+
+def _pos_embed(pos: torch.Tensor, config: ViTConfig, name: str, dialect: Dialect) -> torch.Tensor:
+    """With rows for the prefix tokens that have one in the dialect; the others' must be zero.
+
+    Raises:
+        ValueError: they are not.
+    """
+    have = config.pos_embed_len - config.num_patches
+    want = int(config.class_token) if dialect.prefix_rows.startswith("class") else 0
+    prefix, patches = pos[:, :have], pos[:, have:]
+    if prefix[:, want:].count_nonzero():
+        fix = "make the model with no_embed_class=True"
+        raise ValueError(f"dialect {name!r} has no position embedding for class or register tokens; {fix}")
+    zeros = pos.new_zeros(1, max(want - have, 0), pos.shape[2])
+    return torch.cat([prefix[:, :want], zeros, patches], dim=1)
+
+
+def hf_config(config: ViTConfig, labels: list[str] | None = None) -> dict[str, Any]:
+    """config.json of the same model in Hugging Face's words; `ViTConfig.from_hf` reads it."""
+    names = {ours: theirs for theirs, ours in reversed(HF_ACTIVATIONS.items())}
+    words = {theirs: getattr(config, ours) for ours, (theirs, _default) in HF_WORDS.items()}
+    for word in ("image_size", "patch_size"):
+        words[word] = words[word][0] if len(set(words[word])) == 1 else list(words[word])
+    kind = "ViTForImageClassification" if config.num_classes else "ViTModel"
+    words |= {
+        "architectures": [kind],
+        "model_type": "vit",
+        "hidden_act": names[config.act_layer],
+        "intermediate_size": config.mlp_hidden_dim,
+        "encoder_stride": config.patch_size[0],
+    }
+    if config.num_classes:
+        if labels is None or len(labels) != config.num_classes:
+            labels = [f"LABEL_{index}" for index in range(config.num_classes)]
+        words["id2label"] = {str(index): label for index, label in enumerate(labels)}
+        words["label2id"] = {label: index for index, label in enumerate(labels)}
+    if config.representation_size:
+        words |= {"pooler_output_size": config.representation_size, "pooler_act": "tanh"}
+    return words
+
+
+def _hf_preprocessor(config: ViTConfig, cfg: dict[str, Any]) -> dict[str, Any]:
+    height, width = config.img_size
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(cfg["mean"]),
+        "image_std": list(cfg["std"]),
+        "rescale_factor": 1 / 255,
+        "size": {"height": height, "width": width},
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with files.replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
