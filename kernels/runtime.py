@@ -144,7 +144,8 @@ def use_triton(op: str, impl: str, tensors: Sequence[torch.Tensor | None], unsup
 
     Raises:
         ValueError: unknown ``impl``, or tensors on different devices.
-        RuntimeError: ``impl="triton"`` where the kernels cannot run. An explicit request never falls back.
+        RuntimeError: ``impl="triton"`` where the kernels cannot run. An explicit request never falls back. Or DTensors
+            and plain tensors are mixed.
     """
     if impl not in IMPLS:
         raise ValueError(f"{op}: impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
@@ -153,11 +154,17 @@ def use_triton(op: str, impl: str, tensors: Sequence[torch.Tensor | None], unsup
     for t in present[1:]:
         if t.device != x.device:
             raise ValueError(f"{op}: all tensors must be on one device, got {x.device} and {t.device}")
+    sharded = sum(type(t).__name__ == "DTensor" for t in present)
+    if 0 < sharded < len(present):
+        raise RuntimeError(
+            f"{op}: some of its tensors are sharded (DTensor) and some are not; give fully_shard whole blocks and the "
+            "model, and use their parameters only while they run"
+        )
 
     if impl == "reference":
         triton_, reason = False, "asked for with impl='reference'"
     else:
-        why_not = _why_not_triton(present) or unsupported
+        why_not = _why_not_triton(present) or unsupported or ("the kernels do not take DTensors" if sharded else None)
         if impl == "triton" and why_not is not None:
             raise RuntimeError(f"{op}: impl='triton' cannot run: {why_not}")
         if impl == "triton":

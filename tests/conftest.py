@@ -48,6 +48,8 @@ LAYERS = {
     "test_masking": "model",
     "test_model_autocast": "model",
     "test_training_options": "model",
+    "test_runtime": "runtime",
+    "test_distributed": "runtime",
     "test_bad_inputs": "bad inputs",
     "test_transforms": "bad inputs",
     "test_user_errors": "bad inputs",

@@ -83,17 +83,32 @@ class NoNorm(nn.Identity):
         super().__init__()
         self.impl = config.impl
 
-    def add(
-        self, x: Tensor, branch: Tensor, gamma: Tensor | None, row_scale: Tensor | None, **dropout: Any
-    ) -> tuple[Tensor, Tensor]:
-        if dropout:
-            branch = kernels.dropout(branch, *dropout.values(), impl=self.impl)
-        if gamma is not None:
-            branch = branch * gamma
-        if row_scale is not None:
-            branch = branch * row_scale.to(branch.dtype)[:, None, None]
-        x = x + branch
+    def add(self, x: Tensor, branch: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        x = add_branch(x, branch, **options, impl=self.impl)
         return x, x
+
+
+def add_branch(
+    x: Tensor, branch: Tensor, gamma: Tensor | None, row_scale: Tensor | None, impl: str, **dropout: Any
+) -> Tensor:
+    """x + row_scale · gamma · dropout(branch)."""
+    if dropout:
+        branch = kernels.dropout(branch, *dropout.values(), impl=impl)
+    if gamma is not None:
+        branch = branch * gamma
+    if row_scale is not None:
+        branch = branch * row_scale.to(branch.dtype)[:, None, None]
+    return x + branch
+
+
+def lent_norm(owner: nn.Module) -> LayerNorm | NoNorm | None:
+    """The norm that ``owner``, a block or the final norm, applies first, for the block before it to apply instead.
+
+    None where ``owner`` or its norm is anything but our own class: FSDP, say, makes a subclass of what it shards, and
+    has the parameters together only while that is called.
+    """
+    norm = owner.norm1 if type(owner) is Block else owner
+    return norm if type(norm) in (LayerNorm, NoNorm) else None
 
 
 class LayerScale(nn.Module):
@@ -158,6 +173,7 @@ class Block(nn.Module):
     def __init__(self, config: ViTConfig, index: int) -> None:
         super().__init__()
         scaled, path_rate, site = config.init_values is not None, config.block_drop_path_rate(index), 8 * index
+        self.impl = config.impl
         self.drop_rate, self.site = config.proj_drop_rate, site
         self.norm1 = LayerNorm(config)
         self.attn = Attention(config, index)
@@ -169,15 +185,23 @@ class Block(nn.Module):
         self.drop_path2 = DropPath(config, path_rate, site + PATH2)
 
     def forward(
-        self, x: Tensor, y: Tensor, next_norm: LayerNorm | NoNorm, seed: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The stream x [B, N, D] and y = norm1(x) in; the stream and next_norm of it out."""
+        self, x: Tensor, y: Tensor | None, next_norm: LayerNorm | NoNorm | None, seed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The stream x [B, N, D] and y = norm1(x) in; the stream and next_norm of it out.
+
+        Without y the block makes it; without next_norm there is no second result.
+        """
+        y = self.norm1(x) if y is None else y
         drop = dropping(self, seed, self.site + PROJ)
         gamma, path = self.ls1 and self.ls1.gamma, self.drop_path1(x, seed)
         x, y = self.norm2.add(x, self.attn(y, seed), gamma=gamma, row_scale=path, **drop)
         drop = dropping(self, seed, self.site + FC2)
         gamma, path = self.ls2 and self.ls2.gamma, self.drop_path2(x, seed)
-        return next_norm.add(x, self.mlp(y, seed), gamma=gamma, row_scale=path, **drop)
+        options = {"gamma": gamma, "row_scale": path} | drop
+        branch = self.mlp(y, seed)
+        if next_norm is None:
+            return add_branch(x, branch, **options, impl=self.impl), None
+        return next_norm.add(x, branch, **options)
 
 
 class Linear(nn.Linear):
