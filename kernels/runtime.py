@@ -17,6 +17,8 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 
 IMPLS = ("auto", "triton", "reference")
 
@@ -169,7 +171,7 @@ def use_triton(op: str, impl: str, tensors: Sequence[torch.Tensor | None], unsup
             raise RuntimeError(f"{op}: impl='triton' cannot run: {why_not}")
         if impl == "triton":
             triton_, reason = True, "asked for with impl='triton'" + (", interpreted" if INTERPRETED else "")
-        elif x.device.type != "cuda":
+        elif x.device.type != "cuda" and _compile_only is None:
             triton_, reason = False, f"auto: a {x.device.type} tensor runs the eager reference"
         else:
             triton_, reason = why_not is None, f"auto: {why_not or 'supported on this GPU'}"
@@ -270,14 +272,36 @@ class CompileOnly:
 _compile_only: CompileOnly | None = None
 
 
+class _NoGpu:
+    """Triton's driver for a GPU that is not there. One device index per architecture: Triton caches by index."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
 @contextlib.contextmanager
 def compile_only(target: CompileOnly) -> Iterator[None]:
-    """Makes `launch` compile for ``target.arch`` through the real JIT path and run nothing. Outputs stay unwritten."""
+    """Makes `launch` compile for ``target.arch`` through the real JIT path and run nothing. Outputs stay unwritten.
+
+    Tensors are on the CPU, with or without a GPU in the machine, and ``impl="auto"`` takes them for tensors on the GPU.
+    """
     global _compile_only
     previous, _compile_only = _compile_only, target
+    active = driver._active
+    driver.set_active(_NoGpu(target.arch))
     try:
         yield
     finally:
+        driver.set_active(active)
         _compile_only = previous
 
 

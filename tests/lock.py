@@ -36,9 +36,7 @@ import torch
 import triton
 from lock_cases import CASES, EXCUSED
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
-from triton.runtime import driver
 
 from vit.kernels import runtime
 
@@ -52,22 +50,6 @@ DTYPES = {arch: ["bf16"] for arch in SHARED_LIMIT} | {90: ["bf16", "fp16", "fp32
 TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 
 # ---- compiling -------------------------------------------------------------------------------------------------------
-
-
-class _NoGpu:
-    """The active driver of a machine without a GPU. One device index per architecture: Triton caches by index."""
-
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-
-    def get_current_device(self) -> int:
-        return self.arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
 
 
 @functools.cache
@@ -94,7 +76,6 @@ def _prepare() -> None:
 def compiling(arch: int, report: Callable[[str, dict[str, Any], Any], None]) -> Iterator[None]:
     """Inside, launches compile for ``arch``: ``report(kernel, arguments, compiled kernel or exception)`` for each."""
     _prepare()
-    driver.set_active(_NoGpu(arch))
     warmup = triton.JITFunction.warmup
 
     def warmup_and_report(self, **arguments):

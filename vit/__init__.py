@@ -10,6 +10,7 @@
 from vit import kernels, reference
 from vit.config import ViTConfig, get_config, list_models
 from vit.explain import explain
+from vit.graph import graph
 from vit.groups import param_groups_layer_decay
 from vit.model import VisionTransformer, create_model
 
@@ -20,6 +21,7 @@ __all__ = [
     "create_model",
     "explain",
     "get_config",
+    "graph",
     "kernels",
     "list_models",
     "param_groups_layer_decay",
