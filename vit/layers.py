@@ -42,7 +42,7 @@ class DropPath(Dropout):
         """x [B, ...] -> [B]; None where every branch stays."""
         if seed is None or self.p == 0.0 or not self.training:
             return None
-        ones = torch.ones(len(x), 1, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        ones = torch.ones(x.shape[0], 1, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         return super().forward(ones, seed)[:, 0]
 
 

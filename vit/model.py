@@ -233,7 +233,7 @@ class VisionTransformer(nn.Module):
     ) -> Tensor:
         """The stream [B, N, D] that enters the first block."""
         grid = self.config.check_image(image, interpolate_pos_encoding)
-        self.config.check_mask(mask, len(image), grid)
+        self.config.check_mask(mask, image.shape[0], grid)
         pos_embed = resize_pos_embed(self.pos_embed, self.config, grid)  # [1, N or N - R, D]
         masked = {} if mask is None else {"mask_token": self.mask_token, "bool_masked_pos": mask}
         x = self.patch_embed(image, pos_embed, self._prefix(), **masked)
