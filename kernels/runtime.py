@@ -160,7 +160,7 @@ def use_triton(op: str, impl: str, tensors: Sequence[torch.Tensor | None], unsup
     if 0 < sharded < len(present):
         raise RuntimeError(
             f"{op}: some of its tensors are sharded (DTensor) and some are not; give fully_shard whole blocks and the "
-            "model, and use their parameters only while they run"
+            "model, call the model itself, and name its other methods to register_fsdp_forward_method"
         )
 
     if impl == "reference":

@@ -25,7 +25,7 @@ def records():
     return {record["case"]: record for record in lines}, done.stderr
 
 
-@pytest.mark.parametrize("case", [*distributed.CASES, "refused"])
+@pytest.mark.parametrize("case", [*distributed.CASES, "other methods"])
 def test_two_processes(records, case):
     found, errors = records
     assert case in found, errors
