@@ -443,8 +443,8 @@ MUTANTS = [
     Mutant(
         "graph: hands out what the next replay overwrites",
         "vit/graph.py",
-        "t.clone() if",
-        "t if",
+        "return out.clone() if",
+        "return out if",
         ("tests/test_runtime.py::test_graph_returns_the_models_outputs_and_keeps_them",),
     ),
     Mutant(

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from peers import assert_same, outputs_and_gradients, randomise
+from peers import assert_same, import_transformers, outputs_and_gradients, randomise
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -123,12 +123,34 @@ def test_graph_of_any_module():
     torch.testing.assert_close(out["logits"], 12 * model(image).detach())
 
 
+def test_graph_of_a_hugging_face_model():
+    transformers = import_transformers()
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    model = transformers.ViTModel(transformers.ViTConfig(**small, image_size=16, patch_size=8)).eval()
+    image = torch.randn(2, 3, 16, 16)
+    run = captured(model, image, output_hidden_states=True)
+    out, other = run(image), run(image * 0.5)
+    with torch.no_grad():
+        expected = model(image, output_hidden_states=True)
+    assert type(out) is type(expected) and len(out.hidden_states) == 2
+    assert torch.equal(out.last_hidden_state, expected.last_hidden_state)
+    assert torch.equal(out.hidden_states[0], expected.hidden_states[0])
+    assert not torch.equal(other.pooler_output, expected.pooler_output)
+
+
+@dataclasses.dataclass
+class Unknown:
+    logits: torch.Tensor
+
+
 def bad_graphs():
     model, image = make()
     model.eval()
     run = captured(model, image)
     moved = captured(other := make()[0].eval(), image)
     other.double()
+    unknown = make()[0].eval()
+    unknown.register_forward_hook(lambda module, args, out: Unknown(out))
     half, _ = make()
     half.eval().blocks[1].mlp.train()
     return {
@@ -146,6 +168,7 @@ def bad_graphs():
         "no tensor": (lambda: run(None), TypeError, r"captured for 1 tensor\(s\), got \(NoneType\)"),
         "too many": (lambda: run(image, image), TypeError, r"got \(Tensor, Tensor\)"),
         "moved": (lambda: moved(image), RuntimeError, "moved or cast"),
+        "container": (lambda: captured(unknown, image)(image), TypeError, "cannot copy a Unknown"),
         "on a CPU": (lambda: vit.graph(model, image), RuntimeError, "needs a GPU, but the model is on cpu"),
         "training": (
             lambda: vit.graph(make()[0], image),

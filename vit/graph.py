@@ -64,7 +64,8 @@ class Graph:
         """The outputs of the model, as new tensors.
 
         Raises:
-            TypeError: not as many tensors as in the example.
+            TypeError: not as many tensors as in the example; the model returns a type of container that PyTorch's
+                pytree does not know.
             ValueError: another shape, dtype or device than the example's.
             RuntimeError: the model was moved or cast since.
         """
@@ -79,7 +80,15 @@ class Graph:
             raise RuntimeError("vit.graph: the model was moved or cast after it was captured; capture it again")
         for x, place in zip(inputs, self._inputs, strict=True):
             place.copy_(x)
-        return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, self._replay())
+        return tree_map(_copy, self._replay())
+
+
+def _copy(out: Any) -> Any:
+    if not isinstance(
+        out, Tensor | bool | int | float | str | None
+    ):  # may hold tensors that the next replay overwrites
+        raise TypeError(f"vit.graph: cannot copy a {type(out).__name__}; let the model return tensors, tuples or dicts")
+    return out.clone() if isinstance(out, Tensor) else out
 
 
 def _say(t: Tensor) -> str:
