@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -292,15 +293,21 @@ class _NoGpu:
 def compile_only(target: CompileOnly) -> Iterator[None]:
     """Makes `launch` compile for ``target.arch`` through the real JIT path and run nothing. Outputs stay unwritten.
 
+    PyTorch's own matrix products compute nothing, either; one thread at a time.
     Tensors are on the CPU, with or without a GPU in the machine, and ``impl="auto"`` takes them for tensors on the GPU.
     """
     global _compile_only
     previous, _compile_only = _compile_only, target
     active = driver._active
     driver.set_active(_NoGpu(target.arch))
+    with warnings.catch_warnings(action="ignore"):  # that these ops have a kernel already
+        products = torch.library.Library("aten", "IMPL")
+        products.impl("mm", lambda a, b: a.new_empty(a.shape[0], b.shape[1]), "CPU")
+        products.impl("addmm", lambda c, a, b, **_: a.new_empty(a.shape[0], b.shape[1]), "CPU")
     try:
         yield
     finally:
+        products._destroy()
         driver.set_active(active)
         _compile_only = previous
 
