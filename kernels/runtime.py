@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 
 IMPLS = ("auto", "triton", "reference")
 
@@ -144,7 +147,8 @@ def use_triton(op: str, impl: str, tensors: Sequence[torch.Tensor | None], unsup
 
     Raises:
         ValueError: unknown ``impl``, or tensors on different devices.
-        RuntimeError: ``impl="triton"`` where the kernels cannot run. An explicit request never falls back.
+        RuntimeError: ``impl="triton"`` where the kernels cannot run. An explicit request never falls back. Or DTensors
+            and plain tensors are mixed.
     """
     if impl not in IMPLS:
         raise ValueError(f"{op}: impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
@@ -153,16 +157,22 @@ def use_triton(op: str, impl: str, tensors: Sequence[torch.Tensor | None], unsup
     for t in present[1:]:
         if t.device != x.device:
             raise ValueError(f"{op}: all tensors must be on one device, got {x.device} and {t.device}")
+    sharded = sum(type(t).__name__ == "DTensor" for t in present)
+    if 0 < sharded < len(present):
+        raise RuntimeError(
+            f"{op}: some of its tensors are sharded (DTensor) and some are not; give fully_shard whole blocks and the "
+            "model, call the model itself, and name its other methods to register_fsdp_forward_method"
+        )
 
     if impl == "reference":
         triton_, reason = False, "asked for with impl='reference'"
     else:
-        why_not = _why_not_triton(present) or unsupported
+        why_not = _why_not_triton(present) or unsupported or ("the kernels do not take DTensors" if sharded else None)
         if impl == "triton" and why_not is not None:
             raise RuntimeError(f"{op}: impl='triton' cannot run: {why_not}")
         if impl == "triton":
             triton_, reason = True, "asked for with impl='triton'" + (", interpreted" if INTERPRETED else "")
-        elif x.device.type != "cuda":
+        elif x.device.type != "cuda" and _compile_only is None:
             triton_, reason = False, f"auto: a {x.device.type} tensor runs the eager reference"
         else:
             triton_, reason = why_not is None, f"auto: {why_not or 'supported on this GPU'}"
@@ -263,14 +273,42 @@ class CompileOnly:
 _compile_only: CompileOnly | None = None
 
 
+class _NoGpu:
+    """Triton's driver for a GPU that is not there. One device index per architecture: Triton caches by index."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
 @contextlib.contextmanager
 def compile_only(target: CompileOnly) -> Iterator[None]:
-    """Makes `launch` compile for ``target.arch`` through the real JIT path and run nothing. Outputs stay unwritten."""
+    """Makes `launch` compile for ``target.arch`` through the real JIT path and run nothing. Outputs stay unwritten.
+
+    PyTorch's own matrix products compute nothing, either; one thread at a time.
+    Tensors are on the CPU, with or without a GPU in the machine, and ``impl="auto"`` takes them for tensors on the GPU.
+    """
     global _compile_only
     previous, _compile_only = _compile_only, target
+    active = driver._active
+    driver.set_active(_NoGpu(target.arch))
+    with warnings.catch_warnings(action="ignore"):  # that these ops have a kernel already
+        products = torch.library.Library("aten", "IMPL")
+        products.impl("mm", lambda a, b: a.new_empty(a.shape[0], b.shape[1]), "CPU")
+        products.impl("addmm", lambda c, a, b, **_: a.new_empty(a.shape[0], b.shape[1]), "CPU")
     try:
         yield
     finally:
+        products._destroy()
+        driver.set_active(active)
         _compile_only = previous
 
 

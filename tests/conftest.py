@@ -52,6 +52,8 @@ LAYERS = {
     "test_weights": "checkpoints",
     "test_weights_files": "checkpoints",
     "test_weights_peers": "checkpoints",
+    "test_runtime": "runtime",
+    "test_distributed": "runtime",
     "test_bad_inputs": "bad inputs",
     "test_transforms": "bad inputs",
     "test_user_errors": "bad inputs",

@@ -21,7 +21,6 @@ import re
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context, parent_process
@@ -36,9 +35,7 @@ import torch
 import triton
 from lock_cases import CASES, EXCUSED
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
-from triton.runtime import driver
 
 from vit.kernels import runtime
 
@@ -54,25 +51,9 @@ TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.floa
 # ---- compiling -------------------------------------------------------------------------------------------------------
 
 
-class _NoGpu:
-    """The active driver of a machine without a GPU. One device index per architecture: Triton caches by index."""
-
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-
-    def get_current_device(self) -> int:
-        return self.arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-
 @functools.cache
 def _prepare() -> None:
-    """Once a process: kernels keep what ptxas said in their metadata, and PyTorch's matrix products compute nothing."""
+    """Once a process: kernels keep what ptxas said in their metadata."""
     triton.knobs.nvidia.dump_ptxas_log = True
     make_cubin = CUDABackend.make_cubin
 
@@ -83,18 +64,12 @@ def _prepare() -> None:
         return cubin
 
     CUDABackend.make_cubin = make_cubin_and_log
-    with warnings.catch_warnings(action="ignore"):
-        library = torch.library.Library("aten", "IMPL")
-        library.impl("mm", lambda a, b: a.new_empty(a.shape[0], b.shape[1]), "CPU")
-        library.impl("addmm", lambda c, a, b, **_: a.new_empty(a.shape[0], b.shape[1]), "CPU")
-    _prepare.library = library  # undone when collected
 
 
 @contextlib.contextmanager
 def compiling(arch: int, report: Callable[[str, dict[str, Any], Any], None]) -> Iterator[None]:
     """Inside, launches compile for ``arch``: ``report(kernel, arguments, compiled kernel or exception)`` for each."""
     _prepare()
-    driver.set_active(_NoGpu(arch))
     warmup = triton.JITFunction.warmup
 
     def warmup_and_report(self, **arguments):

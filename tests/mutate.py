@@ -430,8 +430,8 @@ MUTANTS = [
     Mutant(
         "model: norm1 of the block before",
         "vit/model.py",
-        "for block in blocks[1:]",
-        "for block in blocks[:-1]",
+        "[*blocks[1:], self.norm]",
+        "[*blocks[:-1], self.norm]",
         (f"{VIT}::test_cpu_path[plain]",),
     ),
     Mutant(
@@ -447,6 +447,20 @@ MUTANTS = [
         "type(module) in kinds",
         "True",
         ("tests/test_plain.py::test_counts",),
+    ),
+    Mutant(
+        "model: a wrapped final norm is left out",
+        "vit/model.py",
+        "if owner is self.norm and next_norm is None:",
+        "if owner is None:",
+        ("tests/test_runtime.py::test_wrapped_modules",),
+    ),
+    Mutant(
+        "graph: hands out what the next replay overwrites",
+        "vit/graph.py",
+        "return out.clone() if",
+        "return out if",
+        ("tests/test_runtime.py::test_graph_returns_the_models_outputs_and_keeps_them",),
     ),
     Mutant(
         "model: gamma is ignored where no norm follows",

@@ -61,6 +61,8 @@ def test_rehearsal(rehearsal, stage):
         assert seen >= OPS
     if stage in ("graphs", "checkpoint"):
         assert {r["impl"] for r in result["records"]} == {"triton", "auto"}
+    if stage == "graphs":
+        assert seen == {"vit", "vit.graph"}
     if stage == "time":
         timed = {(r["provider"], r["mode"]) for r in result["records"] if r.get("bench") == "vit"}
         assert timed == {(p, m) for p in ("ours", "reference") for m in ("fwd", "full")}

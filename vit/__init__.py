@@ -12,6 +12,7 @@ from vit.adapters import accelerate, restore
 from vit.adapters.backend import register_attention
 from vit.config import ViTConfig, get_config, list_models
 from vit.explain import explain
+from vit.graph import graph
 from vit.groups import param_groups_layer_decay
 from vit.model import VisionTransformer, create_model
 from vit.weights import CheckpointError, load_pretrained, save_pretrained
@@ -25,6 +26,7 @@ __all__ = [
     "create_model",
     "explain",
     "get_config",
+    "graph",
     "kernels",
     "list_models",
     "load_pretrained",

@@ -40,6 +40,24 @@ def _parser() -> argparse.ArgumentParser:
     )  # how the demo starts its second part
     demo.set_defaults(run=_demo)
 
+    warmup = commands.add_parser(
+        "warmup",
+        help="compiles the kernels that a model needs, ahead of its first call",
+        description="Compiles the kernels that a model needs into Triton's cache, ahead of its first call: one forward "
+        "of zeros on the GPU, with --train also a forward and backward. With --arch nothing runs and no GPU is needed: "
+        "the cache is for a machine with that GPU, the same package and the same Triton. Sizes matter little: Triton "
+        "compiles anew where a number of rows or columns is divisible by 16 and was not, or is 1.",
+    )
+    warmup.add_argument("model", metavar="MODEL", help="a name that `vit info` lists")
+    warmup.add_argument("--img-size", metavar="N|HxW", help="pixels (default: the model's own)")
+    warmup.add_argument("--batch-size", type=int, default=1, metavar="B", help="images (default: %(default)s)")
+    warmup.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="default: %(default)s")
+    warmup.add_argument("--autocast", action="store_true", help="fp32 parameters under torch.autocast to --dtype")
+    warmup.add_argument("--train", action="store_true", help="also what training needs")
+    warmup.add_argument("--device", default="cuda", help="the GPU to run on (default: %(default)s)")
+    warmup.add_argument("--arch", metavar="sm_90", help="compile for this GPU instead, without one")
+    warmup.set_defaults(run=_warmup)
+
     info = commands.add_parser(
         "info", help="versions, GPU, models", description="Versions, the GPU or that there is none, and the models."
     )
@@ -66,6 +84,16 @@ def _demo(args: argparse.Namespace) -> int:
     from vit import demo
 
     return 0 if (demo.demo_interpreted() if args.interpreted else demo.demo(args.out)) else 1
+
+
+def _warmup(args: argparse.Namespace) -> int:
+    from vit import warmup
+
+    try:
+        print(warmup.command(args))
+    except (ValueError, RuntimeError) as error:
+        return _fail("warmup", str(error))
+    return 0
 
 
 def _info(args: argparse.Namespace) -> int:

@@ -64,6 +64,10 @@ def init_weights(model: nn.Module, seed: int | None = None) -> None:
         else:
             raise ValueError(f"no initialisation is known for parameter {name!r} of shape {tuple(param.shape)}")
         if value is not param:
+            if hasattr(param, "placements"):  # a DTensor: every rank drew the same and keeps its part
+                from torch.distributed.tensor import distribute_tensor
+
+                value = distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
             param.copy_(value)
 
 

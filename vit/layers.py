@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vit import kernels
 from vit.config import ViTConfig
 from vit.kernels import reference
-from vit.plain import LINEAR, linear, plain
+from vit.plain import LINEAR, hooked, linear, plain
 
 # What a dropout mask belongs to: its site is 8 · block + one of these. The last two belong to no block.
 ATTN, PROJ, ACT, FC2, PATH1, PATH2, POS, HEAD = range(8)
@@ -44,7 +44,7 @@ class DropPath(Dropout):
         """x [B, ...] -> [B]; None where every branch stays."""
         if seed is None or self.p == 0.0 or not self.training:
             return None
-        ones = torch.ones(len(x), 1, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        ones = torch.ones(x.shape[0], 1, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         return super().forward(ones, seed)[:, 0]
 
 
@@ -60,7 +60,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, image: Tensor, pos_embed: Tensor, prefix: Tensor | None, **mask: Tensor | None) -> Tensor:
         """[B, C, H, W] -> [B, R + N, D] with the R prefix tokens in front and the position embedding added."""
-        if not plain(self.proj, (nn.Conv2d,)):
+        if type(self.proj) is not nn.Conv2d or hooked(self.proj):
             raise RuntimeError(
                 "patch_embed.proj is not called: its weight is read by an op that also adds the position embedding. "
                 "Remove its hooks, parametrisation or wrapper, or put them on patch_embed"
@@ -80,16 +80,16 @@ class LayerNorm(nn.LayerNorm):
 
 
 def add_norm(
-    norm: nn.Module,
+    norm: nn.Module | None,
     x: Tensor,
     branch: Tensor,
     gamma: Tensor | None,
     row_scale: Tensor | None,
     impl: str,
     **dropout: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """(x + row_scale · gamma · dropout(branch), ``norm`` of it); one op where the norm is a plain LayerNorm."""
-    if plain(norm, (LayerNorm,)):
+    if norm is not None and plain(norm, (LayerNorm,)):
         options = {"gamma": gamma, "row_scale": row_scale, "impl": impl} | dropout
         return kernels.residual_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, **options)
     if dropout:
@@ -99,7 +99,17 @@ def add_norm(
     if row_scale is not None:
         branch = branch * row_scale.to(branch.dtype)[:, None, None]
     x = x + branch
-    return x, norm(x)
+    return x, None if norm is None else norm(x)
+
+
+def lent_norm(owner: nn.Module) -> nn.Module | None:
+    """The norm that ``owner``, a block or the final norm, applies first, for the block before it to apply instead.
+
+    None where calling ``owner`` or its norm may do more, as hooks do, or where it is not our own class: FSDP, say,
+    makes a subclass of what it shards, and has the parameters together only while that is called.
+    """
+    norm = owner.norm1 if type(owner) is Block else owner
+    return norm if not hooked(owner) and plain(norm, (LayerNorm,)) else None
 
 
 class LayerScale(nn.Module):
@@ -180,8 +190,14 @@ class Block(nn.Module):
         self.ls2 = LayerScale(config) if scaled else None
         self.drop_path2 = DropPath(config, path_rate, site + PATH2)
 
-    def forward(self, x: Tensor, y: Tensor, next_norm: nn.Module, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The stream x [B, N, D] and y = norm1(x) in; the stream and next_norm of it out."""
+    def forward(
+        self, x: Tensor, y: Tensor | None, next_norm: nn.Module | None, seed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The stream x [B, N, D] and y = norm1(x) in; the stream and next_norm of it out.
+
+        Without y the block makes it; without next_norm there is no second result.
+        """
+        y = self.norm1(x) if y is None else y
         drop = dropping(self, seed, self.site + PROJ)
         gamma, path = self.ls1 and self.ls1.gamma, self.drop_path1(x, seed)
         x, y = add_norm(self.norm2, x, self.attn(y, seed), gamma, path, self.impl, **drop)

@@ -14,7 +14,7 @@ from vit import kernels
 from vit.config import ViTConfig, get_config
 from vit.groups import MATCHER, NO_WEIGHT_DECAY
 from vit.init import init_weights
-from vit.layers import HEAD, POS, Block, Dropout, LayerNorm, Linear, PatchEmbed, PreLogits
+from vit.layers import HEAD, POS, Block, Dropout, LayerNorm, Linear, PatchEmbed, PreLogits, lent_norm
 from vit.tokens import PatchDrop, resize_pos_embed, take_indices
 
 
@@ -211,9 +211,10 @@ class VisionTransformer(nn.Module):
         """
         taken, seed, maps = take_indices(self.config.depth, layers), self._seed(image), {}
         x = self._embed(image, bool_masked_pos, interpolate_pos_encoding, seed)
-        for index, (_stream, normalised) in enumerate(self._run(x, self.config.depth, seed)):
+        for index, (stream, normalised) in enumerate(self._run(x, self.config.depth, seed)):
             y = normalised
             if index in taken:
+                y = self.blocks[index].norm1(stream) if y is None else y
                 maps[index] = kernels.attention_probs(*self.blocks[index].attn.heads(y)[:2])
         return self.forward_head(y, dropout_seed=seed), maps
 
@@ -232,23 +233,30 @@ class VisionTransformer(nn.Module):
     ) -> Tensor:
         """The stream [B, N, D] that enters the first block."""
         grid = self.config.check_image(image, interpolate_pos_encoding)
-        self.config.check_mask(mask, len(image), grid)
+        self.config.check_mask(mask, image.shape[0], grid)
         pos_embed = resize_pos_embed(self.pos_embed, self.config, grid)  # [1, N or N - R, D]
         masked = {} if mask is None else {"mask_token": self.mask_token, "bool_masked_pos": mask}
         x = self.patch_embed(image, pos_embed, self._prefix(), **masked)
         return self.norm_pre(self.patch_drop(self.pos_drop(x, seed)))
 
-    def _run(self, x: Tensor, depth: int, seed: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Runs the first ``depth`` blocks. Yields the stream and its next normalisation, before and after each."""
+    def _run(self, x: Tensor, depth: int, seed: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Runs the first ``depth`` blocks. Yields the stream and its next normalisation, before and after each.
+
+        A block also applies the norm after it, one op with its last add. That norm belongs to the next block, and is
+        None where it cannot be lent, see `lent_norm`: then the next block normalises for itself.
+        """
         blocks = self.blocks[:depth]
-        next_norms = [*(block.norm1 for block in blocks[1:]), self.norm]
-        y = blocks[0].norm1(x)  # [B, N, D]
+        first = lent_norm(blocks[0])
+        y = first and first(x)  # [B, N, D]
         yield x, y
-        for block, next_norm in zip(blocks, next_norms, strict=True):
+        for block, owner in zip(blocks, [*blocks[1:], self.norm], strict=True):
+            next_norm = lent_norm(owner)
             if self.grad_checkpointing and torch.is_grad_enabled():  # a block draws no random numbers
                 x, y = checkpoint(block, x, y, next_norm, seed, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, y = block(x, y, next_norm, seed)  # [B, N, D] each
+            if owner is self.norm and next_norm is None:
+                y = owner(x)
             yield x, y
 
     def get_classifier(self) -> nn.Module:

@@ -77,7 +77,7 @@ class DropSamples(Drop):
     """Stochastic depth: drops whole samples of a branch ``[B, N, D]``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * super().forward(x.new_ones(len(x), 1)).unsqueeze(2)
+        return x * super().forward(x.new_ones(x.shape[0], 1)).unsqueeze(2)
 
 
 class PatchEmbed(nn.Module):
@@ -256,7 +256,7 @@ class VisionTransformer(nn.Module):
         """All tokens ``[B, N, D]`` after the last block (and ``norm``, unless there is an ``fc_norm``)."""
         config, mask = self.config, bool_masked_pos
         grid = config.check_image(image, interpolate_pos_encoding)
-        config.check_mask(mask, len(image), grid)
+        config.check_mask(mask, image.shape[0], grid)
         pos = interpolate_pos_embed(self.pos_embed, config.grid_size, grid, config.interpolation)
         if mask is not None:  # hidden pixels are cut off before the product that would multiply a NaN by 0
             rows, columns = config.patch_size
@@ -265,7 +265,7 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed(image)  # [B, num_patches, D]
         if mask is not None:
             x = torch.where(mask.unsqueeze(2), self.mask_token, x)
-        prefix = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+        prefix = [t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
         x = torch.cat([*prefix, x + pos], dim=1) if config.no_embed_class else torch.cat([*prefix, x], dim=1) + pos
         x = self.norm_pre(self.patch_drop(self.pos_drop(x)))
         return self.norm(self.blocks(x))  # [B, N, D]

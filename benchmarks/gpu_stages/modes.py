@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 from collections.abc import Callable
 
 import torch
@@ -12,6 +11,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from benchmarks.gpu_stages import cases
 from benchmarks.gpu_stages.record import Log
+from vit.graph import Graph, capture, graph
 
 IMPLS = ("triton", "auto")  # every product by our kernel; plain ones by cuBLAS
 
@@ -42,11 +42,12 @@ def _on_side_stream(case: cases.Case, device: torch.device) -> dict:
 
 
 def graphs(log: Log, rehearse: bool) -> None:
-    """A small ViT, captured once, replayed with other images: the forward alone, and forward and backward."""
+    """A small ViT, captured once, replayed with other images: its forward, forward and backward, and `vit.graph`."""
     device = cases.device(rehearse)
     for impl in IMPLS:
         for mode in ("fwd", "full"):
             log.attempt(functools.partial(_replayed, device, rehearse, impl, mode), op="vit", impl=impl, mode=mode)
+        log.attempt(functools.partial(_through_vit_graph, device, rehearse, impl), op="vit.graph", impl=impl)
 
 
 def _replayed(device: torch.device, rehearse: bool, impl: str, mode: str) -> dict:
@@ -60,7 +61,8 @@ def _replayed(device: torch.device, rehearse: bool, impl: str, mode: str) -> dic
         return cases.model_results(model, x, cotangent)
 
     static = image.clone()
-    replay = _captured(functools.partial(run, static))
+    run_static = functools.partial(run, static)
+    replay = run_static if rehearse else capture(run_static, device)
     records = []
     for other in others:
         static.copy_(other)
@@ -69,27 +71,14 @@ def _replayed(device: torch.device, rehearse: bool, impl: str, mode: str) -> dic
     return next((r for r in records if not r["ok"]), records[0]) | {"times": len(records)}
 
 
-def _captured(run: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
-    """A function that replays ``run`` and returns the same tensors every time; on a CPU, ``run`` itself."""
-    if not torch.cuda.is_available():
-        return run
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compiles the kernels and makes cuBLAS allocate, neither of which can be captured
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    gc.collect()  # no autograd node of the warm-up may live on: it would wait for a stream outside the capture
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outs = run()
-
-    def replay() -> list[Tensor]:
-        graph.replay()
-        return outs
-
-    return replay
+def _through_vit_graph(device: torch.device, rehearse: bool, impl: str) -> dict:
+    """As a user calls it: what one call returned stays what it is while the next replays."""
+    model, image, _ = cases.small_model(device, rehearse, impl)
+    others = [torch.randn_like(image) for _ in range(2)]
+    with torch.no_grad():
+        expected = [model.eval()(x) for x in others]
+    run = Graph(model, (image,), {}, lambda run, device: run) if rehearse else graph(model, image)
+    return cases.same_bits(expected, [[run(x) for x in others]])
 
 
 def checkpoint(log: Log, rehearse: bool) -> None:

@@ -1,0 +1,422 @@
+"""What PyTorch does with a model beside calling it: graphs, export, checkpointing, frozen parts, memory made later."""
+
+import collections
+import dataclasses
+import functools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from peers import assert_same, import_transformers, outputs_and_gradients, randomise
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import vit
+from vit import cli
+from vit.graph import Graph, check
+from vit.init import init_weights
+
+SMALL = vit.ViTConfig(
+    img_size=(8, 16), patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5, init_values=0.5, mlp_ratio=2.0
+)
+DROPS = {"proj_drop_rate": 0.2, "attn_drop_rate": 0.1, "drop_path_rate": 0.3}
+
+
+def make(impl="auto", device="cpu", **options):
+    """A model with weights that matter, and images."""
+    model = vit.VisionTransformer(dataclasses.replace(SMALL, impl=impl, **options), seed=0).to(device)
+    randomise(model)
+    return model, torch.randn(3, 3, 8, 16, generator=torch.Generator().manual_seed(1)).to(device)
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of our ops, forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "vit":
+            self.count[func.__name__.split(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def results(model, image):
+    torch.manual_seed(0)  # of what is dropped
+    return outputs_and_gradients(model, model, image)
+
+
+# ---- CUDA graphs -----------------------------------------------------------------------------------------------------
+
+
+def capture(run, device):
+    """What a captured graph does, without a GPU: every replay writes its results to the same place."""
+    first = run()
+
+    def replay():
+        tree_map(lambda place, t: place.copy_(t) if isinstance(t, torch.Tensor) else None, first, run())
+        return first
+
+    return replay
+
+
+def captured(model, *example, **options):
+    """`vit.graph` but for the capture."""
+    check(model, example, options)
+    return Graph(model, example, options, capture)
+
+
+def test_graph_returns_the_models_outputs_and_keeps_them():
+    model, image = make()
+    run = captured(model.eval(), torch.full_like(image, float("nan")))
+    first = run(image)
+    kept = first.clone()
+    second = run(image.flip(0).requires_grad_())
+    with torch.no_grad():
+        assert (
+            torch.equal(first, kept) and torch.equal(first, model(image)) and torch.equal(second, model(image.flip(0)))
+        )
+    assert not second.requires_grad
+    with torch.no_grad():
+        model.head.bias.add_(1.0)  # where the parameters are, their values are read again
+    torch.testing.assert_close(run(image), first + 1.0)
+    with torch.inference_mode():
+        torch.testing.assert_close(run(image), first + 1.0)
+
+
+def test_graph_made_in_inference_mode_runs_outside():
+    model, image = make()
+    with torch.inference_mode():
+        run = captured(model.eval(), image)
+    assert torch.equal(run(image), run(image.clone()))
+
+
+def test_graph_keeps_the_autocast_of_its_capture():
+    model, image = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        run, expected = captured(model.eval(), image), model(image)
+    assert expected.dtype is torch.bfloat16 and run(image).dtype is torch.bfloat16
+
+
+class Wrapped(torch.nn.Module):
+    """Another library's kind of model: two inputs, an option, a dictionary out."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image, scale, twice=False):
+        logits = self.model(image) * scale
+        return {"logits": logits * 2 if twice else logits, "name": "wrapped"}
+
+
+def test_graph_of_any_module():
+    model, image = make()
+    wrapped, scale = Wrapped(model).eval(), torch.tensor(3.0)
+    out = captured(wrapped, image, scale, twice=True)(image, scale * 2)
+    assert out["name"] == "wrapped"
+    torch.testing.assert_close(out["logits"], 12 * model(image).detach())
+
+
+@pytest.mark.peers
+def test_graph_of_a_hugging_face_model():
+    transformers = import_transformers()
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    model = transformers.ViTModel(transformers.ViTConfig(**small, image_size=16, patch_size=8)).eval()
+    image = torch.randn(2, 3, 16, 16)
+    run = captured(model, image, output_hidden_states=True)
+    out, other = run(image), run(image * 0.5)
+    with torch.no_grad():
+        expected = model(image, output_hidden_states=True)
+    assert type(out) is type(expected) and len(out.hidden_states) == 2
+    assert torch.equal(out.last_hidden_state, expected.last_hidden_state)
+    assert torch.equal(out.hidden_states[0], expected.hidden_states[0])
+    assert not torch.equal(other.pooler_output, expected.pooler_output)
+
+
+@dataclasses.dataclass
+class Unknown:
+    logits: torch.Tensor
+
+
+def bad_graphs():
+    model, image = make()
+    model.eval()
+    run = captured(model, image)
+    moved = captured(other := make()[0].eval(), image)
+    other.double()
+    unknown = make()[0].eval()
+    unknown.register_forward_hook(lambda module, args, out: Unknown(out))
+    half, _ = make()
+    half.eval().blocks[1].mlp.train()
+    return {
+        "shape": (
+            lambda: run(image[:2]),
+            ValueError,
+            r"captured for torch.float32 \[3, 3, 8, 16\] on cpu, got .*\[2, 3",
+        ),
+        "dtype": (
+            lambda: run(image.double()),
+            ValueError,
+            r"got torch.float64 \[3, 3, 8, 16\] on cpu; capture another",
+        ),
+        "device": (lambda: run(image.to("meta")), ValueError, "on meta"),
+        "no tensor": (lambda: run(None), TypeError, r"captured for 1 tensor\(s\), got \(NoneType\)"),
+        "too many": (lambda: run(image, image), TypeError, r"got \(Tensor, Tensor\)"),
+        "moved": (lambda: moved(image), RuntimeError, "moved or cast"),
+        "container": (lambda: captured(unknown, image)(image), TypeError, "cannot copy a Unknown"),
+        "on a CPU": (lambda: vit.graph(model, image), RuntimeError, "needs a GPU, but the model is on cpu"),
+        "training": (
+            lambda: vit.graph(make()[0], image),
+            ValueError,
+            r"VisionTransformer is in training; call model.ev",
+        ),
+        "a part in training": (lambda: vit.graph(half, image), ValueError, r"blocks.1.mlp is in training"),
+        "two devices": (lambda: vit.graph(model, image.to("meta")), ValueError, r"got meta and cpu \(cls_token\)"),
+        "no example": (lambda: vit.graph(model, ()), TypeError, "example must be a tensor"),
+        "a list": (lambda: vit.graph(model, [[1.0]]), TypeError, "example must be a tensor"),
+        "tensor option": (lambda: vit.graph(model, image, mask=image), TypeError, "mask is a tensor"),
+    }
+
+
+@pytest.mark.parametrize("case", bad_graphs())
+def test_graph_refuses(case):
+    call, error, message = bad_graphs()[case]
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_graph_on_a_gpu(impl):
+    model, image = make(impl, "cuda")
+    run = vit.graph(model.eval(), image)
+    others = [torch.randn_like(image) for _ in range(3)]
+    with torch.no_grad():
+        for out, x in zip([run(x) for x in others], others, strict=True):
+            assert torch.equal(out, model(x))
+    with pytest.raises(ValueError, match="capture another graph"):
+        run(image[:2])
+
+
+# ---- vit warmup ------------------------------------------------------------------------------------------------------
+
+WARMUP = """
+import sys
+from pathlib import Path
+import torch
+from vit import cli, kernels
+from vit.warmup import warm_up
+
+class Norm(torch.nn.LayerNorm):
+    def forward(self, x):
+        return kernels.layer_norm(x, self.weight, self.bias)
+
+norm, state = Norm(64), torch.get_rng_state()
+found = warm_up(norm, torch.zeros(16, 64), train=True, arch=90)
+assert (found.compiled, found.cached) == (3, 0), found  # forward for each mode, backward
+assert norm.training and norm.weight.grad is None and torch.equal(state, torch.get_rng_state())
+assert len(list(Path(sys.argv[1]).glob("*/*.cubin"))) == 3 and found.cache == Path(sys.argv[1])
+assert (torch.ones(2, 2) @ torch.ones(2, 2) == 2.0).all()  # compile-only has given its place back
+codes = [cli.main(["warmup", *words]) for words in (
+    ["vit_tiny_patch16_224", "--arch", "sm_80", "--img-size", "32x48", "--dtype", "fp16"],
+    ["vit_tiny_patch16_225", "--arch", "sm_90"],
+    ["vit_tiny_patch16_224", "--arch", "90"],
+    ["vit_tiny_patch16_224", "--arch", "sm_75"],
+    ["vit_tiny_patch16_224", "--img-size", "a", "--arch", "sm_90"],
+    ["vit_tiny_patch16_224", "--device", "cpu"],
+    ["vit_tiny_patch16_224", "--batch-size", "0"],
+    ["vit_tiny_patch16_224"],
+)]
+assert codes == [0] + [2] * 6 + [0 if torch.cuda.is_available() else 2], codes
+"""
+
+
+def test_warmup(tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", WARMUP, str(tmp_path)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second, third = done.stdout.splitlines()[:3]
+    assert first == "vit_tiny_patch16_224, 1 x 32 x 48 pixels, fp16, inference, for sm_80, from here"
+    assert second.split(",")[0] == f"{len(list(tmp_path.glob('*/*.cubin'))) - 3} kernels compiled"
+    assert third == f"cache: {tmp_path}"
+    for message in ("did you mean 'vit_tiny", "write sm_90", "8.0 (sm_80)", "write 224 or", "cuda:0", "at least 1"):
+        assert message in done.stderr
+    if not torch.cuda.is_available():
+        assert "no NVIDIA GPU was found; --arch sm_90" in done.stderr
+
+
+@pytest.mark.interpreted
+def test_warmup_says_that_nothing_is_compiled(capsys):
+    assert cli.main(["warmup", "vit_tiny_patch16_224", "--arch", "sm_90"]) == 2
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
+
+
+# ---- export ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("impl", "strict"), [("auto", False), ("triton", False), ("triton", True)])
+def test_export_with_any_batch(impl, strict, device, tmp_path):
+    model, image = make(impl, device if impl == "triton" else "cpu", depth=1, reg_tokens=1)
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(model.eval(), (image,), dynamic_shapes=({0: batch},), strict=strict)
+    ops = {str(node.target) for node in program.graph.nodes if str(node.target).startswith("vit.")}
+    kinds = ("patch_embed", "layer_norm", "linear", "attention", "mlp")
+    assert ops == ({f"vit.{kind}_fwd.default" for kind in kinds} if impl == "triton" else set())
+    torch.export.save(program, tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    for size in (1, 2):
+        x = torch.randn(size, 3, 8, 16).to(image)
+        assert torch.equal(loaded(x), model(x)), size
+
+
+# ---- checkpointing ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_by_the_user(reentrant):
+    model, image = make(**DROPS)
+    direct = results(model, image)
+    for block in model.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=reentrant)
+    torch.manual_seed(0)
+    image = image.clone().requires_grad_()
+    out = model(image)
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(9)))  # grad() is not for the reentrant
+    found = {"output": out, "image": image.grad} | {k: p.grad for k, p in model.named_parameters()}
+    assert all(torch.equal(direct[k], found[k]) for k in direct)
+
+
+def test_selective_checkpointing_by_the_names_of_our_ops(device):
+    model, image = make("triton", device, depth=1)
+    direct = results(model, image)
+    kept = {torch.ops.vit.attention_fwd.default, torch.ops.vit.linear_fwd.default}
+
+    def policy(ctx, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    (block,) = model.blocks
+    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+    with Calls() as calls:
+        found = results(model, image)
+    assert all(torch.equal(direct[k], found[k]) for k in direct)
+    # Of a block: qkv, proj; of the model: the head. The norms before and after the MLP and the MLP itself run twice.
+    assert calls.count["attention_fwd"] == 1 and calls.count["linear_fwd"] == 3
+    assert calls.count["mlp_fwd"] == 2 and calls.count["layer_norm_fwd"] == 1 + 2 * 2
+
+
+def subclassed(module):
+    module.__class__ = type("Own", (type(module),), {})
+    return module
+
+
+@pytest.mark.parametrize("wrap", [checkpoint_wrapper, subclassed])
+def test_wrapped_modules(wrap):
+    """A wrapped block, or final norm, normalises for itself: the same results up to rounding."""
+    model, image = make(depth=3, **DROPS)
+    direct, maps = results(model, image), model.eval().attention_maps(image)[1]
+    model.blocks[0], model.blocks[2], model.norm = map(wrap, (model.blocks[0], model.blocks[2], model.norm))
+    torch.testing.assert_close(model.attention_maps(image)[1], maps)
+    found = results(model.train(), image)
+    assert_same(dict(zip(direct, found.values(), strict=True)), direct, 1e-5)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_gradients_accumulate(impl, device):
+    """Two backwards into the same .grad are the gradient of both batches together."""
+    model, image = make(impl, device if impl == "triton" else "cpu", depth=1)
+    image, other, cotangent = image[:1], image[1:2], torch.randn(1, 5).to(image)
+    whole = torch.autograd.grad(model(torch.cat([image, other])), list(model.parameters()), cotangent.repeat(2, 1))
+    for x in (image, other):
+        model(x).backward(cotangent)
+    names = [name for name, _ in model.named_parameters()]
+    assert_same({n: p.grad for n, p in model.named_parameters()}, dict(zip(names, whole, strict=True)), 1e-4)
+    before = [p.grad.clone() for p in model.parameters()]
+    model(other).backward(torch.zeros_like(cotangent))
+    assert all(torch.equal(p.grad, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def freeze_backbone(model):
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+
+
+def freeze_first_block(model):
+    for part in (model.patch_embed, model.blocks[0]):
+        part.requires_grad_(False)
+    for token in (model.cls_token, model.pos_embed):
+        token.requires_grad_(False)
+
+
+FROZEN = {
+    freeze_backbone: {"linear_bwd": 1},
+    # The first norm of the second block is applied by the first, whose last add is then the deepest backward.
+    freeze_first_block: {"linear_bwd": 3, "attention_bwd": 1, "mlp_bwd": 1, "layer_norm_bwd": 3},
+}
+
+
+@pytest.mark.parametrize("freeze", FROZEN)
+def test_frozen_parameters_cost_no_backward(freeze, device):
+    model, image = make("triton", device)
+    image, cotangent = image[:1], torch.randn(1, 5).to(image)
+    everything = dict(
+        zip(
+            dict(model.named_parameters()),
+            torch.autograd.grad(model(image), list(model.parameters()), cotangent),
+            strict=True,
+        )
+    )
+    freeze(model)
+    with Calls() as calls:
+        model(image).backward(cotangent)
+    assert {op: n for op, n in calls.count.items() if op.endswith("_bwd")} == FROZEN[freeze]
+    for name, param in model.named_parameters():
+        assert torch.equal(param.grad, everything[name]) if param.requires_grad else param.grad is None, name
+
+
+def test_inference_mode():
+    model, image = make()
+    model.eval()
+    with torch.inference_mode():
+        out = model(image)
+    saved = []
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(saved.append, lambda t: t):
+        assert torch.equal(model(image), out)
+    assert out.is_inference() and not out.requires_grad and not saved
+    model(image).sum().backward()
+    assert model.cls_token.grad.any()
+
+
+def test_second_derivatives_through_kernels_raise(device):
+    model, image = make("triton", device, depth=1)
+    (grad,) = torch.autograd.grad(model(image.requires_grad_()).square().sum(), image, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"Trying to backward through vit\."):
+        grad.square().sum().backward()
+
+
+# ---- memory made later -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight_init", ["", "jax"])
+def test_made_on_meta_then_initialised(weight_init):
+    config = dataclasses.replace(SMALL, weight_init=weight_init, reg_tokens=2)
+    model = vit.VisionTransformer(config, device="meta")
+    assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    model.to_empty(device="cpu")
+    init_weights(model, seed=5)
+    want = vit.VisionTransformer(config, seed=5)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), want.parameters(), strict=True))
+    image = torch.randn(2, 3, 8, 16)
+    assert torch.equal(model(image), want(image))
+    empty = vit.VisionTransformer(config, device="meta")
+    empty.load_state_dict(want.state_dict(), assign=True)
+    assert torch.equal(empty(image), want(image))

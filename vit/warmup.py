@@ -1,0 +1,143 @@
+"""`vit warmup`: compiles the kernels that a model needs, ahead of its first call."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from vit.kernels import runtime
+from vit.model import create_model
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclasses.dataclass
+class Compilations:
+    """How many kernels Triton compiled or found in its cache; what the process had loaded before is not counted."""
+
+    compiled: int = 0
+    cached: int = 0
+    seconds: float = 0.0
+
+    @property
+    def cache(self) -> Path:
+        return Path(triton.knobs.cache.dir)
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[Compilations]:
+    """Counts what Triton compiles inside."""
+    found, previous, start = Compilations(), triton.knobs.compilation.listener, time.perf_counter()
+
+    def listen(*, cache_hit: bool, **_: object) -> None:
+        if cache_hit:
+            found.cached += 1
+        else:
+            found.compiled += 1
+
+    triton.knobs.compilation.listener = listen
+    try:
+        yield found
+    finally:
+        triton.knobs.compilation.listener = previous
+        found.seconds = time.perf_counter() - start
+
+
+def warm_up(model: nn.Module, *example: Tensor, train: bool = False, arch: int | None = None) -> Compilations:
+    """Compiles the kernels of a forward of ``model`` without gradients, and of one with its backward in training.
+
+    The model's mode, gradients and random numbers are left as they were. Autocast applies where it is on.
+
+    Args:
+        model: any module on a GPU; with ``arch``, on the CPU.
+        *example: its arguments, of the shapes and dtypes to come.
+        train: the second pass, too.
+        arch: compile for GPUs of this compute capability times ten instead of running on one.
+
+    Raises:
+        RuntimeError: the kernels are interpreted, or the example is not on a GPU.
+    """
+    device = example[0].device
+    if runtime.INTERPRETED:
+        raise RuntimeError("TRITON_INTERPRET is set, so no kernel can be compiled in this process")
+    if arch is None and device.type != "cuda":
+        raise RuntimeError(f"kernels are compiled for an NVIDIA GPU, and the example is on {device.type}")
+    target = runtime.CompileOnly(arch, lambda *_: None) if arch is not None else None
+    modes = {module: module.training for module in model.modules()}
+    devices = [device.index or 0] if device.type == "cuda" else []
+    try:
+        with counting() as found, runtime.compile_only(target) if target else contextlib.nullcontext():
+            with torch.random.fork_rng(devices), torch.no_grad():
+                model.eval()(*example)
+            if train:
+                with torch.random.fork_rng(devices), torch.enable_grad():
+                    outs = [
+                        t for t in tree_leaves(model.train()(*example)) if isinstance(t, Tensor) and t.requires_grad
+                    ]
+                    wanted = [p for p in model.parameters() if p.requires_grad]
+                    torch.autograd.grad(outs, wanted, [torch.zeros_like(t) for t in outs], allow_unused=True)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return found
+
+
+def command(args: argparse.Namespace) -> str:
+    """What `vit warmup` does and says.
+
+    Raises:
+        ValueError: an argument that means nothing. RuntimeError: nothing can be compiled here.
+    """
+    arch, dtype = _arch(args.arch), DTYPES[args.dtype]
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
+    if arch is None and torch.device(args.device).type != "cuda":
+        raise ValueError(f"--device {args.device}: kernels are compiled for NVIDIA GPUs, so name one, e.g. cuda:0")
+    if arch is None and not torch.cuda.is_available():
+        raise RuntimeError("no NVIDIA GPU was found; --arch sm_90, say, compiles for one that is in another machine")
+    device = torch.device("cpu" if arch is not None else args.device)
+    size = {"img_size": _size(args.img_size)} if args.img_size else {}
+    model = create_model(args.model, device=device, dtype=torch.float32 if args.autocast else dtype, **size)
+    height, width = model.config.img_size
+    image = torch.zeros(
+        args.batch_size, model.config.in_chans, height, width, device=device, dtype=model.pos_embed.dtype
+    )
+    with torch.autocast(device.type, dtype, enabled=args.autocast):
+        found = warm_up(model, image, train=args.train, arch=arch)
+    where = f"sm_{arch}, from here" if arch else torch.cuda.get_device_name(device)
+    passes = "inference and training" if args.train else "inference"
+    return (
+        f"{args.model}, {args.batch_size} x {height} x {width} pixels, {args.dtype}{' autocast' * args.autocast}, "
+        f"{passes}, for {where}\n"
+        f"{found.compiled} kernels compiled, {found.cached} were in the cache, {found.seconds:.1f} s\n"
+        f"cache: {found.cache}"
+    )
+
+
+def _arch(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not re.fullmatch(r"sm_\d{2,3}", text):
+        raise ValueError(f"--arch {text} is not understood; write sm_90 for compute capability 9.0")
+    if int(text[3:]) < 80:
+        raise ValueError(f"--arch {text}: the kernels need compute capability 8.0 (sm_80) or newer")
+    return int(text[3:])
+
+
+def _size(text: str) -> tuple[int, int]:
+    if not re.fullmatch(r"\d+(x\d+)?", text):
+        raise ValueError(f"--img-size {text} is not understood; write 224 or 224x288, height first")
+    height, _, width = text.partition("x")
+    return int(height), int(width or height)
