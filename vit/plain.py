@@ -20,7 +20,7 @@ LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
 def hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its ``forward``."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(map(bool, hooks)) or _has_any_global_hook()
+    return any(map(bool, hooks)) or _has_any_global_hook() or module._compiled_call_impl is not None
 
 
 def plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
