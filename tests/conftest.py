@@ -54,6 +54,9 @@ LAYERS = {
     "test_properties": "properties",
     "test_packaging": "packaging",
     "test_demo": "demo",
+    "test_parity_command": "commands",
+    "test_preprocess": "commands",
+    "test_readme": "commands",
     "test_gpu_script": "GPU script, rehearsed",
     "test_mutants": "seeded bugs",
 }

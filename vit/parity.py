@@ -81,10 +81,18 @@ def make_models(config: ViTConfig, images: Tensor) -> Models:
 def copies(model: nn.Module, images: Tensor, impl: str = "auto", **options: Any) -> Models:
     """Three copies of another library's model in the images' dtype: accelerated, as it is, and as it is in fp64.
 
-    In eval(), so that none of them drops anything; ``model`` stays as it is.
+    In eval(), so that none of them drops anything; ``model`` stays as it is. A model of this package is taken, too, and
+    compared with its reference.
     """
-    eager = restore(copy.deepcopy(model)).eval().to(images.device, images.dtype)
-    fast, exact = accelerate(copy.deepcopy(eager), impl), copy.deepcopy(eager).double()
+    if isinstance(model, VisionTransformer):
+        eager, fast = Reference(model.config), VisionTransformer(dataclasses.replace(model.config, impl=impl))
+        for twin in (eager, fast):
+            twin.load_state_dict(model.state_dict())
+            twin.eval().to(images.device, images.dtype)
+    else:
+        eager = restore(copy.deepcopy(model)).eval().to(images.device, images.dtype)
+        fast = accelerate(copy.deepcopy(eager), impl)
+    exact = copy.deepcopy(eager).double()
     with torch.no_grad():
         shape = output_of(eager(images, **options))[1].shape
     direction = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(images)
@@ -98,17 +106,23 @@ def example(model: nn.Module, batch: int = 2, img_size: tuple[int, int] | None =
         ValueError: it does not say.
     """
     conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if img_size is None:
-        config, patches = getattr(model, "config", None), getattr(model, "patch_embed", None)
-        said = getattr(config, "image_size", None) or getattr(config, "img_size", None)
-        said = said or getattr(model, "image_size", None) or getattr(patches, "img_size", None)
-        said = said or (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
-        if said is not None:
-            img_size = (said, said) if isinstance(said, int) else tuple(said[-2:])
-    if conv is None or img_size is None:
+    channels = getattr(getattr(model, "config", None), "in_chans", None) or getattr(conv, "in_channels", None)
+    img_size = img_size or image_size(model)
+    if channels is None or img_size is None:
         raise ValueError(f"{type(model).__name__} does not say which images it takes; pass an image [B, C, H, W]")
-    shape = (batch, getattr(getattr(model, "config", None), "in_chans", conv.in_channels), *img_size)
+    shape = (batch, channels, *img_size)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))
+
+
+def image_size(model: nn.Module) -> tuple[int, int] | None:
+    """(H, W) of the images that a model of any of the libraries says it takes."""
+    config, patches = getattr(model, "config", None), getattr(model, "patch_embed", None)
+    said = getattr(config, "image_size", None) or getattr(config, "img_size", None)
+    said = said or getattr(model, "image_size", None) or getattr(patches, "img_size", None)
+    said = said or (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    if said is None:
+        return None
+    return (said, said) if isinstance(said, int) else tuple(said[-2:])
 
 
 def output_of(returned: Any) -> tuple[str, Tensor]:
