@@ -26,7 +26,7 @@ from vit.config import ViTConfig, get_config
 from vit.console import say, step
 from vit.explain import explain
 from vit.kernels import runtime
-from vit.parity import DRAWS, Models, make_models, parity, results, table
+from vit.parity import Models, enough_draws, make_models, parity, results, table
 
 CPU = torch.device("cpu")
 # Small enough for the interpreter; its 17 tokens fill no tile evenly.
@@ -120,7 +120,7 @@ def check_model(config: ViTConfig, images: Tensor) -> tuple[Models, bool]:
         paths = str(explain(models.fast, images))
     say("  Path of each op, and why (the backward of an op takes the path of its forward):")
     say("    " + paths.replace("\n", "\n    "))
-    reports = parity(models, images, progress=step, draws=DRAWS if images.is_cuda else 1)
+    reports = parity(models, images, progress=step, draws=enough_draws(models, images) if images.is_cuda else 1)
     say("  " + table(reports).replace("\n", "\n  "))
     return models, all(report.ok for report in reports)
 

@@ -41,7 +41,6 @@ GROUPS = {
 }
 # Tensors judged as one: a bias of all keys has no gradient of its own (see `parity`).
 TOGETHER = ((r"\b[qkv]_proj\.bias$", "qkv.bias"), (r"\b[qk]_norm\.bias$", "q_norm.bias and k_norm.bias"))
-DRAWS = 8
 OUTPUTS = ("logits", "last_hidden_state", "output")
 
 
@@ -150,8 +149,7 @@ def results(model: nn.Module, images: Tensor, direction: Tensor, **options: Any)
 def parity(models: Models, images: Tensor, progress: Progress = contextlib.nullcontext, draws: int = 1) -> list[Report]:
     """The errors of the output and of every gradient; ``progress(text)`` is entered around each model's work.
 
-    In bf16 and fp16 a tensor's rms error of one draw is chance, however many elements it has: they share what was
-    rounded before them. Of `DRAWS` it is not. Each has a direction of its own, and the images shifted a little.
+    Each draw has a direction of its own, and the images shifted a little; `enough_draws` says how many to take.
 
     The key bias has no gradient (softmax ignores what all keys of a row share), so what is computed for it is rounding
     noise. It is judged as a third of qkv.bias, one tensor even where a library has three: the error of the other two
@@ -162,17 +160,29 @@ def parity(models: Models, images: Tensor, progress: Progress = contextlib.nullc
     three = (("this package", models.fast), ("eager PyTorch", models.eager), ("fp64", models.exact))
     for draw in range(draws):
         found = []
-        for label, model in three:
-            label = f"forward and backward, {label}" + (f", draw {draw + 1} of {draws}" if draws > 1 else "")
-            with progress(label), torch.backends.cudnn.flags(allow_tf32=False):
-                shifted, direction = images.roll(5 * draw, dims=3), models.direction.roll(draw)
-                found.append(_together(results(model, shifted, direction, **models.options)))
-                if images.is_cuda:
-                    torch.cuda.synchronize()
+        whole, each = (contextlib.nullcontext, progress) if draws == 1 else (progress, contextlib.nullcontext)
+        with whole(f"forward and backward of all three, draw {draw + 1} of {draws}"):
+            for label, model in three:
+                with each(f"forward and backward, {label}"), torch.backends.cudnn.flags(allow_tf32=False):
+                    shifted, direction = images.roll(5 * draw, dims=3), models.direction.roll(draw)
+                    found.append(_together(results(model, shifted, direction, **models.options)))
+                    if images.is_cuda:
+                        torch.cuda.synchronize()
         for name, exact in found[2].items():
             if any(result[name].any() for result in found):
                 tallies.setdefault(name, Tally(name, "model")).add(found[0][name], found[1][name], exact)
     return [tally.report() for tally in tallies.values()]
+
+
+def enough_draws(models: Models, images: Tensor) -> int:
+    """With how many draws the verdict is no longer chance.
+
+    However many elements a tensor has, its error in one draw is chance: they share what was rounded before them, most
+    in the narrow dtypes and in a small model, where little is summed. PyTorch with attention written out, beside its
+    fused one, exceeds the limits of bf16 in one draw of many small models, and after 8 draws in one of some dozens.
+    """
+    small = sum(p.numel() for p in models.eager.parameters()) < 10e6
+    return 32 if small and images.dtype is not torch.float32 else 8
 
 
 def _together(result: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import vit
 from vit.console import say, step
-from vit.parity import DRAWS, copies, example, image_size, parity, table, widen
+from vit.parity import copies, enough_draws, example, image_size, parity, table, widen
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -33,7 +33,6 @@ def check(args: argparse.Namespace) -> bool:
     Raises:
         CannotStart: the model cannot be built, or this machine cannot run what was asked for.
     """
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source, _, name = args.model.partition(":")
     overrides = dict(map(_assignment, args.set))
     with _explained("cannot build the model"):
@@ -49,6 +48,7 @@ def check(args: argparse.Namespace) -> bool:
             hint = f"did you mean timm:{args.model}? " if not name else ""
             raise CannotStart(f"{args.model} is no file; {hint}--model takes {', '.join(f'{m}:...' for m in MAKERS)}")
     with _explained("cannot compare"):
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         images = _images(model, args).to(device, DTYPES[args.dtype])
         with step("copying it: accelerated, as it is, and in fp64"), _notes() as notes:
             models = copies(model, images, args.impl, **_keywords(model, images))
@@ -61,10 +61,10 @@ def check(args: argparse.Namespace) -> bool:
         say(f"  Note: {note}")
     say("  Path of each op, and why (the backward of an op takes the path of its forward):")
     say("    " + str(paths).replace("\n", "\n    "))
-    reports = parity(models, images, progress=step, draws=DRAWS)
+    reports = parity(models, images, progress=step, draws=enough_draws(models, images))
     say("  " + table(reports).replace("\n", "\n  "))
     if all(row.path == "reference" for row in paths):
-        say("  No kernel ran, so this judged the adapter and not the kernels; they need an NVIDIA GPU.")
+        say("  No kernel ran, so this judged the adapter and not the kernels.")
     return all(report.ok for report in reports)
 
 
@@ -81,7 +81,7 @@ def _timm(name: str, img_size: tuple[int, int] | None, overrides: dict[str, Any]
 
 def _torchvision(name: str, img_size: tuple[int, int] | None, overrides: dict[str, Any]) -> tuple[nn.Module, str]:
     torchvision = _library("torchvision")
-    names = torchvision.models.list_models(module=torchvision.models.vision_transformer)
+    names = torchvision.models.list_models(include="vit_*")
     if name not in names:
         raise CannotStart(f"torchvision has no Vision Transformer {name!r}{_like(name, names)}")
     with torch.device("meta"):

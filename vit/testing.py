@@ -202,8 +202,8 @@ def assert_parity(
     """That `vit.accelerate` keeps what a timm, Hugging Face or torchvision model computes: for a pytest of your own.
 
     The output and the gradient of the image and of every parameter that wants one, of an accelerated copy and of the
-    model itself, both against the model in fp64, over 8 draws of what is differentiated and of the image, shifted. All
-    in eval(); ``model`` is not changed. It needs memory for four copies and their gradients, two of them fp64.
+    model itself, both against the model in fp64, over several draws of what is differentiated and of the image,
+    shifted. All in eval(); ``model`` is not changed. In fp32 it needs the memory of eight more such models.
 
         def test_fused_ops():
             model = timm.create_model("vit_base_patch16_224", pretrained=True).cuda()
@@ -223,13 +223,14 @@ def assert_parity(
         AssertionError: a line for each tensor that exceeds a limit of the policy.
         ValueError: there is no block to accelerate, or no image and the model does not say which it takes.
     """
-    from vit.parity import DRAWS, copies, example, parity  # which need this module
+    from vit.parity import copies, enough_draws, example, parity  # which need this module
 
     param = next(model.parameters())
     image = (example(model) if image is None else image).to(param.device, dtype or param.dtype)
     if ("model", image.dtype) not in FACTORS:
         raise ValueError(f"assert_parity: dtype must be float32, float16 or bfloat16, got {image.dtype}")
-    reports = parity(copies(model, image, impl), image, draws=DRAWS)
+    models = copies(model, image, impl)
+    reports = parity(models, image, draws=enough_draws(models, image))
     failed = [str(report) for report in reports if not report.ok]
     if failed:
         raise AssertionError(f"{len(failed)} of {len(reports)} tensors exceed a limit:\n" + "\n".join(failed))
