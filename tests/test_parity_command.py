@@ -78,7 +78,7 @@ def test_assert_parity(name, dtype):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-@pytest.mark.parametrize("name", ["timm, options", "ViT", "DINOv2", "torchvision"])
+@pytest.mark.parametrize("name", ["timm, options", "DINOv2"])
 def test_kernels(name, device):
     model = MODELS[name]().to(device)
     images = example(model)
