@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
-import math
 
+import numpy as np
 import pytest
 import torch
 from peers import _import, import_timm, import_transformers
@@ -84,10 +84,35 @@ def test_torchvision(weights, size):
     assert_same_pixels(ours(photo(size)), transforms(photo(size))[None], transforms.std)
 
 
-def test_dinov2_is_resize_256_and_crop_224():
-    rule = preprocess.preprocessing("dinov2", (224, 224))
-    assert (rule.resize, rule.crop) == (256, (224, 224)) and rule.resample == Image.Resampling.BICUBIC
-    assert rule.mean == preprocess.IMAGENET_MEAN and math.isclose(rule.std[1], 0.224)
+@pytest.mark.parametrize("size", ["whole", "upright, odd"])
+def test_dinov2(size):
+    """dinov2/data/transforms.py: make_classification_eval_transform, with torchvision."""
+    transforms = _import("torchvision").transforms
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    resize = transforms.Resize(256, interpolation=transforms.InterpolationMode.BICUBIC)
+    steps = [resize, transforms.CenterCrop(224), transforms.ToTensor(), transforms.Normalize(mean, std)]
+    theirs = transforms.Compose(steps)(photo(size))[None]
+    assert_same_pixels(preprocess.preprocessing("dinov2", (224, 224))(photo(size)), theirs, std)
+
+
+def test_google():
+    """TensorFlow's resize is PyTorch's without antialiasing, and does not round to 8 bits.
+
+    Where a picture grows there is nothing to antialias, and only the rounding is left: one level.
+    """
+    image = torch.from_numpy(np.array(photo("small"))).permute(2, 0, 1)[None].float()
+    theirs = torch.nn.functional.interpolate(image, (224, 224), mode="bilinear", align_corners=False) / 127.5 - 1
+    ours = preprocess.preprocessing("google", (224, 224))(photo("small"))
+    assert (ours - theirs).abs().max().item() <= 1.01 / 127.5
+
+
+def test_big_vision():
+    """resize_small(256) by area, central_crop(224), value_range(-1, 1); halving by area is the mean of four pixels."""
+    big = load_photo().resize((700, 512))
+    pixels = torch.from_numpy(np.array(big)).permute(2, 0, 1)[None].float()
+    theirs = torch.nn.functional.avg_pool2d(pixels, 2)[:, :, 16:240, 63:287] / 127.5 - 1
+    ours = preprocess.preprocessing("big_vision", (224, 224))(big)
+    assert (ours - theirs).abs().max().item() <= 1.01 / 127.5
 
 
 def test_unknown_source_and_processor(tmp_path):

@@ -12,7 +12,7 @@ import contextlib
 import copy
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ GROUPS = {
     "mlp.fc2": r"mlp\.(fc2|3)\.",
     "norms": r"norm|\bln(_\d)?\.",
     "LayerScale": r"\bls\d\.|layer_scale\d\.",
-    "head": r"head|pre_logits|classifier|pooler",
+    "head": r"head|pre_logits|classifier|pooler|decoder",
 }
 # Tensors judged as one: a bias of all keys has no gradient of its own (see `parity`).
 TOGETHER = ((r"\b[qkv]_proj\.bias$", "qkv.bias"), (r"\b[qk]_norm\.bias$", "q_norm.bias and k_norm.bias"))
@@ -125,10 +125,10 @@ def image_size(model: nn.Module) -> tuple[int, int] | None:
 
 
 def output_of(returned: Any) -> tuple[str, Tensor]:
-    """The first tensor that a model returned, and what its library calls it."""
+    """One of `OUTPUTS`, and the first tensor that a model returned."""
     if isinstance(returned, Mapping):
         name = next(name for name, value in returned.items() if isinstance(value, Tensor) and value.dim())
-        return name, returned[name]
+        return name if name in OUTPUTS else "output", returned[name]
     return "logits", returned[0] if isinstance(returned, tuple) else returned
 
 
@@ -163,7 +163,7 @@ def parity(models: Models, images: Tensor, progress: Progress = contextlib.nullc
         whole, each = (contextlib.nullcontext, progress) if draws == 1 else (progress, contextlib.nullcontext)
         with whole(f"forward and backward of all three, draw {draw + 1} of {draws}"):
             for label, model in three:
-                with each(f"forward and backward, {label}"), torch.backends.cudnn.flags(allow_tf32=False):
+                with each(f"forward and backward, {label}"), _ieee_convolutions():
                     shifted, direction = images.roll(5 * draw, dims=3), models.direction.roll(draw)
                     found.append(_together(results(model, shifted, direction, **models.options)))
                     if images.is_cuda:
@@ -172,6 +172,17 @@ def parity(models: Models, images: Tensor, progress: Progress = contextlib.nullc
             if any(result[name].any() for result in found):
                 tallies.setdefault(name, Tally(name, "model")).add(found[0][name], found[1][name], exact)
     return [tally.report() for tally in tallies.values()]
+
+
+@contextlib.contextmanager
+def _ieee_convolutions() -> Iterator[None]:
+    """cuDNN's tf32 is on by default: the patch convolution of eager PyTorch in fp32 would be a lax standard."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def enough_draws(models: Models, images: Tensor) -> int:

@@ -78,14 +78,15 @@ class _Rule:
     from_384: dict[str, Any] = dataclasses.field(default_factory=dict)  # what differs for 384 pixels and more
 
 
-# Constants as read in google-research/vision_transformer (input_pipeline.py), transformers 5.23 (ViTImageProcessor),
-# timm 1.0.31 (the default_cfgs of vision_transformer.py and deit.py: what most models of a kind have), torchvision 0.28
-# (the transforms of its weights), and dinov2 (data/transforms.py).
+# Constants as read in vit_jax/input_pipeline.py of google-research/vision_transformer and in big_vision's ViT configs
+# (both resize with TensorFlow, the first without antialiasing: here it is Pillow's, as in transformers' conversions);
+# transformers 5.23, ViTImageProcessor; timm 1.0.31, the default_cfgs of vision_transformer.py and deit.py: what most
+# models of a kind have; torchvision 0.28, the transforms of its weights; dinov2/data/transforms.py.
 _UNCUT = {"crop_pct": 1.0}
 _SWAG = {"where": "torchvision, IMAGENET1K_SWAG", "crop_pct": 1.0, "resample": BICUBIC}
 SOURCES = {
     "google": _Rule("google-research/vision_transformer", None, BILINEAR, HALF, HALF),
-    "big_vision": _Rule("google-research/big_vision", None, BILINEAR, HALF, HALF),
+    "big_vision": _Rule("google-research/big_vision", 224 / 256, Image.Resampling.BOX, HALF, HALF, _UNCUT),
     "hf": _Rule("ViTImageProcessor of transformers", None, BILINEAR, HALF, HALF),
     "timm": _Rule("timm, vit_*.augreg", 0.9, BICUBIC, HALF, HALF, _UNCUT),
     "timm-imagenet": _Rule("timm, deit, mae and dino", 0.9, BICUBIC, IMAGENET_MEAN, IMAGENET_STD, _UNCUT),
@@ -125,7 +126,7 @@ def preprocessing(source: str, size: tuple[int, int]) -> Preprocessing:
         return Preprocessing(rule.where, size, None, **values)
     # timm and torchvision resize by the shorter side, which is meant for square sizes.
     shorter = math.floor(max(size) / rule.crop_pct)
-    return Preprocessing(rule.where, shorter, size, **values)
+    return Preprocessing(rule.where, shorter, size, **values, odd_down=source == "big_vision")
 
 
 def of_folder(folder: Path, size: tuple[int, int]) -> Preprocessing | None:

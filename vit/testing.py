@@ -205,10 +205,10 @@ def assert_parity(
     model itself, both against the model in fp64, over several draws of what is differentiated and of the image,
     shifted. All in eval(); ``model`` is not changed. In fp32 it needs the memory of eight more such models.
 
+        from vit.testing import assert_parity
         def test_fused_ops():
             model = timm.create_model("vit_base_patch16_224", pretrained=True).cuda()
-            for dtype in (torch.float32, torch.bfloat16):
-                vit.testing.assert_parity(model, dtype=dtype, impl="triton")
+            assert_parity(model, dtype=torch.bfloat16, impl="triton")
 
     Args:
         model: what `vit.accelerate` takes.
