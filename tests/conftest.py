@@ -52,6 +52,7 @@ LAYERS = {
     "test_weights": "checkpoints",
     "test_weights_files": "checkpoints",
     "test_weights_peers": "checkpoints",
+    "test_weights_infer": "checkpoints",
     "test_runtime": "runtime",
     "test_distributed": "runtime",
     "test_bad_inputs": "bad inputs",
@@ -62,6 +63,9 @@ LAYERS = {
     "test_properties": "properties",
     "test_packaging": "packaging",
     "test_demo": "demo",
+    "test_parity_command": "commands",
+    "test_preprocess": "commands",
+    "test_readme": "commands",
     "test_gpu_script": "GPU script, rehearsed",
     "test_mutants": "seeded bugs",
 }

@@ -58,6 +58,39 @@ def _parser() -> argparse.ArgumentParser:
     warmup.add_argument("--arch", metavar="sm_90", help="compile for this GPU instead, without one")
     warmup.set_defaults(run=_warmup)
 
+    parity = commands.add_parser(
+        "parity",
+        help="your timm, Hugging Face or torchvision model, accelerated, against itself in fp64",
+        description="The output and every gradient of a model on the fused ops, beside the original library's own in "
+        "the same dtype, both against that model in fp64, over several draws. The exit code is 0 if the policy of "
+        "vit/testing.py holds, 1 if it fails, 2 if nothing could be compared.",
+    )
+    add = parity.add_argument
+    add("--model", required=True, metavar="timm:NAME|torchvision:NAME|hf:FOLDER|FILE", help="random weights for a NAME")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(default: %(default)s)")
+    add("--image", type=Path, metavar="FILE", help="a photograph (default: random images)")
+    add("--batch-size", type=_positive, default=2, metavar="N", help="(default: %(default)s)")
+    add("--impl", choices=("auto", "triton", "reference"), default="auto", help="of every op (default: %(default)s)")
+    add("--device", metavar="NAME", help="(default: cuda where there is one)")
+    add("--img-size", type=_size, metavar="N|HxW", help="(default: the model's own)")
+    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="of the model: --set depth=2")
+    parity.set_defaults(run=_parity)
+
+    classify = commands.add_parser(
+        "classify",
+        help="what a photograph shows, by a checkpoint",
+        description="The classes that a checkpoint finds in a photograph, after the preprocessing it was trained with.",
+    )
+    add = classify.add_argument
+    add("image", type=Path, metavar="IMAGE")
+    add(
+        "--weights", required=True, type=Path, metavar="PATH", help="a checkpoint: a file or a folder of Hugging Face's"
+    )
+    add("--model", metavar="NAME", help="the model, where the checkpoint does not tell")
+    add("--top", type=_positive, default=5, metavar="N", help="how many classes (default: %(default)s)")
+    add("--preprocess", metavar="NAME", help="whose preprocessing, where the checkpoint does not tell")
+    classify.set_defaults(run=_classify)
+
     info = commands.add_parser(
         "info", help="versions, GPU, models", description="Versions, the GPU or that there is none, and the models."
     )
@@ -94,6 +127,41 @@ def _warmup(args: argparse.Namespace) -> int:
     except (ValueError, RuntimeError) as error:
         return _fail("warmup", str(error))
     return 0
+
+
+def _parity(args: argparse.Namespace) -> int:
+    if args.image is not None and importlib.util.find_spec("PIL") is None:
+        return _fail("parity", "Pillow is missing, which reads pictures; pip install Pillow")
+    from vit import parity_command
+
+    try:
+        return 0 if parity_command.check(args) else 1
+    except parity_command.CannotStart as error:
+        return _fail("parity", str(error))
+
+
+def _classify(args: argparse.Namespace) -> int:
+    if importlib.util.find_spec("PIL") is None:
+        return _fail("classify", "Pillow is missing, which reads pictures; pip install Pillow")
+    from vit import classify
+
+    try:
+        print(classify.classify(args.image, args.weights, args.model, args.top, args.preprocess))
+    except (ValueError, OSError) as error:
+        return _fail("classify", str(error))
+    return 0
+
+
+def _positive(text: str) -> int:
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return int(text)
+
+
+def _size(text: str) -> tuple[int, int]:
+    """'224' or '224x160' as (H, W)."""
+    height, _, width = text.partition("x")
+    return _positive(height), _positive(width or height)
 
 
 def _info(args: argparse.Namespace) -> int:

@@ -212,8 +212,8 @@ class ViTConfig:
         fields = {ours: get(theirs, default) for ours, (theirs, default) in HF_WORDS.items()}
         fields["num_classes"] = get("num_labels", len(get("id2label", None) or (0, 1)))
         fields["act_layer"], fields["interpolation"] = HF_ACTIVATIONS[act], "bicubic"
-        fields["mlp_ratio"] = _mlp_ratio(dim, hidden)
-        return cls(**(fields | _known(overrides)))
+        fields["mlp_ratio"] = mlp_ratio(dim, hidden)
+        return cls(**(fields | known_fields(overrides)))
 
 
 def _check_type(name: str, annotation: str, value: Any) -> None:
@@ -225,7 +225,7 @@ def _check_type(name: str, annotation: str, value: Any) -> None:
         raise TypeError(f"{name}={value!r} must be {what}")
 
 
-def _mlp_ratio(dim: int, hidden: int) -> float:
+def mlp_ratio(dim: int, hidden: int) -> float:
     """The ratio from which `ViTConfig.mlp_hidden_dim` finds ``hidden`` again."""
     rounded_down = int(dim * (hidden / dim)) < hidden
     return math.nextafter(hidden / dim, math.inf) if rounded_down else hidden / dim
@@ -248,7 +248,7 @@ HF_WORDS = {
     "norm_eps": ("layer_norm_eps", 1e-12),
 }
 
-_SIZES = {  # embed_dim, depth, num_heads, MLP width
+SIZES = {  # embed_dim, depth, num_heads, MLP width
     "tiny": (192, 12, 3, 768),
     "small": (384, 12, 6, 1536),
     "medium": (512, 12, 8, 2048),
@@ -263,8 +263,8 @@ _SIZES = {  # embed_dim, depth, num_heads, MLP width
 
 
 def _variant(size: str, patch: int, img: int, **fields: Any) -> dict[str, Any]:
-    dim, depth, heads, hidden = _SIZES[size]
-    shape = dict(embed_dim=dim, depth=depth, num_heads=heads, mlp_ratio=_mlp_ratio(dim, hidden))
+    dim, depth, heads, hidden = SIZES[size]
+    shape = dict(embed_dim=dim, depth=depth, num_heads=heads, mlp_ratio=mlp_ratio(dim, hidden))
     return dict(img_size=img, patch_size=patch) | shape | fields
 
 
@@ -272,7 +272,7 @@ _CLIP = dict(pre_norm=True, norm_eps=1e-5)
 _GAP = dict(class_token=False, global_pool="avg", fc_norm=False)
 VARIANTS: dict[str, dict[str, Any]] = {
     f"vit_{size}_patch{patch}_{img}": _variant(size, patch, img)
-    for size in _SIZES
+    for size in SIZES
     for patch in (8, 14, 16, 32)
     for img in (224, 384)
     if img % patch == 0
@@ -299,10 +299,11 @@ def get_config(name: str, **overrides: Any) -> ViTConfig:
     """
     if name not in VARIANTS:
         raise ValueError(f"unknown model {name!r}{_nearest(str(name), VARIANTS)}; vit.list_models() has all names")
-    return ViTConfig(**(VARIANTS[name] | _known(overrides)))
+    return ViTConfig(**(VARIANTS[name] | known_fields(overrides)))
 
 
-def _known(overrides: dict[str, Any]) -> dict[str, Any]:
+def known_fields(overrides: dict[str, Any]) -> dict[str, Any]:
+    """``overrides``; raises TypeError unless each is a field of `ViTConfig`."""
     fields = ViTConfig.__dataclass_fields__
     for name in overrides.keys() - fields:
         raise TypeError(f"ViTConfig has no field {name!r}{_nearest(name, fields)}")

@@ -6,15 +6,13 @@ of its own, a small ViT on the interpreted kernels. Shapes: B images, N tokens, 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
@@ -25,9 +23,10 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from vit.config import ViTConfig, get_config
+from vit.console import say, step
 from vit.explain import explain
 from vit.kernels import runtime
-from vit.parity import Models, make_models, parity, results, table
+from vit.parity import Models, enough_draws, make_models, parity, results, table
 
 CPU = torch.device("cpu")
 # Small enough for the interpreter; its 17 tokens fill no tile evenly.
@@ -97,30 +96,6 @@ def find_gpu() -> tuple[torch.device | None, str]:
     return torch.device("cuda"), ""
 
 
-def say(text: str) -> None:
-    print(text, flush=True)
-
-
-@contextlib.contextmanager
-def step(text: str) -> Iterator[None]:
-    """Prints ``text``, a dot every two seconds of the work, and how long it took."""
-    done = threading.Event()
-
-    def tick() -> None:
-        while not done.wait(2):
-            print(".", end="", flush=True)
-
-    print(f"  {text} ...", end="", flush=True)
-    start, ticker = time.perf_counter(), threading.Thread(target=tick, daemon=True)
-    ticker.start()
-    try:
-        yield
-    finally:
-        done.set()
-        ticker.join()
-        say(f" {time.perf_counter() - start:.1f} s")
-
-
 def load_photo() -> Image.Image:
     with resources.files("vit").joinpath("assets/chelsea.jpg").open("rb") as file:
         return Image.open(file).convert("RGB")
@@ -145,7 +120,7 @@ def check_model(config: ViTConfig, images: Tensor) -> tuple[Models, bool]:
         paths = str(explain(models.fast, images))
     say("  Path of each op, and why (the backward of an op takes the path of its forward):")
     say("    " + paths.replace("\n", "\n    "))
-    reports = parity(models, images, progress=step)
+    reports = parity(models, images, progress=step, draws=enough_draws(models, images) if images.is_cuda else 1)
     say("  " + table(reports).replace("\n", "\n  "))
     return models, all(report.ok for report in reports)
 

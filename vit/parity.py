@@ -1,6 +1,9 @@
-"""How far the logits and every gradient of the fast model are from fp64, beside eager PyTorch: `vit demo`'s table.
+"""How far outputs and every gradient of a model on the fused ops are from fp64, beside the model it came from.
 
-Shapes: B images, D = embed_dim.
+`vit demo` compares the model of this package with its reference; `vit parity` and `vit.testing.assert_parity` compare a
+model of another library with itself, accelerated.
+
+Shapes: B images, C channels, H and W pixels.
 """
 
 from __future__ import annotations
@@ -8,53 +11,65 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vit.adapters import accelerate, restore
 from vit.config import ViTConfig
 from vit.model import VisionTransformer
 from vit.reference import VisionTransformer as Reference
-from vit.testing import Report, measure
+from vit.testing import Report, Tally
 
 Progress = Callable[[str], contextlib.AbstractContextManager[Any]]
 
-# The groups of the table, and how the names in each begin, after "blocks.<i>." where there is one.
+# The groups of the table, and what the names in each have: this package's and timm's, Hugging Face's, torchvision's.
 GROUPS = {
-    "patch_embed": ("patch_embed.",),
-    "class, register and position tokens": ("cls_token", "reg_token", "pos_embed", "mask_token"),
-    "attn.qkv": ("attn.qkv.",),
-    "attn.proj": ("attn.proj.",),
-    "mlp.fc1": ("mlp.fc1.",),
-    "mlp.fc2": ("mlp.fc2.",),
-    "norms": ("norm1.", "norm2.", "norm.", "fc_norm.", "norm_pre.", "attn.q_norm.", "attn.k_norm."),
-    "LayerScale": ("ls1.", "ls2."),
-    "head": ("head.", "pre_logits."),
+    "attention pool": r"^attn_pool\.",
+    "patch_embed": r"patch_embed|conv_proj\.",
+    "class, register and position tokens": r"_tokens?$|pos_embed|position_embeddings",
+    "attn.qkv": r"(qkv|[qkv]_proj)\.|in_proj_",
+    "attn.proj": r"(attn\.proj|o_proj|out_proj)\.",
+    "mlp.fc1": r"mlp\.(fc1|0)\.",
+    "mlp.fc2": r"mlp\.(fc2|3)\.",
+    "norms": r"norm|\bln(_\d)?\.",
+    "LayerScale": r"\bls\d\.|layer_scale\d\.",
+    "head": r"head|pre_logits|classifier|pooler|decoder",
 }
+# Tensors judged as one: a bias of all keys has no gradient of its own (see `parity`).
+TOGETHER = ((r"\b[qkv]_proj\.bias$", "qkv.bias"), (r"\b[qk]_norm\.bias$", "q_norm.bias and k_norm.bias"))
+OUTPUTS = ("logits", "last_hidden_state", "output")
 
 
 @dataclasses.dataclass
 class Models:
-    """Three models with the same weights, and the direction in which the logits are differentiated."""
+    """Three models with the same weights, and the direction in which their output is differentiated."""
 
     fast: nn.Module
     eager: nn.Module
     exact: nn.Module | None
-    direction: Tensor  # [B, num_classes]
+    direction: Tensor  # of the output's shape
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # keywords of each call
+
+
+def widen(model: nn.Module, generator: torch.Generator) -> None:
+    """Noise on every parameter, so that none is left at 0 or 1, where a bias, norm or token can be wrong unseen.
+
+    It also widens the usual normal initialisation from 0.02 to 0.054; with 0.02, attention is nearly uniform.
+    """
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(torch.randn(param.shape, generator=generator), alpha=0.05)
 
 
 def make_models(config: ViTConfig, images: Tensor) -> Models:
-    """Random weights with none left at 0 or 1, so that no bias, norm or token can be wrong unseen.
-
-    The noise also widens the usual normal initialisation from 0.02 to 0.054; with 0.02, attention is nearly uniform.
-    """
+    """This package's model and its reference, with random weights that `widen` leaves."""
     like, generator = {"device": images.device, "dtype": images.dtype}, torch.Generator().manual_seed(0)
     eager = Reference(config, seed=0)
-    with torch.no_grad():
-        for param in eager.parameters():
-            param.add_(torch.randn(param.shape, generator=generator), alpha=0.05)
+    widen(eager, generator)
     eager.to(**like)
     fast = VisionTransformer(config, seed=0, **like)
     fast.load_state_dict(eager.state_dict())
@@ -62,38 +77,137 @@ def make_models(config: ViTConfig, images: Tensor) -> Models:
     return Models(fast, eager, copy.deepcopy(eager).double(), direction)
 
 
-def results(model: nn.Module, images: Tensor, direction: Tensor) -> dict[str, Tensor]:
-    """The logits, and the gradient of (logits · direction).sum() for the images and every parameter.
+def copies(model: nn.Module, images: Tensor, impl: str = "auto", **options: Any) -> Models:
+    """Three copies of another library's model in the images' dtype: accelerated, as it is, and as it is in fp64.
+
+    In eval(), so that none of them drops anything; ``model`` stays as it is. A model of this package is taken, too, and
+    compared with its reference.
+    """
+    if isinstance(model, VisionTransformer):
+        eager, fast = Reference(model.config), VisionTransformer(dataclasses.replace(model.config, impl=impl))
+        for twin in (eager, fast):
+            twin.load_state_dict(model.state_dict())
+            twin.eval().to(images.device, images.dtype)
+    else:
+        eager = restore(copy.deepcopy(model)).eval().to(images.device, images.dtype)
+        fast = accelerate(copy.deepcopy(eager), impl)
+    exact = copy.deepcopy(eager).double()
+    with torch.no_grad():
+        shape = output_of(eager(images, **options))[1].shape
+    direction = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(images)
+    return Models(fast, eager, exact, direction, options)
+
+
+def example(model: nn.Module, batch: int = 2, img_size: tuple[int, int] | None = None) -> Tensor:
+    """Random images [B, C, H, W] of the size that the model says it takes, on its device and in its dtype.
+
+    Raises:
+        ValueError: it does not say.
+    """
+    conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    channels = getattr(getattr(model, "config", None), "in_chans", None) or getattr(conv, "in_channels", None)
+    img_size = img_size or image_size(model)
+    if channels is None or img_size is None:
+        raise ValueError(f"{type(model).__name__} does not say which images it takes; pass an image [B, C, H, W]")
+    shape = (batch, channels, *img_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))
+
+
+def image_size(model: nn.Module) -> tuple[int, int] | None:
+    """(H, W) of the images that a model of any of the libraries says it takes."""
+    config, patches = getattr(model, "config", None), getattr(model, "patch_embed", None)
+    said = getattr(config, "image_size", None) or getattr(config, "img_size", None)
+    said = said or getattr(model, "image_size", None) or getattr(patches, "img_size", None)
+    said = said or (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    if said is None:
+        return None
+    return (said, said) if isinstance(said, int) else tuple(said[-2:])
+
+
+def output_of(returned: Any) -> tuple[str, Tensor]:
+    """One of `OUTPUTS`, and the first tensor that a model returned."""
+    if isinstance(returned, Mapping):
+        name = next(name for name, value in returned.items() if isinstance(value, Tensor) and value.dim())
+        return name if name in OUTPUTS else "output", returned[name]
+    return "logits", returned[0] if isinstance(returned, tuple) else returned
+
+
+def results(model: nn.Module, images: Tensor, direction: Tensor, **options: Any) -> dict[str, Tensor]:
+    """The output, and the gradient of (output · direction).sum() for the images and every parameter that wants one.
 
     A fixed direction instead of a loss: every logit counts, and each model's backward starts from the same numbers.
     """
-    params = dict(model.named_parameters())
-    dtype = params["pos_embed"].dtype
+    params = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    dtype = next(model.parameters()).dtype
     images = images.detach().to(dtype, copy=True).requires_grad_()
-    logits = model(images)
-    grads = torch.autograd.grad(logits, [images, *params.values()], direction.to(dtype))
-    return {"logits": logits.detach()} | dict(zip(["image", *params], grads, strict=True))
+    name, output = output_of(model(images, **options))
+    wanted = [images, *params.values()]
+    grads = torch.autograd.grad(output, wanted, direction.to(dtype), allow_unused=True, materialize_grads=True)
+    return {name: output.detach()} | dict(zip(["image", *params], grads, strict=True))
 
 
-def parity(models: Models, images: Tensor, progress: Progress = contextlib.nullcontext) -> list[Report]:
-    """The errors of the logits and of every gradient; ``progress(text)`` is entered around each model's work.
+def parity(models: Models, images: Tensor, progress: Progress = contextlib.nullcontext, draws: int = 1) -> list[Report]:
+    """The errors of the output and of every gradient; ``progress(text)`` is entered around each model's work.
+
+    Each draw has a direction of its own, and the images shifted a little; `enough_draws` says how many to take.
 
     The key bias has no gradient (softmax ignores what all keys of a row share), so what is computed for it is rounding
-    noise. It stays a third of qkv.bias, judged as one tensor: the error of the other two thirds says how much noise is
-    fair, and a key bias with a gradient of its own would fail.
+    noise. It is judged as a third of qkv.bias, one tensor even where a library has three: the error of the other two
+    thirds says how much noise is fair, and a key bias with a gradient of its own would fail. Parameters that no model
+    used are left out.
     """
-    found = []
-    for label, model in (("this package", models.fast), ("eager PyTorch", models.eager), ("fp64", models.exact)):
-        with progress(f"forward and backward, {label}"):
-            found.append(results(model, images, models.direction))
-            if images.is_cuda:
-                torch.cuda.synchronize()
-    return [measure(*(result[name] for result in found), scope="model", name=name) for name in found[2]]
+    tallies: dict[str, Tally] = {}
+    three = (("this package", models.fast), ("eager PyTorch", models.eager), ("fp64", models.exact))
+    for draw in range(draws):
+        found = []
+        whole, each = (contextlib.nullcontext, progress) if draws == 1 else (progress, contextlib.nullcontext)
+        with whole(f"forward and backward of all three, draw {draw + 1} of {draws}"):
+            for label, model in three:
+                with each(f"forward and backward, {label}"), _ieee_convolutions():
+                    shifted, direction = images.roll(5 * draw, dims=3), models.direction.roll(draw)
+                    found.append(_together(results(model, shifted, direction, **models.options)))
+                    if images.is_cuda:
+                        torch.cuda.synchronize()
+        for name, exact in found[2].items():
+            if any(result[name].any() for result in found):
+                tallies.setdefault(name, Tally(name, "model")).add(found[0][name], found[1][name], exact)
+    return [tally.report() for tally in tallies.values()]
+
+
+@contextlib.contextmanager
+def _ieee_convolutions() -> Iterator[None]:
+    """cuDNN's tf32 is on by default: the patch convolution of eager PyTorch in fp32 would be a lax standard."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def enough_draws(models: Models, images: Tensor) -> int:
+    """With how many draws the verdict is no longer chance.
+
+    However many elements a tensor has, its error in one draw is chance: they share what was rounded before them, most
+    in the narrow dtypes and in a small model, where little is summed. PyTorch with attention written out, beside its
+    fused one, exceeds the limits of bf16 in one draw of many small models, and after 8 draws in one of some dozens.
+    """
+    small = sum(p.numel() for p in models.eager.parameters()) < 10e6
+    return 32 if small and images.dtype is not torch.float32 else 8
+
+
+def _together(result: dict[str, Tensor]) -> dict[str, Tensor]:
+    tensors: dict[str, list[Tensor]] = {}
+    for name, tensor in result.items():
+        for pattern, common in TOGETHER:
+            name = re.sub(pattern, common, name)
+        tensors.setdefault(name, []).append(tensor)
+    return {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in tensors.items()}
 
 
 def group_of(name: str) -> str:
-    leaf = name.split(".", 2)[2] if name.startswith("blocks.") else name
-    return next((group for group, starts in GROUPS.items() if leaf.startswith(starts)), leaf)
+    """The table's group for a tensor; its name with * for the block's number where no group fits."""
+    return next((g for g, pattern in GROUPS.items() if re.search(pattern, name)), re.sub(r"\d+", "*", name))
 
 
 def table(reports: list[Report]) -> str:
@@ -107,7 +221,7 @@ def table(reports: list[Report]) -> str:
     ]
     for group, members in groups.items():
         worst = max(members, key=lambda r: (not r.ok, r.share))
-        label = group if group == "logits" else f"gradient of {group}"
+        label = group if group in OUTPUTS else f"gradient of {group}"
         figures = "".join(f"{figure:>11.2e}" for figure in (worst.rms, worst.rms_eager, worst.rms_limit))
         lines.append(f"  {label:<48}{len(members):>8}{figures}  {'pass' if worst.ok else 'FAIL'}")
     failed = [report for report in reports if not report.ok]

@@ -8,11 +8,25 @@ each factor catches.
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["FACTORS", "Report", "as_good", "check", "check_mirror", "check_op", "measure", "pool", "rounding_floor"]
+__all__ = [
+    "FACTORS",
+    "Report",
+    "Tally",
+    "as_good",
+    "assert_parity",
+    "check",
+    "check_mirror",
+    "check_op",
+    "measure",
+    "pool",
+    "rounding_floor",
+]
 
 # (rms factor, max factor): how much worse than eager a result may be.
 FACTORS = {
@@ -69,28 +83,56 @@ def rounding_floor(exact: Tensor, dtype: torch.dtype) -> float:
     return 2.0 * (((r + 0.3) - 0.3).double() - r.double()).abs().max().item() if r.numel() else 0.0
 
 
+class Tally:
+    """Sums over the errors of one tensor, of one draw or of several: the report is that of all draws stacked."""
+
+    def __init__(self, name: str, scope: str = "op"):
+        self.name, self.scope = name, scope
+        self.n, self.floor = 0, 0.0
+        self.dtype: torch.dtype | None = None
+        self.errors = [(0.0, 0.0, 0.0)] * 2  # of ours and of eager: sum of squares, largest, sum towards larger values
+
+    def add(self, ours: Tensor, eager: Tensor, exact: Tensor) -> Tally:
+        """One draw; ``exact`` is fp64."""
+        name = self.name
+        assert exact.dtype is torch.float64, f"{name}: the reference must be fp64"
+        assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, reference {tuple(exact.shape)}"
+        assert ours.dtype == eager.dtype, f"{name}: dtype {ours.dtype}, eager {eager.dtype}"
+        self.dtype = ours.dtype
+        if exact.numel() == 0:
+            return self
+        self.n += exact.numel()
+        self.floor = max(self.floor, rounding_floor(exact, ours.dtype))
+        sign = exact.sign()
+        for i, result in enumerate((ours, eager)):
+            error, (squares, peak, signed) = result.detach().double() - exact, self.errors[i]
+            largest = error.abs().max().item()
+            # In this order, so that NaN stays.
+            peak = peak if peak > largest or peak != peak else largest
+            self.errors[i] = (squares + error.square().sum().item(), peak, signed + (error * sign).sum().item())
+        return self
+
+    def report(self) -> Report:
+        """The errors, and the limits of the policy (TOL-A)."""
+        n, floor = self.n, self.floor
+        if n == 0:
+            return Report(self.name, 0, 0, 0, 0, 0, 0, 0, 0)
+        rms_factor, max_factor = FACTORS[self.scope, self.dtype]
+        (rms, rms_eager) = (math.sqrt(squares / n) for squares, _, _ in self.errors)
+        (peak, peak_eager) = (largest for _, largest, _ in self.errors)
+        (bias, bias_eager) = (abs(signed / n) for _, _, signed in self.errors)
+        narrow = self.dtype in (torch.float16, torch.bfloat16)
+        return Report(
+            self.name,
+            rms, rms_eager, rms_factor * rms_eager + (0.0 if narrow else floor),
+            peak, peak_eager, max_factor * peak_eager + floor,
+            bias, 1.5 * bias_eager + max(LEAST_BIAS[self.scope], 5.0 * n**-0.5) * rms_eager + floor,
+        )  # fmt: skip
+
+
 def measure(ours: Tensor, eager: Tensor, exact: Tensor, *, scope: str = "op", name: str = "output") -> Report:
     """Errors of ``ours`` and of ``eager`` against ``exact`` (fp64), and the limits of the policy (TOL-A)."""
-    assert exact.dtype is torch.float64, f"{name}: the reference must be fp64"
-    assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, reference {tuple(exact.shape)}"
-    assert ours.dtype == eager.dtype, f"{name}: dtype {ours.dtype}, eager {eager.dtype}"
-    if exact.numel() == 0:
-        return Report(name, 0, 0, 0, 0, 0, 0, 0, 0)
-    dtype, n = ours.dtype, exact.numel()
-    rms_factor, max_factor = FACTORS[scope, dtype]
-    floor = rounding_floor(exact, dtype)
-    e_ours, e_eager = ours.detach().double() - exact, eager.detach().double() - exact
-    rms, rms_eager = e_ours.square().mean().sqrt().item(), e_eager.square().mean().sqrt().item()
-    peak, peak_eager = e_ours.abs().max().item(), e_eager.abs().max().item()
-    sign = exact.sign()
-    bias, bias_eager = (e_ours * sign).mean().abs().item(), (e_eager * sign).mean().abs().item()
-    narrow = dtype in (torch.float16, torch.bfloat16)
-    return Report(
-        name,
-        rms, rms_eager, rms_factor * rms_eager + (0.0 if narrow else floor),
-        peak, peak_eager, max_factor * peak_eager + floor,
-        bias, 1.5 * bias_eager + max(LEAST_BIAS[scope], 5.0 * n**-0.5) * rms_eager + floor,
-    )  # fmt: skip
+    return Tally(name, scope).add(ours, eager, exact).report()
 
 
 def check(ours: Tensor, eager: Tensor, exact: Tensor, *, scope: str = "op", name: str = "output") -> Report:
@@ -148,6 +190,51 @@ def check_mirror(ours_fn, mirror_fn, reference_fn, inputs: dict[str, Tensor | No
     exact = _run(reference_fn, inputs, dtype, torch.float64, seed)
     for name in exact:
         as_good(ours[name], mirror[name], exact[name], name=name)
+
+
+def assert_parity(
+    model: nn.Module,
+    image: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    impl: Literal["auto", "triton", "reference"] = "auto",
+) -> list[Report]:
+    """That `vit.accelerate` keeps what a timm, Hugging Face or torchvision model computes: for a pytest of your own.
+
+    The output and the gradient of the image and of every parameter that wants one, of an accelerated copy and of the
+    model itself, both against the model in fp64, over several draws of what is differentiated and of the image,
+    shifted. All in eval(); ``model`` is not changed. In fp32 it needs the memory of eight more such models.
+
+        from vit.testing import assert_parity
+        def test_fused_ops():
+            model = timm.create_model("vit_base_patch16_224", pretrained=True).cuda()
+            assert_parity(model, dtype=torch.bfloat16, impl="triton")
+
+    Args:
+        model: what `vit.accelerate` takes.
+        image: [B, C, H, W]; two random ones of the size that the model says it takes, if None.
+        dtype: fp32, fp16 or bf16; that of the model's parameters if None.
+        impl: of every op; "auto" is plain PyTorch where there is no GPU, so it then shows nothing about a kernel.
+
+    Returns:
+        One report for each tensor.
+
+    Raises:
+        AssertionError: a line for each tensor that exceeds a limit of the policy.
+        ValueError: there is no block to accelerate, or no image and the model does not say which it takes.
+    """
+    from vit.parity import copies, enough_draws, example, parity  # which need this module
+
+    param = next(model.parameters())
+    image = (example(model) if image is None else image).to(param.device, dtype or param.dtype)
+    if ("model", image.dtype) not in FACTORS:
+        raise ValueError(f"assert_parity: dtype must be float32, float16 or bfloat16, got {image.dtype}")
+    models = copies(model, image, impl)
+    reports = parity(models, image, draws=enough_draws(models, image))
+    failed = [str(report) for report in reports if not report.ok]
+    if failed:
+        raise AssertionError(f"{len(failed)} of {len(reports)} tensors exceed a limit:\n" + "\n".join(failed))
+    return reports
 
 
 def _run(

@@ -13,18 +13,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from vit.config import ViTConfig, get_config
+from vit.config import ViTConfig, get_config, known_fields
 from vit.layers import LayerNorm, Mlp
 from vit.model import VisionTransformer
 from vit.weights import dialects, files, fit
 from vit.weights.export import save_pretrained, unwrapped
 from vit.weights.files import CheckpointError
+from vit.weights.infer import infer
 
 __all__ = ["CheckpointError", "load_pretrained", "save_pretrained"]
 
 
 def load_pretrained(
-    model_or_name: nn.Module | str,
+    model_or_name: nn.Module | str | None,
     path: str | os.PathLike[str],
     *,
     num_classes: int | None = None,
@@ -49,8 +50,9 @@ def load_pretrained(
     that is neither the model's nor, by config.json, known is taken for a square.
 
     Args:
-        model_or_name: a `vit.VisionTransformer`, or a name for `vit.create_model`. By name, the model has the class
-            token, registers, LayerScale, biases, head and channels of the checkpoint.
+        model_or_name: a `vit.VisionTransformer`, or a name for `vit.create_model`, or None for the architecture that
+            the checkpoint's shapes tell. Unless live, the model has the class token, registers, LayerScale, biases,
+            head and channels of the checkpoint.
         path: a .safetensors, .pt, .pth, .bin or .npz file, an index of shards, a folder with either, or "owner/name" on
             the Hugging Face hub. Pickled objects are never executed. Wrappers such as {"model": ...} are opened.
         num_classes: None: that of the live model, or of the checkpoint. Where it is not the checkpoint's, the head is
@@ -72,15 +74,24 @@ def load_pretrained(
         FileNotFoundError, ImportError: nothing is there; a library that the file needs is not installed.
         ValueError, TypeError: an argument is wrong.
     """
-    live = None if isinstance(model_or_name, str) else unwrapped(model_or_name)
+    named = model_or_name is None or isinstance(model_or_name, str)
+    live = None if named else unwrapped(model_or_name)
     if dialect is not None and dialect not in dialects.DIALECTS:
         raise ValueError(f"dialect={dialect!r} is unknown; use one of {tuple(dialects.DIALECTS)}")
     where = {key: overrides.pop(key) for key in ("device", "dtype") if live is None and key in overrides}
     asked = {"num_classes": num_classes, "in_chans": in_chans}
     overrides |= {field: value for field, value in asked.items() if value is not None}
-    start = get_config(model_or_name, **overrides) if live is None else _check_live(live, overrides)
+    if isinstance(model_or_name, str):
+        start = get_config(model_or_name, **overrides)
+    elif live is not None:
+        start = _check_live(live, overrides)
+    else:
+        known_fields(overrides)
 
     checkpoint = files.read(path)
+    if model_or_name is None:
+        with files.blame(checkpoint.path, "does not tell its architecture"):
+            start = dataclasses.replace(infer(checkpoint, dialect), **overrides)
     with files.blame(checkpoint.path, "does not fit the model"):
         plan = fit.plan(checkpoint, dialect, start, overrides, named=live is None)
         template = VisionTransformer(plan.config, device="meta")

@@ -73,7 +73,7 @@ def plan(checkpoint: Checkpoint, dialect: str | None, start: ViTConfig, override
         ours = {own: tensor for own, tensor in ours.items() if not own.startswith("pre_logits.")}
 
     source = numerics(name, table, checkpoint, named or "norm_pre.weight" in ours)
-    grid = _described(checkpoint.config, start) if name.startswith("hf") and checkpoint.config else None
+    grid = described_grid(checkpoint.config, start) if name.startswith("hf") and checkpoint.config else None
     found = parts(table, ours, start, grid) if named else {}
     if found and overrides.get("num_classes", found["num_classes"]) != found["num_classes"]:
         found["representation_size"] = None  # the hidden layer goes with the head (paper, 3.2)
@@ -95,7 +95,7 @@ def plan(checkpoint: Checkpoint, dialect: str | None, start: ViTConfig, override
     return Plan(config, table, ours, left, grid, resize, notes, cfg)
 
 
-def _described(described: dict[str, Any], config: ViTConfig) -> tuple[int, int]:
+def described_grid(described: dict[str, Any], config: ViTConfig) -> tuple[int, int]:
     """The patch grid by a config.json of Hugging Face's.
 
     Raises:

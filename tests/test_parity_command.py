@@ -1,0 +1,283 @@
+"""`vit parity` and `vit.testing.assert_parity`: a model of each library passes, and a wrong op is seen."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from peers import _import, import_timm, import_transformers
+
+import vit
+from vit import cli, kernels
+from vit.parity import copies, example, group_of, parity, widen
+from vit.testing import Tally, assert_parity, measure, pool
+
+pytestmark = pytest.mark.peers
+
+TINY = ["--set", "depth=1", "embed_dim=32", "num_heads=2", "num_classes=10", "--img-size", "32"]
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+SMALL |= {"image_size": 32, "patch_size": 16}
+
+
+def timm_model(name: str = "vit_tiny_patch16_224", **options) -> torch.nn.Module:
+    options = {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 32, "num_classes": 10} | options
+    torch.manual_seed(0)
+    model = import_timm().create_model(name, **options)
+    widen(model, torch.Generator().manual_seed(0))
+    return model
+
+
+def hf_model(kind: str, **options) -> torch.nn.Module:
+    transformers = import_transformers()
+    config = getattr(transformers, kind.split("For")[0].removesuffix("Model") + "Config")(**SMALL, **options)
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(config)
+    widen(model, torch.Generator().manual_seed(0))
+    return model
+
+
+def torchvision_model() -> torch.nn.Module:
+    module = _import("torchvision").models.vision_transformer
+    torch.manual_seed(0)
+    model = module.VisionTransformer(32, 16, 1, 2, 32, 64, num_classes=10)
+    widen(model, torch.Generator().manual_seed(0))
+    return model
+
+
+MODELS = {
+    "timm": timm_model,
+    "timm, options": lambda: timm_model(qk_norm=True, reg_tokens=2, init_values=0.1, pre_norm=True, global_pool="avg"),
+    "timm, attention pool": lambda: timm_model(global_pool="map", class_token=False),
+    "ViT": lambda: hf_model("ViTForImageClassification", num_labels=10),
+    "ViTModel": lambda: hf_model("ViTModel"),
+    "DINOv2": lambda: hf_model("Dinov2WithRegistersModel"),
+    "masked images": lambda: hf_model("ViTForMaskedImageModeling"),
+    "torchvision": torchvision_model,
+    "this package": lambda: vit.VisionTransformer(
+        vit.ViTConfig(32, 16, num_classes=10, embed_dim=32, depth=1, num_heads=2), seed=0
+    ),
+}
+
+
+def run(capsys, *args: str) -> tuple[int, str, str]:
+    code = cli.main(["parity", "--model", *args])
+    return code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_assert_parity(name, dtype):
+    model = MODELS[name]()
+    before, mode = copy.deepcopy(model.state_dict()), model.training
+    reports = assert_parity(model, dtype=getattr(torch, dtype))
+    names = {report.name for report in reports}
+    assert "image" in names and reports[0].name in vit.parity.OUTPUTS
+    assert not any("k_proj.bias" in n or "k_norm.bias" in n.split(" and ")[0] for n in names)
+    unused = {"vit.embeddings.mask_token", "embeddings.mask_token", "pooler.dense.weight", "pooler.dense.bias"}
+    joined = {n for n, _ in model.named_parameters()} - names - unused
+    assert all(n.endswith(("_proj.bias", "_norm.bias")) for n in joined)
+    after = model.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before) and model.training is mode
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["timm, options", "DINOv2"])
+def test_kernels(name, device):
+    model = MODELS[name]().to(device)
+    images = example(model)
+    reports = parity(copies(model, images, "triton"), images, draws=2)  # 8 take ten seconds, interpreted
+    assert [str(report) for report in reports if not report.ok] == []
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_has_a_group(name):
+    groups = {group_of(parameter) for parameter, _ in MODELS[name]().named_parameters()}
+    assert groups <= vit.parity.GROUPS.keys() and len(groups) >= 7
+
+
+def test_grouping():
+    tensors = {
+        "vit.layers.0.attention.q_proj.bias": "attn.qkv",
+        "encoder.layers.encoder_layer_0.self_attention.in_proj_weight": "attn.qkv",
+        "encoder.layers.encoder_layer_0.self_attention.out_proj.weight": "attn.proj",
+        "encoder.layers.encoder_layer_0.mlp.3.bias": "mlp.fc2",
+        "encoder.layers.encoder_layer_0.ln_1.bias": "norms",
+        "encoder.ln.weight": "norms",
+        "encoder.layer.0.layer_scale1.lambda1": "LayerScale",
+        "heads.head.weight": "head",
+        "conv_proj.weight": "patch_embed",
+        "blocks.0.attn.k_norm.weight": "norms",
+        "attn_pool.mlp.fc1.weight": "attention pool",
+        "stages.3.blocks.12.gamma": "stages.*.blocks.*.gamma",
+    }
+    assert {name: group_of(name) for name in tensors} == tensors
+
+
+@pytest.mark.parametrize("op", ["linear", "attention_qkv", "residual_layer_norm", "mlp"])
+def test_a_wrong_op_fails(op, monkeypatch, capsys):
+    """In every library that runs it; here Hugging Face's, whose attention is not packed."""
+    right = getattr(kernels, op)
+
+    def wrong(*args, **kwargs):
+        out = right(*args, **kwargs)
+        return (out[0], out[1] * (1 + 3e-5)) if isinstance(out, tuple) else out * (1 + 3e-5)
+
+    model = MODELS["ViT"]()
+    assert_parity(model)
+    monkeypatch.setattr(kernels, op, wrong)
+    with pytest.raises(AssertionError, match=r"of \d+ tensors exceed a limit:\nlogits: rms") as failure:
+        assert_parity(model)
+    assert len(str(failure.value).splitlines()) > 5
+
+
+@pytest.mark.parametrize("what", ["gradient", "missing", "key bias", "nan"])
+def test_a_wrong_gradient_fails(what):
+    """The output stays right."""
+    model = MODELS["ViT"]()
+    images = example(model)
+    models = copies(model, images)
+    attention, name = models.fast.vit.layers[0].attention, "vit.layers.0.mlp.fc1.weight"
+    fc1 = models.fast.vit.layers[0].mlp.fc1
+    if what == "key bias":  # its gradient is zero but for rounding, so a hundredth of another's is far too much
+        attention.k_proj.bias.register_hook(lambda grad: grad + 1e-2 * attention.q_proj.bias.detach().abs().max())
+        name = "vit.layers.0.attention.qkv.bias"
+    else:
+        factor = {"gradient": 1 + 1e-4, "missing": 0.0, "nan": float("nan")}[what]
+        fc1.weight.register_hook(lambda grad: grad * factor)
+    assert {report.name for report in parity(models, images, draws=8) if not report.ok} == {name}
+
+
+def test_frozen_parameters_are_left_out():
+    model = timm_model()
+    for parameter in model.blocks.parameters():
+        parameter.requires_grad_(False)
+    names = [report.name for report in assert_parity(model)]
+    assert "patch_embed.proj.weight" in names and not any(name.startswith("blocks.") for name in names)
+
+
+def test_assert_parity_takes_images_and_says_what_it_cannot():
+    model = timm_model(img_size=(32, 48), in_chans=1)
+    assert example(model).shape == (2, 1, 32, 48)
+    assert_parity(vit.accelerate(model), torch.rand(3, 1, 32, 48))  # an accelerated one is compared with the original
+    with pytest.raises(ValueError, match=r"float32, float16 or bfloat16, got torch\.float64"):
+        assert_parity(model, dtype=torch.float64)
+    with pytest.raises(ValueError, match="no block"):
+        assert_parity(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1)), torch.rand(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="pass an image"):
+        assert_parity(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1)))
+
+
+def test_draws_one_by_one_are_as_good_as_stacked():
+    generator = torch.Generator().manual_seed(0)
+    exact = [{"x": torch.randn(40, generator=generator).double()} for _ in range(5)]
+    ours, eager = ([{"x": d["x"].bfloat16() * (1 + i / 128)} for d in exact] for i in (1, 0))
+    tally = Tally("x", "model")
+    for draw in zip(ours, eager, exact, strict=True):
+        tally.add(*(tensors["x"] for tensors in draw))
+    one, stacked = tally.report(), measure(*(pool(d)["x"] for d in (ours, eager, exact)), scope="model", name="x")
+    for field in ("rms", "rms_eager", "rms_limit", "max", "max_eager", "max_limit", "bias", "bias_limit"):
+        assert getattr(one, field) == pytest.approx(getattr(stacked, field), rel=1e-9, abs=1e-12)
+    tally.add(torch.full((2,), float("nan")).bfloat16(), torch.ones(2).bfloat16(), torch.ones(2).double())
+    assert not tally.add(ours[0]["x"], eager[0]["x"], exact[0]["x"]).report().ok
+
+
+def test_command_on_timm(capsys):
+    import_timm()
+    code, out, err = run(capsys, "timm:vit_tiny_patch16_224.augreg_in21k", *TINY, "--dtype", "bfloat16")
+    assert code == 0 and err == ""
+    assert "Parity: pass" in out and "gradient of attn.qkv" in out and "draw 32 of 32" in out
+    assert "bfloat16 on " in out and "images [2, 3, 32, 32]" in out and "random weights" in out
+    assert torch.cuda.is_available() or ("attention            reference" in out and "No kernel ran" in out)
+
+
+def test_command_on_torchvision(capsys, device, monkeypatch):
+    monkeypatch.setattr("vit.parity_command.enough_draws", lambda *args: 2)
+    _import("torchvision")
+    sizes = ["num_layers=1", "hidden_dim=32", "num_heads=2", "mlp_dim=64", "num_classes=10"]
+    command = ["torchvision:vit_b_16", "--set", *sizes, "--img-size", "32", "--impl", "triton", "--batch-size", "1"]
+    code, out, err = run(capsys, *command)
+    assert code == 0 and err == ""
+    assert "attention            triton" in out and "No kernel ran" not in out and "images [1, 3, 32, 32]" in out
+
+
+@pytest.mark.parametrize("kind", ["ViTForImageClassification", "ViTModel"])
+def test_command_on_a_folder_of_hugging_face(kind, capsys, tmp_path):
+    model = hf_model(kind)
+    model.save_pretrained(tmp_path)
+    code, out, _ = run(capsys, f"hf:{tmp_path}", "--img-size", "48x32")  # interpolates
+    output = "logits" if "For" in kind else "last_hidden_state"
+    assert code == 0 and f"    {output} " in out and f"{kind}, the weights of {tmp_path}" in out
+    assert "images [2, 3, 48, 32]" in out
+
+
+def test_command_on_a_file(capsys, tmp_path, monkeypatch):
+    pytest.importorskip("PIL.Image")
+    from vit.demo import load_photo
+
+    load_photo().save(tmp_path / "cat.png")
+    (tmp_path / "weights.pth").touch()
+    asked = []
+
+    def load(name, path, **options):
+        asked.append((name, path, options))
+        return MODELS["this package"]()
+
+    monkeypatch.setattr(vit, "load_pretrained", load, raising=False)
+    file = str(tmp_path / "weights.pth")
+    code, out, _ = run(capsys, file, "--image", str(tmp_path / "cat.png"), "--batch-size", "3", "--set", "x=1")
+    assert code == 0 and "this package's plain PyTorch model" in out and asked == [(None, file, {"x": 1})]
+
+
+def test_a_failing_command(capsys, monkeypatch):
+    import_timm()
+    attention = kernels.attention
+    monkeypatch.setattr(kernels, "attention", lambda *args, **kwargs: attention(*args, **kwargs) * (1 + 1e-4))
+    code, out, _ = run(capsys, "timm:vit_tiny_patch16_224", *TINY)
+    assert code == 1 and "Parity: FAIL" in out and "  FAIL logits: rms" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["timm:vit_tiny_patch16_24"], "did you mean vit_tiny_patch16_224"),
+        (["vit_tiny_patch16_224"], "did you mean timm:vit_tiny_patch16_224?"),
+        (["tim:vit_tiny_patch16_224"], "--model takes timm:..., torchvision:..., hf:..."),
+        (["timm:resnet18"], "ResNet has no block"),
+        (["timm:vit_tiny_patch16_224", "--set", "depht=2"], "depht"),
+        (["timm:vit_tiny_patch16_224", "--set", "depth"], "--set takes NAME=VALUE, got 'depth'"),
+        (["timm:vit_tiny_patch16_224", *TINY, "--device", "nonsense"], "nonsense"),
+        (["timm:vit_tiny_patch16_224", *TINY, "--image", "missing.png"], "missing.png"),
+        (["timm:vit_tiny_patch16_224", *TINY, "--set", "in_chans=1", "--image", __file__], "1 channels"),
+        (["torchvision:vit_b16"], "did you mean vit_b_16"),
+        (["hf:missing"], "must name a folder with a config.json"),
+    ],
+)
+def test_cannot_start(args, message, capsys):
+    import_timm(), import_transformers()
+    code, _, err = run(capsys, *args)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision", "transformers"])
+def test_a_missing_library_is_named(library, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    code, _, err = run(capsys, {"transformers": "hf"}.get(library, library) + ":vit")
+    assert code == 2 and f"pip install {library}" in err
+
+
+def test_triton_without_a_gpu(capsys, monkeypatch):
+    import_timm()
+    monkeypatch.setattr("vit.kernels.runtime.INTERPRETED", False)
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    code, _, err = run(capsys, "timm:vit_tiny_patch16_224", *TINY, "--impl", "triton")
+    assert code == 2 and "impl='triton' cannot run" in err and "TRITON_INTERPRET=1" in err
+
+
+@pytest.mark.parametrize(
+    "args", [["--dtype", "float64"], ["--batch-size", "0"], ["--img-size", "axb"], ["--impl", "x"]]
+)
+def test_wrong_arguments(args, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["parity", "--model", "timm:x", *args])
+    assert stop.value.code == 2 and "usage: vit parity" in capsys.readouterr().err

@@ -1,0 +1,61 @@
+"""`vit classify`: what a photograph shows, by a checkpoint, prepared as the checkpoint was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+import vit
+from vit import preprocess
+
+
+def classify(image: Path, weights: Path, name: str | None = None, top: int = 5, source: str | None = None) -> str:
+    """The ``top`` classes with their probabilities, a line each, after a line that says how the picture was prepared.
+
+    Args:
+        image: any picture that Pillow reads.
+        weights: a checkpoint that `vit.load_pretrained` takes.
+        name: of the model, where the checkpoint does not tell.
+        top: how many classes.
+        source: a key of `vit.preprocess.SOURCES`, where the checkpoint's folder does not tell.
+
+    Raises:
+        ValueError: not a picture, not a classifier, or nothing tells how to prepare the picture. OSError: no such file.
+    """
+    photo = preprocess.open_photo(image)
+    model = vit.load_pretrained(name, weights).eval()
+    size, classes = model.config.img_size, model.config.num_classes
+    if not classes:
+        raise ValueError(f"{weights} has no classification head")
+    # A file that transformers or timm wrote lies beside what belongs to it.
+    folder = weights if weights.is_dir() else weights.parent
+    beside = weights.is_dir() or weights.name.startswith(("model.", "model-", "pytorch_model"))
+    prepare = preprocess.of_folder(folder, size) if beside and source is None else None
+    prepare = prepare or preprocess.preprocessing(source or _source(model, weights), size)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pixels = prepare(photo).to(device)
+    if tuple(pixels.shape[2:]) != tuple(size) and not model.config.dynamic_img_size:
+        height, width = pixels.shape[2:]
+        raise ValueError(f"{prepare.source} makes {width} x {height} pixels, but the model takes {size[1]} x {size[0]}")
+    with torch.no_grad():
+        probs = model.to(device)(pixels)[0].float().softmax(0).cpu()
+    names = preprocess.class_names(folder) if beside else {}
+    lines = [f"{image}, {photo.width} x {photo.height} pixels: {prepare}"]
+    if not names:
+        lines.append("The checkpoint carries no class names, so these are indices:")
+    for prob, index in zip(*(values.tolist() for values in probs.topk(min(top, classes))), strict=True):
+        label = f"{names[index]} ({index})" if index in names else f"class {index}"
+        lines.append(f"  {100 * prob:6.2f} %  {label}")
+    return "\n".join(lines)
+
+
+def _source(model: torch.nn.Module, weights: Path) -> str:
+    """Whose preprocessing a checkpoint without one of its own takes, from where its weights came."""
+    dialect = model.pretrained_cfg["source"].removesuffix("_old").removesuffix("_memory")
+    if dialect in preprocess.SOURCES and dialect != "timm":  # timm's differ from model to model
+        return dialect
+    raise ValueError(
+        f"nothing beside {weights} tells how a picture is prepared; choose one with --preprocess: "
+        + ", ".join(preprocess.SOURCES)
+    )

@@ -1,0 +1,185 @@
+"""`vit parity`: a model of timm, Hugging Face or torchvision, accelerated, against itself in fp64."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import difflib
+import importlib
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import vit
+from vit.console import say, step
+from vit.parity import copies, enough_draws, example, image_size, parity, table, widen
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class CannotStart(Exception):
+    """Nothing was compared; the message says why and what would help."""
+
+
+def check(args: argparse.Namespace) -> bool:
+    """Prints everything; whether parity holds.
+
+    Raises:
+        CannotStart: the model cannot be built, or this machine cannot run what was asked for.
+    """
+    source, _, name = args.model.partition(":")
+    overrides = dict(map(_assignment, args.set))
+    with _explained("cannot build the model"):
+        if source in MAKERS:
+            with step(f"building {name}"), torch.random.fork_rng([]):
+                torch.manual_seed(0)
+                model, what = MAKERS[source](name, args.img_size, overrides)
+        elif Path(args.model).exists():
+            with step(f"loading {args.model}"):
+                model = vit.load_pretrained(None, args.model, **overrides)
+            what = f"{args.model}: a file has no class of its own; the original is this package's plain PyTorch model"
+        else:
+            hint = f"did you mean timm:{args.model}? " if not name else ""
+            raise CannotStart(f"{args.model} is no file; {hint}--model takes {', '.join(f'{m}:...' for m in MAKERS)}")
+    with _explained("cannot compare"):
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        images = _images(model, args).to(device, DTYPES[args.dtype])
+        with step("copying it: accelerated, as it is, and in fp64"), _notes() as notes:
+            models = copies(model, images, args.impl, **_keywords(model, images))
+        del model
+        with step("a first forward, to see which path each op takes"):
+            paths = vit.explain(models.fast, images, **models.options)
+    count = sum(p.numel() for p in models.eager.parameters())
+    say(f"  {what}, {count / 1e6:.1f} M parameters; {args.dtype} on {device}, images {list(images.shape)}")
+    for note in notes:
+        say(f"  Note: {note}")
+    say("  Path of each op, and why (the backward of an op takes the path of its forward):")
+    say("    " + str(paths).replace("\n", "\n    "))
+    reports = parity(models, images, progress=step, draws=enough_draws(models, images))
+    say("  " + table(reports).replace("\n", "\n  "))
+    if all(row.path == "reference" for row in paths):
+        say("  No kernel ran, so this judged the adapter and not the kernels.")
+    return all(report.ok for report in reports)
+
+
+def _timm(name: str, img_size: tuple[int, int] | None, overrides: dict[str, Any]) -> tuple[nn.Module, str]:
+    timm = _library("timm")
+    if not timm.is_model(name):
+        raise CannotStart(f"timm has no model {name!r}{_like(name.partition('.')[0], timm.list_models())}")
+    if img_size is not None:
+        overrides["img_size"] = img_size
+    model = timm.create_model(name, pretrained=False, **overrides)
+    widen(model, torch.Generator().manual_seed(0))
+    return model, f"timm {timm.__version__}, {name}, random weights"
+
+
+def _torchvision(name: str, img_size: tuple[int, int] | None, overrides: dict[str, Any]) -> tuple[nn.Module, str]:
+    torchvision = _library("torchvision")
+    names = torchvision.models.list_models(include="vit_*")
+    if name not in names:
+        raise CannotStart(f"torchvision has no Vision Transformer {name!r}{_like(name, names)}")
+    with torch.device("meta"):
+        plan = torchvision.models.get_model(name)
+    block = plan.encoder.layers[0]
+    fields = {key: getattr(plan, key) for key in ("image_size", "patch_size", "hidden_dim", "mlp_dim", "num_classes")}
+    fields |= {"num_layers": len(plan.encoder.layers), "num_heads": block.num_heads} | overrides
+    if img_size is not None:
+        if img_size[0] != img_size[1]:
+            raise CannotStart(f"torchvision's models take square images, not {img_size[0]} x {img_size[1]}")
+        fields["image_size"] = img_size[0]
+    model = type(plan)(**fields)
+    widen(model, torch.Generator().manual_seed(0))
+    return model, f"torchvision {torchvision.__version__}, {name}, random weights"
+
+
+def _hugging_face(name: str, img_size: tuple[int, int] | None, overrides: dict[str, Any]) -> tuple[nn.Module, str]:
+    transformers = _library("transformers")
+    if not (Path(name) / "config.json").is_file():
+        raise CannotStart(f"hf:{name} must name a folder with a config.json; download the model first")
+    config = transformers.AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    classifies = any("ForImageClassification" in kind for kind in config.architectures or [])
+    auto = transformers.AutoModelForImageClassification if classifies else transformers.AutoModel
+    model = auto.from_pretrained(name, local_files_only=True, trust_remote_code=False, dtype=torch.float32, **overrides)
+    return model, f"transformers {transformers.__version__}, {type(model).__name__}, the weights of {name}"
+
+
+MAKERS: dict[str, Callable[[str, tuple[int, int] | None, dict[str, Any]], tuple[nn.Module, str]]] = {
+    "timm": _timm,
+    "torchvision": _torchvision,
+    "hf": _hugging_face,
+}
+
+
+def _library(name: str):
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise CannotStart(f"{error.name} is missing; pip install {error.name}") from error
+    except Exception as error:  # a build for another torch raises what it likes
+        raise CannotStart(f"{name} is installed but cannot be imported: {error}") from error
+
+
+def _like(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=3)
+    return f"; did you mean {', '.join(close)}?" if close else ""
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    """``depth=2`` as ("depth", 2); what is no Python literal is a string."""
+    name, equals, value = text.partition("=")
+    if not (equals and name.isidentifier()):
+        raise CannotStart(f"--set takes NAME=VALUE, got {text!r}")
+    with contextlib.suppress(ValueError, SyntaxError):
+        return name, ast.literal_eval(value)
+    return name, value
+
+
+def _images(model: nn.Module, args: argparse.Namespace) -> Tensor:
+    """Random ones, or crops of a photograph, the odd ones mirrored, each pair closer than the last."""
+    images = example(model, args.batch_size, args.img_size)
+    if args.image is None:
+        return images
+    from PIL import ImageOps
+
+    from vit.preprocess import open_photo, to_tensor
+
+    if images.shape[1] != 3:
+        raise CannotStart(f"the model takes {images.shape[1]} channels; a photograph has 3: leave --image out")
+    photo, size = open_photo(args.image), (images.shape[3], images.shape[2])
+    crops = [ImageOps.fit(photo, size, bleed=min(0.02 * (i // 2), 0.4)) for i in range(len(images))]
+    return to_tensor([ImageOps.mirror(crop) if i % 2 else crop for i, crop in enumerate(crops)])
+
+
+def _keywords(model: nn.Module, images: Tensor) -> dict[str, Any]:
+    """What a model of Hugging Face must be told where the images are not of its own size."""
+    takes = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+    return {"interpolate_pos_encoding": True} if takes and image_size(model) != tuple(images.shape[2:]) else {}
+
+
+@contextlib.contextmanager
+def _notes() -> Iterator[list[str]]:
+    """The messages of warnings of our own, to be printed later; others are shown as ever."""
+    notes: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield notes
+    for warning in caught:
+        if str(warning.message).startswith("accelerate: "):
+            notes.append(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """What libraries raise about wrong names, sizes and files, as one line."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, AssertionError, AttributeError, KeyError, OSError) as error:
+        raise CannotStart(f"{what}: {error}") from error

@@ -1,0 +1,217 @@
+"""From a photograph to the tensor that a checkpoint was trained on: the source's own size, crop, mean and deviation.
+
+With Pillow alone, which resizes as those libraries do on Pillow images. Shapes: B images, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+HALF = (0.5, 0.5, 0.5)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """Resize, crop the centre, multiply, subtract the mean, divide by the standard deviation."""
+
+    source: str
+    resize: tuple[int, int] | int | None  # (height, width) whatever the shape, or the shorter side; None: as it is
+    crop: tuple[int, int] | None  # (height, width); past the edge of the picture it is black
+    resample: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    scale: float = 1 / 255
+    odd_down: bool = False  # an odd margin halves to the integer below; else to the even one, as Python's round does
+
+    def __call__(self, photo: Image.Image) -> Tensor:
+        """[1, 3, H, W] in fp32."""
+        photo = photo.convert("RGB")
+        if isinstance(self.resize, int):
+            short, long = sorted(photo.size)
+            other = int(self.resize * long / short)
+            size = (self.resize, other) if photo.width <= photo.height else (other, self.resize)
+        else:
+            size = photo.size if self.resize is None else self.resize[::-1]
+        photo = photo if size == photo.size else photo.resize(size, self.resample)
+        if self.crop is not None:
+            left, top = (
+                margin // 2 if self.odd_down else round(margin / 2)
+                for margin in (photo.width - self.crop[1], photo.height - self.crop[0])
+            )
+            photo = photo.crop((left, top, left + self.crop[1], top + self.crop[0]))
+        return to_tensor([photo], self.mean, self.std, self.scale)
+
+    def __str__(self) -> str:
+        if self.resize is None:
+            steps = []
+        elif isinstance(self.resize, int):
+            steps = [f"shorter side to {self.resize}"]
+        else:
+            steps = [f"resized to {self.resize[1]} x {self.resize[0]}"]
+        steps += [Image.Resampling(self.resample).name.lower()] if steps else []
+        steps += [f"centre {self.crop[1]} x {self.crop[0]}"] if self.crop else []
+        return ", ".join([*steps, f"mean {_figures(self.mean)}, std {_figures(self.std)}"]) + f" ({self.source})"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """What a source does at any size; ``crop_pct`` is the size over the shorter side that is resized to, None: the
+    whole picture is squeezed into the size."""
+
+    where: str
+    crop_pct: float | None
+    resample: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    from_384: dict[str, Any] = dataclasses.field(default_factory=dict)  # what differs for 384 pixels and more
+
+
+# Constants as read in vit_jax/input_pipeline.py of google-research/vision_transformer and in big_vision's ViT configs
+# (both resize with TensorFlow, the first without antialiasing: here it is Pillow's, as in transformers' conversions);
+# transformers 5.23, ViTImageProcessor; timm 1.0.31, the default_cfgs of vision_transformer.py and deit.py: what most
+# models of a kind have; torchvision 0.28, the transforms of its weights; dinov2/data/transforms.py.
+_UNCUT = {"crop_pct": 1.0}
+_SWAG = {"where": "torchvision, IMAGENET1K_SWAG", "crop_pct": 1.0, "resample": BICUBIC}
+SOURCES = {
+    "google": _Rule("google-research/vision_transformer", None, BILINEAR, HALF, HALF),
+    "big_vision": _Rule("google-research/big_vision", 224 / 256, Image.Resampling.BOX, HALF, HALF, _UNCUT),
+    "hf": _Rule("ViTImageProcessor of transformers", None, BILINEAR, HALF, HALF),
+    "timm": _Rule("timm, vit_*.augreg", 0.9, BICUBIC, HALF, HALF, _UNCUT),
+    "timm-imagenet": _Rule("timm, deit, mae and dino", 0.9, BICUBIC, IMAGENET_MEAN, IMAGENET_STD, _UNCUT),
+    "timm-clip": _Rule("timm, vit_*_clip", 0.9, BICUBIC, CLIP_MEAN, CLIP_STD, _UNCUT),
+    "timm-dinov2": _Rule("timm, vit_*_dinov2", 1.0, BICUBIC, IMAGENET_MEAN, IMAGENET_STD),
+    "torchvision": _Rule("torchvision, IMAGENET1K_V1", 224 / 256, BILINEAR, IMAGENET_MEAN, IMAGENET_STD, _SWAG),
+    "dinov2": _Rule("facebookresearch/dinov2", 224 / 256, BICUBIC, IMAGENET_MEAN, IMAGENET_STD),
+}
+# What a processor of transformers does where its file does not say.
+_BY_SIDE = {
+    "size": {"shortest_edge": 224}, "crop_size": 224, "do_center_crop": True, "resample": BICUBIC,
+    "image_mean": CLIP_MEAN, "image_std": CLIP_STD,
+}  # fmt: skip
+_ALWAYS = {
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "rescale_factor": 1 / 255,
+    "do_center_crop": False,
+}
+_PROCESSORS = {
+    "ViT": {"size": 224, "resample": BILINEAR, "image_mean": HALF, "image_std": HALF},
+    "DeiT": _BY_SIDE | {"size": 256, "image_mean": HALF, "image_std": HALF},
+    "Bit": _BY_SIDE,
+    "CLIP": _BY_SIDE,
+}
+
+
+def preprocessing(source: str, size: tuple[int, int]) -> Preprocessing:
+    """What ``source`` (a key of `SOURCES`) does for a model that takes ``size`` = (height, width)."""
+    if source not in SOURCES:
+        raise ValueError(f"unknown preprocessing {source!r}; known: {', '.join(SOURCES)}")
+    rule = SOURCES[source]
+    rule = dataclasses.replace(rule, **rule.from_384) if min(size) >= 384 else rule
+    values = {"resample": rule.resample, "mean": rule.mean, "std": rule.std}
+    if rule.crop_pct is None:
+        return Preprocessing(rule.where, size, None, **values)
+    # timm and torchvision resize by the shorter side, which is meant for square sizes.
+    shorter = math.floor(max(size) / rule.crop_pct)
+    return Preprocessing(rule.where, shorter, size, **values, odd_down=source == "big_vision")
+
+
+def of_folder(folder: Path, size: tuple[int, int]) -> Preprocessing | None:
+    """What the files beside a checkpoint say: preprocessor_config.json of transformers, or timm's config.json."""
+    told = _json(folder / "preprocessor_config.json")
+    if told is not None:
+        return _of_transformers(told)
+    told = (_json(folder / "config.json") or {}).get("pretrained_cfg")
+    if not isinstance(told, dict):
+        return None
+    resample = getattr(Image.Resampling, told.get("interpolation", "bicubic").upper())
+    mean, std = (tuple(told.get(key, HALF)) for key in ("mean", "std"))
+    crop_pct, squeeze = told.get("crop_pct", 0.9), told.get("crop_mode") == "squash"
+    resize = tuple(math.floor(n / crop_pct) for n in size) if squeeze else math.floor(max(size) / crop_pct)
+    return Preprocessing(f"{folder / 'config.json'}", resize, size, resample, mean, std)
+
+
+def class_names(folder: Path) -> dict[int, str]:
+    """id2label of transformers' config.json, or label_names of timm's; empty where there are none worth showing."""
+    config = _json(folder / "config.json") or {}
+    names = config.get("id2label") or dict(enumerate(config.get("label_names") or []))
+    names = {int(index): str(name) for index, name in names.items()}
+    generic = all(name == f"LABEL_{index}" for index, name in names.items())
+    return {} if generic else names
+
+
+def open_photo(path: Path) -> Image.Image:
+    """The photograph the right way up, in RGB.
+
+    Raises:
+        ValueError: not a picture that Pillow reads. OSError: it cannot be read.
+    """
+    try:
+        with Image.open(path) as photo:
+            return ImageOps.exif_transpose(photo).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is not a picture that Pillow reads") from error
+
+
+def to_tensor(
+    photos: list[Image.Image], mean: tuple[float, ...] = HALF, std: tuple[float, ...] = HALF, scale: float = 1 / 255
+) -> Tensor:
+    """[B, 3, H, W] in fp32: (pixel · scale − mean) / std."""
+    pixels = torch.from_numpy(np.stack([np.array(photo) for photo in photos])).movedim(3, 1) * scale
+    return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+def _of_transformers(told: dict[str, Any]) -> Preprocessing:
+    name = str(told.get("image_processor_type") or told.get("feature_extractor_type") or "ViT")
+    kind = next((kind for kind in _PROCESSORS if name.startswith(kind)), None)
+    if kind is None:
+        raise ValueError(f"preprocessor_config.json: {name} is not supported; choose one with --preprocess")
+    told = _ALWAYS | _PROCESSORS[kind] | told
+    mean, std = (told["image_mean"], told["image_std"]) if told["do_normalize"] else ((0.0,) * 3, (1.0,) * 3)
+    return Preprocessing(
+        "preprocessor_config.json",
+        _size(told["size"], by_side=kind in ("Bit", "CLIP")) if told["do_resize"] else None,
+        _size(told["crop_size"], by_side=False) if told["do_center_crop"] else None,
+        told["resample"],
+        tuple(mean),
+        tuple(std),
+        told["rescale_factor"] if told["do_rescale"] else 1.0,
+        odd_down=True,
+    )
+
+
+def _size(told: int | dict[str, int], by_side: bool) -> tuple[int, int] | int:
+    if isinstance(told, int):
+        return told if by_side else (told, told)
+    if "shortest_edge" in told:
+        return told["shortest_edge"]
+    if not {"height", "width"} <= told.keys():
+        raise ValueError(f"preprocessor_config.json: a size of {told} is not supported")
+    return told["height"], told["width"]
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    return told if isinstance(told, dict) else None
+
+
+def _figures(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:.3g}" for value in (values[:1] if len(set(values)) == 1 else values))
