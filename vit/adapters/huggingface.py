@@ -44,8 +44,10 @@ def attention(module: nn.Module, impl: str):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
+        if attention_mask is not None:
+            return original(self, hidden_states, attention_mask, **kwargs)
         options = parts.draw(self.attention_dropout if self.training else 0.0, hidden_states)
-        if attention_mask is not None or options is None:
+        if options is None:
             return original(self, hidden_states, attention_mask, **kwargs)
         q, k, v = (
             parts.linear(projection, hidden_states, impl).unflatten(-1, (-1, self.head_dim))
@@ -77,4 +79,3 @@ CHILDREN = {
     "layernorm_before": "norm", "norm1": "norm", "attention": "attention", "layernorm_after": "norm", "norm2": "norm",
     "mlp": "mlp",
 }  # fmt: skip
-STEPS = {}

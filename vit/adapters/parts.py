@@ -1,11 +1,13 @@
 """What every library's blocks are made of, on the ops of `vit.kernels`.
 
-A part is computed from its parameters only where calling it would do just that. One with hooks, a parametrisation, a
-wrapper (LoRA) or a weight of another kind (quantised, DTensor) is called as it is: never wrong, only not fused.
+A part is computed from its parameters only where calling it would do just that. One with hooks, a forward of its own, a
+parametrisation, a wrapper (LoRA) or a weight of another kind (quantised, DTensor) is called as it is: never wrong, only
+not fused.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,8 +17,6 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vit import kernels
-
-LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
 
 
 def owner_of(module: nn.Module) -> type:
@@ -34,28 +34,48 @@ def hooked(module: nn.Module) -> bool:
     return any(map(bool, hooks)) or _has_any_global_hook()
 
 
-def plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
-    """Whether calling the module computes what its kind computes from ordinary tensors, and nothing more."""
-    return (
-        type(module) in kinds
-        and not hooked(module)
-        and not any(p is not None and is_traceable_wrapper_subclass(p) for p in module._parameters.values())
-    )
+def fused_forward(module: nn.Module) -> Callable | None:
+    """The function that `accelerate` made the ``forward`` of this one module."""
+    function = getattr(module.__dict__.get("forward"), "__func__", None)
+    return function if hasattr(function, "fused_vit") else None
+
+
+def replaced(module: nn.Module) -> bool:
+    """Whether somebody else gave this one module a ``forward``."""
+    own = module.__dict__.get("forward")
+    if own is None or fused_forward(module) is not None:
+        return False
+    # A pickled module comes back with its class's forward in place of ours.
+    return getattr(own, "__func__", None) is not owner_of(module).forward
+
+
+def plain(module: nn.Module) -> bool:
+    """Whether calling the module computes what its class computes from ordinary tensors, and nothing more."""
+    wrapped = any(p is not None and is_traceable_wrapper_subclass(p) for p in module._parameters.values())
+    return not (hooked(module) or replaced(module) or wrapped)
+
+
+def absent(module: nn.Module | None) -> bool:
+    return module is None or (type(module) is nn.Identity and plain(module))
+
+
+def is_linear(module: nn.Module) -> bool:
+    return type(module) in (nn.Linear, NonDynamicallyQuantizableLinear) and plain(module)
 
 
 def is_layer_norm(module: nn.Module) -> bool:
     """A LayerNorm over the last dimension: PyTorch's, or timm's of the same computation."""
     known = type(module) is nn.LayerNorm or path_of(type(module)) == "timm.layers.norm.LayerNorm"
-    return known and len(module.normalized_shape) == 1 and plain(module, (type(module),))
+    return known and len(module.normalized_shape) == 1 and plain(module)
 
 
 def linear(module: nn.Module, x: Tensor, impl: str) -> Tensor:
-    return kernels.linear(x, module.weight, module.bias, impl=impl) if plain(module, LINEAR) else module(x)
+    return kernels.linear(x, module.weight, module.bias, impl=impl) if is_linear(module) else module(x)
 
 
 def layer_norm(module: nn.Module, x: Tensor, impl: str) -> Tensor:
     """In autocast's dtype under autocast, as the product that follows would cast it."""
-    if not is_layer_norm(module):
+    if not is_layer_norm(module) or not _fit(x, x, module.weight, module.bias):
         return module(x)
     return kernels.layer_norm(x, module.weight, module.bias, module.eps, impl=impl)
 
@@ -70,17 +90,16 @@ def add_norm(
 ) -> tuple[Tensor, Tensor | None]:
     """The stream x + drop_path(layer_scale(branch)), and ``norm`` of it (None without one)."""
     gamma = row_scale = None
-    if layer_scale is not None and type(layer_scale) is not nn.Identity:
+    if not absent(layer_scale):
         gamma = _layer_scale(layer_scale)
         branch = layer_scale(branch) if gamma is None else branch
-    if drop_path is not None and type(drop_path) is not nn.Identity:
-        if gamma is None and not _is_drop_path(drop_path):
-            branch = drop_path(branch)
-        elif gamma is not None and not _is_drop_path(drop_path):
-            branch, gamma = drop_path(branch * gamma), None
+    if not absent(drop_path):
+        if path_of(type(drop_path)) not in DROP_PATHS or not plain(drop_path):
+            branch, gamma = drop_path(branch if gamma is None else branch * gamma), None
         elif drop_path.training and drop_path.drop_prob:
-            # The library's own draw, so that its seed gives its paths.
-            row_scale = drop_path(branch.new_ones(len(branch), *[1] * (branch.dim() - 1))).flatten()
+            # The library's own draw, in the dtype that it would see, so that its seed gives its paths.
+            dtype = branch.dtype if gamma is None else torch.promote_types(branch.dtype, gamma.dtype)
+            row_scale = drop_path(branch.new_ones(len(branch), *[1] * (branch.dim() - 1), dtype=dtype)).flatten()
     if norm is not None and is_layer_norm(norm) and _fit(x, branch, norm.weight, norm.bias, gamma):
         options = {"gamma": gamma, "row_scale": row_scale, "impl": impl}
         return kernels.residual_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, **options)
@@ -98,13 +117,13 @@ def activation_of(module: nn.Module) -> str | None:
         known = {"none": "gelu", "tanh": "gelu_tanh"}[module.approximate]
     else:
         known = _ACTIVATIONS.get(path_of(type(module)))
-    return known if known is not None and not hooked(module) else None
+    return known if known is not None and plain(module) else None
 
 
 def mlp(fc1: nn.Module, act: nn.Module, drop: nn.Module | None, fc2: nn.Module, x: Tensor, impl: str) -> Tensor:
     """fc2(drop(act(fc1(x)))), as one op where all of them are plain."""
     activation, options = activation_of(act), dropping(drop, x)
-    if activation is None or options is None or not (plain(fc1, LINEAR) and plain(fc2, LINEAR)):
+    if activation is None or options is None or not (is_linear(fc1) and is_linear(fc2)):
         hidden = act(linear(fc1, x, impl))
         return linear(fc2, hidden if drop is None else drop(hidden), impl)
     return kernels.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation, impl=impl, **options)
@@ -112,9 +131,9 @@ def mlp(fc1: nn.Module, act: nn.Module, drop: nn.Module | None, fc2: nn.Module, 
 
 def dropping(module: nn.Module | None, x: Tensor) -> dict[str, Any] | None:
     """The keywords with which an op drops out as the module would; None where only the module can."""
-    if module is None or type(module) is nn.Identity:
+    if absent(module):
         return {}
-    if not plain(module, (nn.Dropout,)):
+    if type(module) is not nn.Dropout or not plain(module):
         return None
     return draw(module.p if module.training else 0.0, x)
 
@@ -128,11 +147,7 @@ def draw(p: float, x: Tensor) -> dict[str, Any] | None:
 
 def _layer_scale(module: nn.Module) -> Tensor | None:
     name = LAYER_SCALES.get(path_of(type(module)))
-    return None if name is None or not plain(module, (type(module),)) else getattr(module, name)
-
-
-def _is_drop_path(module: nn.Module) -> bool:
-    return path_of(type(module)) in DROP_PATHS and not hooked(module)
+    return None if name is None or not plain(module) else getattr(module, name)
 
 
 def _fit(x: Tensor, branch: Tensor, *params: Tensor | None) -> bool:

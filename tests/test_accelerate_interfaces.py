@@ -1,0 +1,421 @@
+"""What an accelerated model draws, returns and refuses, beside the library's own."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+import zoo
+from peers import import_timm, randomise
+from test_accelerate import assert_close, bits, own_forwards
+from torch import nn
+from torch._dynamo.utils import counters
+
+import vit
+
+
+def _with_dropout_between_its_paths() -> nn.Module:
+    model = zoo.timm_model(drop_path_rate=0.5, depth=3, init_values=0.7)
+    for block in model.blocks:
+        block.attn.proj_drop.p = block.mlp.drop2.p = 0.3
+    return model
+
+
+DROP_PATHS = {
+    "timm": lambda: zoo.timm_model(drop_path_rate=0.5, depth=3),
+    "timm LayerScale": _with_dropout_between_its_paths,
+    "hf": lambda: zoo.hf_model("Dinov2ForImageClassification", "Dinov2Config", drop_path_rate=0.5),
+}
+DROPOUTS = {
+    "timm attn_drop": lambda: zoo.timm_model(attn_drop_rate=0.4),
+    "timm attn_drop, qk_norm": lambda: zoo.timm_model(attn_drop_rate=0.4, qk_norm=True),
+    "timm proj_drop": lambda: zoo.timm_model(proj_drop_rate=0.4, pos_drop_rate=0.2),
+    "torchvision attention_dropout": lambda: zoo.torchvision_model(attention_dropout=0.4),
+    "torchvision dropout": lambda: zoo.torchvision_model(dropout=0.4),
+    "hf attention": lambda: zoo.hf_model("ViTForImageClassification", "ViTConfig", attention_probs_dropout_prob=0.4),
+    "hf hidden": lambda: zoo.hf_model("ViTForImageClassification", "ViTConfig", hidden_dropout_prob=0.4),
+}
+
+
+def pair(make, train: bool = True) -> tuple[nn.Module, nn.Module]:
+    """An accelerated model and its original."""
+    torch.manual_seed(0)
+    original = make()
+    randomise(original)
+    original.train(train)
+    return vit.accelerate(copy.deepcopy(original)), original
+
+
+def seeded(name: str, model: nn.Module, image: torch.Tensor, seed: int = 3) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    return zoo.results(name, model, image)
+
+
+@pytest.mark.parametrize("name", DROP_PATHS)
+def test_drop_path_draws_the_paths_of_the_library(name):
+    model, original = pair(DROP_PATHS[name])
+    image = zoo.images("", batch=6)
+    assert_close(seeded("", model, image), seeded("", original, image))
+    with torch.autocast("cpu", torch.bfloat16):  # a path drawn otherwise would be an error of the size of the logits
+        assert_close(seeded("", model, image), seeded("", original, image), 0.1)
+
+
+@pytest.mark.parametrize("name", DROPOUTS)
+def test_dropout(name):
+    """Seeded, off in eval(), and of the library's distribution: 1,024 copies of an image, each with its own masks."""
+    model, original = pair(DROPOUTS[name])
+    image = zoo.images("")
+    assert bits(seeded("", model, image)) == bits(seeded("", model, image))
+    assert bits(seeded("", model, image)) != bits(seeded("", model, image, seed=4))
+
+    copies = image[:1].expand(1024, -1, -1, -1)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        ours, theirs = zoo.outputs("", model, copies)["logits"], zoo.outputs("", original, copies)["logits"]
+    spread = theirs.std(0)
+    assert (spread > 0).all()
+    assert ((ours.mean(0) - theirs.mean(0)).abs() < 5 * spread * (2 / 1024) ** 0.5).all()
+    assert ((ours.std(0) / spread).log().abs() < 0.15).all()
+
+    assert_close(zoo.results("", model.eval(), image), zoo.results("", original.eval(), image))
+
+
+CHECKPOINTED = {name: make for name, make in DROPOUTS.items() if "torchvision" not in name}
+CHECKPOINTED |= {f"{name} drop_path": make for name, make in DROP_PATHS.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "reentrant"),
+    [(name, kind) for name in CHECKPOINTED for kind in ([False, True] if name.startswith("hf") else [None])],
+)
+def test_checkpointing_redraws_what_it_drew(name, reentrant):
+    model, _ = pair(CHECKPOINTED[name])
+    image = zoo.images("")
+    want = seeded("", model, image)
+    if name.startswith("timm"):
+        model.set_grad_checkpointing(True)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    torch.manual_seed(3)
+    image = image.requires_grad_()
+    out = zoo.outputs("", model, image)["logits"]
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(9)))  # reentrant forbids autograd.grad
+    found = {"logits": out, "grad image": image.grad}
+    found |= {f"grad {k}": p.grad for k, p in model.named_parameters() if p.grad is not None}
+    assert_close(found, want, 1e-6)
+
+
+def test_randomness_left_to_the_library_is_drawn_as_before():
+    """Where a call falls back, nothing else has taken numbers from the generator."""
+    model, original = pair(lambda: zoo.timm_model(attn_drop_rate=0.3, qk_norm=True))
+    image, mask = zoo.images(""), torch.ones(10, 10, dtype=torch.bool).tril()
+    found = []
+    for of in (model, original):
+        torch.manual_seed(2)
+        found.append({"logits": of(image, attn_mask=mask)})
+    assert_close(*found)
+    model, original = pair(DROPOUTS["hf attention"])
+    mask = torch.ones(2, 1, 10, 10, dtype=torch.bool).tril()
+    found = []
+    for of in (model, original):
+        torch.manual_seed(2)
+        found.append({"hidden": of.vit(image, attention_mask=mask).last_hidden_state})
+    assert_close(*found)
+
+
+# ---- Hugging Face ----------------------------------------------------------------------------------------------------
+
+HF = {
+    "ViT": lambda: zoo.hf_model("ViTForImageClassification", "ViTConfig"),
+    "DeiT": lambda: zoo.hf_model("DeiTForImageClassification", "DeiTConfig"),
+    "Dinov2": lambda: zoo.hf_model("Dinov2ForImageClassification", "Dinov2Config"),
+    "registers": lambda: zoo.hf_model("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig"),
+}
+
+
+def flat(out) -> dict[str, torch.Tensor]:
+    """Every tensor of a ModelOutput or tuple, by its place."""
+    items = out.items() if hasattr(out, "items") else enumerate(out)
+    found = {}
+    for key, value in items:
+        if isinstance(value, torch.Tensor):
+            found[str(key)] = value.detach()
+        elif value is not None:
+            found |= {f"{key}.{name}": v for name, v in flat(value).items()}
+    return found
+
+
+@pytest.mark.parametrize("name", HF)
+def test_hugging_face_outputs(name):
+    model, original = pair(HF[name], train=False)
+    original.set_attn_implementation("eager")
+    image = zoo.images("")
+    for options in (
+        {},
+        {"return_dict": False},
+        {"labels": torch.tensor([1, 3])},
+        {"output_hidden_states": True},
+        {"output_attentions": True},
+        {"output_attentions": True, "output_hidden_states": True, "return_dict": False},
+    ):
+        ours, theirs = model(image, **options), original(image, **options)
+        assert type(ours) is type(theirs) and list(flat(ours)) == list(flat(theirs))
+        assert_close(flat(ours), flat(theirs))
+    assert len([key for key in flat(model(image, output_attentions=True)) if "attentions" in key]) == 2
+    model.set_attn_implementation("eager")
+    for of in (model, original):
+        of.config.output_attentions = True
+    assert_close(flat(model(image)), flat(original(image)))
+
+
+def test_gradients_flow_through_the_attention_maps():
+    model, original = pair(HF["ViT"], train=False)
+    original.set_attn_implementation("eager")
+    found = []
+    for of in (model, original):
+        image = zoo.images("").requires_grad_()
+        maps = of(image, output_attentions=True).attentions
+        found.append({"image": torch.autograd.grad(sum(m.square().sum() for m in maps), image)[0]})
+    assert_close(*found, limit=1e-4)
+
+
+def test_hugging_face_arguments():
+    image, large = zoo.images(""), torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    model, original = pair(HF["ViT"], train=False)
+    want = {"interpolate_pos_encoding": True}
+    assert_close(flat(model(large, **want)), flat(original(large, **want)))
+    with pytest.raises(ValueError, match="doesn't match model"):
+        model(large)
+    for mask in (torch.ones(2, 10), torch.arange(10).expand(2, 10) < 7, torch.ones(2, 1, 10, 10).tril().bool()):
+        assert_close(flat(model.vit(image, attention_mask=mask)), flat(original.vit(image, attention_mask=mask)))
+    model, original = pair(lambda: zoo.hf_model("ViTForMaskedImageModeling", "ViTConfig"), train=False)
+    where = torch.arange(9) % 3 == torch.arange(2)[:, None]
+    ours, theirs = model(image, bool_masked_pos=where), original(image, bool_masked_pos=where)
+    assert type(ours) is type(theirs) and ours.loss is not None
+    assert_close(flat(ours), flat(theirs))
+
+
+# ---- timm ------------------------------------------------------------------------------------------------------------
+
+
+def test_timm_interface():
+    model, original = pair(lambda: zoo.timm_model(reg_tokens=2, init_values=0.5, dynamic_img_size=True), train=False)
+    image, mask = zoo.images(""), torch.ones(12, 12, dtype=torch.bool).tril()
+    bias = torch.randn(12, 12, generator=torch.Generator().manual_seed(0))
+    calls = {
+        "forward": lambda m: m(image),
+        "another size": lambda m: m(torch.nn.functional.pad(image, (0, 16))),
+        "channels_last": lambda m: m(image.contiguous(memory_format=torch.channels_last)),
+        "features": lambda m: m.forward_features(image),
+        "head": lambda m: m.forward_head(m.forward_features(image), pre_logits=True),
+        "mask": lambda m: m(image, attn_mask=mask),
+        "bias": lambda m: m.forward_features(image, attn_mask=bias),
+        "causal": lambda m: m(image, is_causal=True),
+        "intermediates": lambda m: m.forward_intermediates(image, norm=True, return_prefix_tokens=True),
+        "one early": lambda m: m.forward_intermediates(image, indices=[0], stop_early=True, intermediates_only=True),
+        "dict": lambda m: m.forward_intermediates(image, output_dict=True, output_fmt="NLC", attn_mask=mask),
+        "layers": lambda m: m.get_intermediate_layers(image, n=2, reshape=True, norm=True),
+    }
+    for label, call in calls.items():
+        ours, theirs = call(model), call(original)
+        assert type(ours) is type(theirs), label
+        wrap = dict if isinstance(ours, dict) else lambda out: {"0": out} if isinstance(out, torch.Tensor) else out
+        assert_close(flat(wrap(ours)), flat(wrap(theirs)))
+    with pytest.raises(AssertionError, match="divisible"):
+        model(image[:, :, :20])
+    for of in (model, original):
+        of.set_input_size((32, 32))
+        of.reset_classifier(3, "avg")
+        randomise(of)
+    large = torch.nn.functional.pad(image, (0, 8, 0, 8))
+    assert_close(zoo.results("", model, large), zoo.results("", original, large))
+
+
+def test_images_that_the_convolution_crops_or_refuses():
+    """A convolution ignores what is left of a patch, takes one image without a batch, and refuses less than a patch."""
+    model, original = pair(lambda: zoo.timm_model(), train=False)
+    ours, theirs = model.patch_embed.proj, original.patch_embed.proj
+    image = torch.randn(2, 3, 21, 30, generator=torch.Generator().manual_seed(0))
+    for x in (image, image[0]):
+        assert_close({"grid": ours(x)}, {"grid": theirs(x)})
+    assert ours(image[:0]).shape == theirs(image[:0]).shape
+    for x in (image[:, :, :5], image[:, :2], image.long()):
+        with pytest.raises((RuntimeError, TypeError, ValueError)):
+            theirs(x)
+        with pytest.raises((RuntimeError, TypeError, ValueError)):
+            ours(x)
+
+
+# ---- signatures, dtypes, compilation ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["timm", "timm DINOv2", "torchvision", "hf ViT", "hf Dinov2"])
+def test_signatures(name):
+    original = zoo.build(name)
+    model = vit.accelerate(copy.deepcopy(original))
+    for ours, theirs in zip(model.modules(), original.modules(), strict=True):
+        assert type(ours) is type(theirs)
+        assert inspect.signature(ours.forward) == inspect.signature(theirs.forward)
+
+
+@pytest.mark.parametrize("name", ["timm", "timm DINOv2", "timm qk_norm", "torchvision", "hf ViT", "hf Dinov2"])
+def test_dtypes_under_autocast(name):
+    """Every module's output has the dtype that it had, but for a LayerNorm inside a block: autocast's, by design."""
+    original = zoo.build(name)
+    model, image = vit.accelerate(copy.deepcopy(original)), zoo.images(name)
+    for part in [part for part, module in original.named_modules() if list(module.children()) or part.count(".") < 2]:
+        dtypes = []
+        for of in (model, original):
+            seen = []
+            handle = of.get_submodule(part).register_forward_hook(
+                lambda module, args, out, seen=seen: (
+                    seen.append((out[0] if isinstance(out, tuple) else out).dtype)
+                    if isinstance(out, (torch.Tensor, tuple))
+                    else None
+                )
+            )
+            with torch.autocast("cpu", torch.bfloat16):
+                outs = zoo.outputs(name, of, image)
+            handle.remove()
+            dtypes.append((seen, [out.dtype for out in outs.values()]))
+        assert dtypes[0] == dtypes[1], part
+
+
+COMPILED = {
+    "timm": lambda: zoo.timm_model(reg_tokens=2, init_values=0.5),
+    "torchvision": lambda: zoo.torchvision_model(num_layers=1),
+    "hf": lambda: zoo.hf_model("ViTForImageClassification", "ViTConfig", num_hidden_layers=1),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles_once_for_all_batch_sizes(name):
+    model, original = pair(COMPILED[name], train=False)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    for batch in (2, 3, 4, 5):
+        found = []
+        for of in (compiled, original):
+            image = zoo.images("", batch=batch).requires_grad_()
+            logits = zoo.outputs("", of, image)["logits"]
+            found.append({"logits": logits, "image": torch.autograd.grad(logits.square().sum(), image)[0]})
+        assert_close(*found)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def _naflex_rope() -> nn.Module:
+    naflex = import_timm().models.naflexvit
+    small = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "rope_type": "axial"}
+    return naflex.NaFlexVit(naflex.NaFlexVitCfg(**small), num_classes=5)
+
+
+def _with(**parts: str) -> nn.Module:
+    return zoo.timm_model(**{key: getattr(import_timm().layers, cls) for key, cls in parts.items()})
+
+
+def _timm_block(cls: str) -> nn.Module:
+    return zoo.timm_model(block_fn=getattr(import_timm().models.vision_transformer, cls))
+
+
+REFUSED = {
+    "SwiGLU": (
+        lambda: _with(mlp_layer="SwiGLU"),
+        r"Block \(blocks.0 and 1 more\): its mlp is timm.layers.mlp.SwiGLU",
+    ),
+    "GluMlp": (lambda: _with(mlp_layer="GluMlp"), r"blocks.0 and 1 more\): its mlp is timm.layers.mlp.GluMlp"),
+    "RMSNorm": (
+        lambda: _with(norm_layer="RmsNorm"),
+        r"blocks.0 and 1 more\): its norm1 is timm.layers.norm.RmsNorm",
+    ),
+    "rope": (_naflex_rope, r"EvaBlock \(blocks.0 and 1 more\): an unknown class"),
+    "diff": (lambda: zoo.timm_model(attn_layer="diff"), r"blocks.0 and 1 more\): its attn is timm.*DiffAttention"),
+    "parallel": (lambda: _timm_block("ParallelScalingBlock"), "has no block that the fused ops can run"),
+    "post-norm": (lambda: _timm_block("ResPostBlock"), r"ResPostBlock \(blocks.0 and 1 more\): an unknown class"),
+    "eva": (
+        lambda: import_timm().create_model("eva02_tiny_patch14_224", depth=1, img_size=28, embed_dim=48, num_heads=3),
+        r"EvaBlock \(blocks.0\): an unknown class",
+    ),
+    "swin": (
+        lambda: import_timm().create_model(
+            "swin_tiny_patch4_window7_224", depths=(1, 1), embed_dim=24, num_heads=(1, 2)
+        ),
+        "SwinTransformerBlock .*: an unknown class",
+    ),
+    "resnet": (lambda: import_timm().create_model("resnet10t"), "no attention block was found"),
+    "hf SwiGLU": (
+        lambda: zoo.hf_model("Dinov2Model", "Dinov2Config", use_swiglu_ffn=True),
+        r"Dinov2Layer \(encoder.layer.0 and 1 more\): its mlp is .*Dinov2SwiGLUFFN",
+    ),
+    "hf MAE": (lambda: zoo.hf_model("ViTMAEModel", "ViTMAEConfig"), "ViTMAELayer .*: an unknown class"),
+    "TransformerEncoder": (lambda: nn.Sequential(nn.TransformerEncoderLayer(16, 2)), "an unknown class"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_without_a_known_block(name):
+    make, message = REFUSED[name]
+    model = make()
+    with pytest.raises(ValueError, match=message):
+        vit.accelerate(model)
+    assert not own_forwards(model)
+
+
+def test_blocks_of_other_kinds_stay_beside_known_ones():
+    original = zoo.timm_model()
+    layers = import_timm().layers
+    original.blocks[1].mlp = layers.SwiGLU(32, 64)
+    randomise(original)
+    model = copy.deepcopy(original.eval())
+    with pytest.warns(UserWarning) as caught:
+        vit.accelerate(model)
+    message = "accelerate: these stay as they are: timm.models.vision_transformer.Block (blocks.1): its mlp is "
+    assert [str(w.message) for w in caught] == [message + "timm.layers.mlp.SwiGLU"]
+    assert not own_forwards(model.blocks[1]) and own_forwards(model.blocks[0])
+    assert_close(zoo.results("", model, zoo.images("")), zoo.results("", original, zoo.images("")))
+
+
+def test_an_error_changes_nothing():
+    model = zoo.timm_model()
+    for call, error, message in (
+        (lambda: vit.accelerate(model, impl="cuda"), ValueError, "impl must be one of"),
+        (lambda: vit.accelerate(model, attn=True), ValueError, "unknown feature 'attn'; the features are attention"),
+        (lambda: vit.accelerate(model.state_dict()), TypeError, "must be a torch.nn.Module, got OrderedDict"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+        assert not own_forwards(model)
+    vit.accelerate(model)
+    before = {name: module.forward for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match="unknown feature"):
+        vit.accelerate(model, qkv=False)
+    assert {name: module.forward for name, module in model.named_modules()} == before
+
+
+def test_subclasses_that_compute_something_else_are_not_taken_for_what_they_inherit():
+    class Doubled(nn.Conv2d):
+        def _conv_forward(self, x, weight, bias):
+            return 2 * super()._conv_forward(x, weight, bias)
+
+    class Same(nn.LayerNorm):
+        pass
+
+    original = zoo.timm_model(norm_layer=Same)
+    original.patch_embed.proj = Doubled(3, 32, 8, 8)
+    randomise(original.eval())
+    model = vit.accelerate(copy.deepcopy(original))
+    assert_close(zoo.results("", model, zoo.images("")), zoo.results("", original, zoo.images("")))
+
+
+def test_mixed_dtypes():
+    """LayerNorms kept in fp32 in a bf16 model: what PyTorch does on this device, result or error."""
+    original = zoo.build("timm").bfloat16()
+    for module in original.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.float()
+    model = vit.accelerate(copy.deepcopy(original))
+    image = zoo.images("timm").bfloat16()
+    assert_close({"logits": model(image)}, {"logits": original(image)}, 0.05)
