@@ -4,6 +4,7 @@ import copy
 import io
 import re
 import warnings
+from collections import Counter
 
 import pytest
 import torch
@@ -22,17 +23,18 @@ JOINT = re.compile(r"\b(?:[qkv]_(?=proj\.(?:base\.)?bias)|[qk]_(?=norm\.bias))")
 def joined(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     groups = {}
     for name, tensor in found.items():
-        groups.setdefault(JOINT.sub("qkv_", name).replace(".base.", "."), []).append(tensor)
+        groups.setdefault(JOINT.sub("qkv_", str(name)).replace(".base.", "."), []).append(tensor)
     return {name: torch.cat(group) if len(group) > 1 else group[0] for name, group in groups.items()}
 
 
-def assert_parity(name: str, original: nn.Module, accelerated: nn.Module, device, draws: int = 8) -> None:
+def assert_parity(name: str, original: nn.Module, accelerated: nn.Module, device, draws=8, autocast=False) -> None:
     exact = copy.deepcopy(original).double()
     found = {"ours": [], "eager": [], "exact": []}
     for seed in range(draws):
         image = zoo.images(name, seed=seed).to(device, next(original.parameters()).dtype)
         for key, model in (("ours", accelerated), ("eager", original), ("exact", exact)):
-            found[key].append(joined(zoo.results(name, model, image)))
+            with torch.autocast(image.device.type, torch.bfloat16, enabled=autocast and key != "exact"):
+                found[key].append(joined(zoo.results(name, model, image)))
     ours, eager, exact = (pool(found[key]) for key in ("ours", "eager", "exact"))
     assert list(ours) == list(eager) == list(exact)
     reports = [measure(ours[k], eager[k], exact[k], scope="model", name=k) for k in exact]
@@ -55,6 +57,43 @@ def test_cpu_path_fp32_of_real_names(name):
 def test_cpu_path_bf16(name):
     original = zoo.build(name, eager=True).bfloat16()
     assert_parity(name, original, vit.accelerate(copy.deepcopy(original)), "cpu")
+
+
+@pytest.mark.parametrize("name", ["timm DINOv2", "timm qk_norm", "timm avg", "torchvision", "hf ViT", "hf Dinov2"])
+def test_cpu_path_under_autocast(name):
+    original = zoo.build(name, eager=True)
+    assert_parity(name, original, vit.accelerate(copy.deepcopy(original)), "cpu", autocast=True)
+
+
+# Of two blocks: the first norm, three pairs of an add and a norm, the last norm. Where blocks are not in a
+# nn.Sequential, the add at a block's end and the norm of the next one stay apart.
+FUSED = {
+    "timm": {"patch_embed": 1, "layer_norm": 2, "residual_layer_norm": 3, "attention": 2, "linear": 4, "mlp": 2},
+    "torchvision": {"patch_embed": 1, "layer_norm": 2, "residual_layer_norm": 3, "attention": 2, "linear": 4, "mlp": 2},
+    "hf ViT": {"patch_embed": 1, "layer_norm": 3, "residual_layer_norm": 2, "attention_qkv": 2, "linear": 8, "mlp": 2},
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_what_is_fused(name):
+    model = vit.accelerate(zoo.build(name))
+    with vit.kernels.runtime.record_choices() as choices:
+        zoo.outputs(name, model, zoo.images(name))
+    assert Counter(choice.op for choice in choices) == FUSED[name]
+
+
+@pytest.mark.parametrize("name", ["timm", "timm qk_norm", "hf ViT"])
+def test_a_scale_of_the_logits_that_somebody_set(name):
+    original = zoo.build(name, eager=True)
+    for module in original.modules():
+        for attribute in ("scale", "scaling"):
+            if hasattr(module, attribute):
+                setattr(module, attribute, 0.7)
+    model, image = vit.accelerate(copy.deepcopy(original)), zoo.images(name)
+    assert_close(zoo.results(name, model, image), zoo.results(name, original, image))
+    if name == "hf ViT":
+        ours, theirs = (of(image, output_attentions=True).attentions for of in (model, original))
+        assert_close(dict(enumerate(ours)), dict(enumerate(theirs)))
 
 
 KERNELS = [

@@ -12,6 +12,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import vit
+from vit.adapters import parts
 
 
 def _with_dropout_between_its_paths() -> nn.Module:
@@ -58,6 +59,25 @@ def test_drop_path_draws_the_paths_of_the_library(name):
     assert_close(seeded("", model, image), seeded("", original, image))
     with torch.autocast("cpu", torch.bfloat16):  # a path drawn otherwise would be an error of the size of the logits
         assert_close(seeded("", model, image), seeded("", original, image), 0.1)
+
+
+def test_drop_path_in_the_dtype_of_the_branch():
+    """Under autocast, LayerScale makes the branch fp32, in which 1/keep is exact to fp32."""
+    timm = import_timm()
+    x, branch = torch.randn(64, 5, 8), torch.randn(64, 5, 8).bfloat16()
+    scale, drop = timm.layers.LayerScale(8, init_values=0.7), timm.layers.DropPath(0.3).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.manual_seed(0)
+        ours, _ = parts.add_norm(x, branch, None, "auto", scale, drop)
+        torch.manual_seed(0)
+        torch.testing.assert_close(ours, x + drop(scale(branch)), rtol=1e-6, atol=1e-6)
+
+
+def test_drop_path_on_the_kernels(device):
+    model, original = (of.to(device) for of in pair(DROP_PATHS["timm LayerScale"]))
+    vit.accelerate(model, impl="triton")
+    image = zoo.images("", batch=3).to(device)
+    assert_close(seeded("", model, image), seeded("", original, image))
 
 
 @pytest.mark.parametrize("name", DROPOUTS)

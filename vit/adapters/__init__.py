@@ -67,11 +67,10 @@ def accelerate(model: nn.Module, impl: str = "auto", **features: bool) -> nn.Mod
         else:
             reason = None
         if reason is None and kind is not None:
-            made = make(module, impl)
-            reason = made if isinstance(made, str) and kind == "block" else None
-            if not isinstance(made, str) and (kind in wanted or (kind == "block" and "norm" in wanted)):
-                forwards[module] = made
-            found |= kind == "block" and reason is None
+            forward = make(module, impl)
+            if not isinstance(forward, str) and ("norm" if kind == "block" else kind) in wanted:
+                forwards[module] = forward
+            found |= kind == "block"
         if reason is not None:
             left[module] = (name, reason)
     if not found:
