@@ -1,6 +1,7 @@
 """What an accelerated model draws, returns and refuses, beside the library's own."""
 
 import copy
+import functools
 import inspect
 
 import pytest
@@ -109,20 +110,29 @@ CHECKPOINTED |= {f"{name} drop_path": make for name, make in DROP_PATHS.items()}
     [(name, kind) for name in CHECKPOINTED for kind in ([False, True] if name.startswith("hf") else [None])],
 )
 def test_checkpointing_redraws_what_it_drew(name, reentrant):
-    model, _ = pair(CHECKPOINTED[name])
+    """The gradients are those without, and everything runs again in the backward pass as often as it did."""
+    model, original = pair(CHECKPOINTED[name])
     image = zoo.images("")
-    want = seeded("", model, image)
-    if name.startswith("timm"):
-        model.set_grad_checkpointing(True)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    torch.manual_seed(3)
-    image = image.requires_grad_()
-    out = zoo.outputs("", model, image)["logits"]
-    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(9)))  # reentrant forbids autograd.grad
-    found = {"logits": out, "grad image": image.grad}
-    found |= {f"grad {k}": p.grad for k, p in model.named_parameters() if p.grad is not None}
-    assert_close(found, want, 1e-6)
+    want, calls = seeded("", model, image), []
+    for of in (model, original):
+        if name.startswith("timm"):
+            of.set_grad_checkpointing(True)
+        else:
+            of.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        ran = []
+        for part, module in of.named_modules():
+            if part.endswith((".attn", ".attention", ".mlp")):
+                module.register_forward_hook(lambda module, args, out, part=part, ran=ran: ran.append(part))
+        torch.manual_seed(3)
+        pixels = image.clone().requires_grad_()
+        out = zoo.outputs("", of, pixels)["logits"]
+        out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(9)))
+        if of is model:
+            found = {"logits": out, "grad image": pixels.grad}
+            found |= {f"grad {k}": p.grad for k, p in of.named_parameters() if p.grad is not None}
+            assert_close(found, want, 1e-6)
+        calls.append(ran)
+    assert calls[0] == calls[1]
 
 
 def test_randomness_left_to_the_library_is_drawn_as_before():
@@ -197,6 +207,15 @@ def test_gradients_flow_through_the_attention_maps():
         maps = of(image, output_attentions=True).attentions
         found.append({"image": torch.autograd.grad(sum(m.square().sum() for m in maps), image)[0]})
     assert_close(*found, limit=1e-4)
+
+
+def test_attention_maps_under_dropout_are_those_that_were_used():
+    model, _ = pair(DROPOUTS["hf attention"])
+    attention, x = model.vit.layers[0].attention, torch.randn(2, 10, 32, generator=torch.Generator().manual_seed(0))
+    out, weights = attention(x, output_attentions=True)
+    value = attention.v_proj(x).unflatten(-1, (2, 16)).transpose(1, 2)
+    torch.testing.assert_close(attention.o_proj((weights @ value).transpose(1, 2).flatten(2)), out)
+    assert 0.2 < (weights == 0).float().mean() < 0.6
 
 
 def test_hugging_face_arguments():
@@ -413,6 +432,22 @@ def test_an_error_changes_nothing():
     with pytest.raises(ValueError, match="unknown feature"):
         vit.accelerate(model, qkv=False)
     assert {name: module.forward for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("cls", ["Block", "Attention", "Mlp", "LayerNorm", "LayerScale"])
+@pytest.mark.parametrize("wraps", [False, True])
+def test_a_class_whose_forward_was_replaced(cls, wraps, monkeypatch):
+    timm = import_timm()
+    owner = timm.models.vision_transformer.Block if cls == "Block" else getattr(timm.layers, cls)
+    model, library = zoo.build("timm DINOv2"), owner.forward
+
+    def doubled(self, x, **options):
+        return 2 * library(self, x, **options)
+
+    monkeypatch.setattr(owner, "forward", functools.wraps(library)(doubled) if wraps else doubled)
+    with pytest.raises(ValueError, match=r"Block \(blocks.0 and 1 more\): .*forward (was )?replaced"):
+        vit.accelerate(model)
+    assert not own_forwards(model)
 
 
 def test_subclasses_that_compute_something_else_are_not_taken_for_what_they_inherit():

@@ -60,7 +60,7 @@ def accelerate(model: nn.Module, impl: str = "auto", **features: bool) -> nn.Mod
         kind, make = _entry(module)
         if kind is None:
             reason = "an unknown class" if _looks_like_a_block(module) else None
-        elif parts.replaced(module):
+        elif parts.replaced(module) or parts.patched(parts.owner_of(module)):
             reason = "its forward was replaced"
         elif kind == "block":
             reason = _unknown_part(module)
@@ -84,7 +84,7 @@ def accelerate(model: nn.Module, impl: str = "auto", **features: bool) -> nn.Mod
         warnings.warn(f"accelerate: these stay as they are: {_why(left)}", UserWarning, stacklevel=2)
     restore(model)
     for module, forward in forwards.items():
-        forward = functools.wraps(parts.owner_of(module).forward)(forward)
+        forward = functools.wraps(type(module).forward)(forward)
         forward.fused_vit = True
         module.forward = types.MethodType(forward, module)
     return model
@@ -128,7 +128,8 @@ def _unknown_part(block: nn.Module) -> str | None:
             return f"its {name} is {parts.path_of(type(child))}"
         if want is not None and isinstance(refusal := make(child, "auto"), str):
             return f"its {name} cannot run: {refusal}"
-    return None
+    patched = (name for name, part in block.named_modules() if parts.patched(parts.owner_of(part)))
+    return next((f"the class of its {name} had its forward replaced" for name in patched), None)
 
 
 def _looks_like_a_block(module: nn.Module) -> bool:

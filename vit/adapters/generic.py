@@ -16,7 +16,7 @@ def layer_norm(module: nn.LayerNorm, impl: str):
     """A LayerNorm between or after the blocks; its result has the dtype that PyTorch gives it."""
     if len(module.normalized_shape) != 1:
         return "it normalises over more than the last dimension"
-    original = parts.owner_of(module).forward
+    original = type(module).forward
 
     def forward(self, x: Tensor) -> Tensor:
         low = getattr(self, "_fast_norm", False)  # timm's switch for autocast's dtype

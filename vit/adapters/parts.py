@@ -20,8 +20,15 @@ from vit import kernels
 
 
 def owner_of(module: nn.Module) -> type:
-    """The class whose ``forward`` the module runs, unless it has one of its own."""
-    return next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+    """The class whose ``forward`` the module runs, unless it has one of its own; not the one that FSDP derives."""
+    classes = (cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.distributed.fsdp"))
+    return next(cls for cls in classes if "forward" in vars(cls))
+
+
+def patched(cls: type) -> bool:
+    """Whether the class has a ``forward`` from outside its library, be it dressed up by `functools.wraps`."""
+    module = getattr(cls.forward, "__globals__", {}).get("__name__", "")
+    return module.partition(".")[0] != cls.__module__.partition(".")[0]
 
 
 def path_of(cls: type) -> str:
@@ -46,7 +53,7 @@ def replaced(module: nn.Module) -> bool:
     if own is None or fused_forward(module) is not None:
         return False
     # A pickled module comes back with its class's forward in place of ours.
-    return getattr(own, "__func__", None) is not owner_of(module).forward
+    return getattr(own, "__func__", None) is not type(module).forward
 
 
 def plain(module: nn.Module) -> bool:
