@@ -1,4 +1,4 @@
-"""`vit.accelerate` changes nothing else: hooks, wrappers, randomness, signatures, dtypes, compilation, refusals."""
+"""`vit.accelerate` changes nothing else: hooks, replaced parts, wrappers, random numbers."""
 
 import copy
 import warnings
@@ -6,12 +6,13 @@ import warnings
 import pytest
 import torch
 import zoo
-from peers import randomise
-from test_accelerate import assert_close
+from peers import import_timm, randomise
+from test_accelerate import assert_close, bits
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import vit
+from vit.adapters import parts
 
 PARTS = {
     "timm DINOv2": [
@@ -214,3 +215,143 @@ def test_wrapped_linears(name, wrapper, after):
         vit.accelerate(model)
     image = zoo.images(name)
     assert_close(zoo.results(name, model, image), zoo.results(name, original, image))
+
+
+# ---- randomness ------------------------------------------------------------------------------------------------------
+
+
+def _with_dropout_between_its_paths() -> nn.Module:
+    model = zoo.timm_model(drop_path_rate=0.5, depth=3, init_values=0.7)
+    for block in model.blocks:
+        block.attn.proj_drop.p = block.mlp.drop2.p = 0.3
+    return model
+
+
+DROP_PATHS = {
+    "timm": lambda: zoo.timm_model(drop_path_rate=0.5, depth=3),
+    "timm LayerScale": _with_dropout_between_its_paths,
+    "hf": lambda: zoo.hf_model("Dinov2ForImageClassification", "Dinov2Config", drop_path_rate=0.5),
+}
+DROPOUTS = {
+    "timm attn_drop": lambda: zoo.timm_model(attn_drop_rate=0.4),
+    "timm attn_drop, qk_norm": lambda: zoo.timm_model(attn_drop_rate=0.4, qk_norm=True),
+    "timm proj_drop": lambda: zoo.timm_model(proj_drop_rate=0.4, pos_drop_rate=0.2),
+    "torchvision attention_dropout": lambda: zoo.torchvision_model(attention_dropout=0.4),
+    "torchvision dropout": lambda: zoo.torchvision_model(dropout=0.4),
+    "hf attention": lambda: zoo.hf_model("ViTForImageClassification", "ViTConfig", attention_probs_dropout_prob=0.4),
+    "hf hidden": lambda: zoo.hf_model("ViTForImageClassification", "ViTConfig", hidden_dropout_prob=0.4),
+}
+
+
+def pair(make, train: bool = True) -> tuple[nn.Module, nn.Module]:
+    """An accelerated model and its original."""
+    torch.manual_seed(0)
+    original = make()
+    randomise(original)
+    original.train(train)
+    return vit.accelerate(copy.deepcopy(original)), original
+
+
+def seeded(name: str, model: nn.Module, image: torch.Tensor, seed: int = 3) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    return zoo.results(name, model, image)
+
+
+@pytest.mark.parametrize("name", DROP_PATHS)
+def test_drop_path_draws_the_paths_of_the_library(name):
+    model, original = pair(DROP_PATHS[name])
+    image = zoo.images("", batch=6)
+    assert_close(seeded("", model, image), seeded("", original, image))
+    with torch.autocast("cpu", torch.bfloat16):  # a path drawn otherwise would be an error of the size of the logits
+        assert_close(seeded("", model, image), seeded("", original, image), 0.1)
+
+
+def test_drop_path_in_the_dtype_of_the_branch():
+    """Under autocast, LayerScale makes the branch fp32, in which 1/keep is exact to fp32."""
+    timm = import_timm()
+    x, branch = torch.randn(64, 5, 8), torch.randn(64, 5, 8).bfloat16()
+    scale, drop = timm.layers.LayerScale(8, init_values=0.7), timm.layers.DropPath(0.3).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.manual_seed(0)
+        ours, _ = parts.add_norm(x, branch, None, "auto", scale, drop)
+        torch.manual_seed(0)
+        torch.testing.assert_close(ours, x + drop(scale(branch)), rtol=1e-6, atol=1e-6)
+
+
+def test_drop_path_on_the_kernels(device):
+    model, original = (of.to(device) for of in pair(DROP_PATHS["timm LayerScale"]))
+    vit.accelerate(model, impl="triton")
+    image = zoo.images("", batch=3).to(device)
+    assert_close(seeded("", model, image), seeded("", original, image))
+
+
+@pytest.mark.parametrize("name", DROPOUTS)
+def test_dropout(name):
+    """Seeded, off in eval(), and of the library's distribution: 1,024 copies of an image, each with its own masks."""
+    model, original = pair(DROPOUTS[name])
+    image = zoo.images("")
+    assert bits(seeded("", model, image)) == bits(seeded("", model, image))
+    assert bits(seeded("", model, image)) != bits(seeded("", model, image, seed=4))
+
+    copies = image[:1].expand(1024, -1, -1, -1)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        ours, theirs = zoo.outputs("", model, copies)["logits"], zoo.outputs("", original, copies)["logits"]
+    spread = theirs.std(0)
+    assert (spread > 0).all()
+    assert ((ours.mean(0) - theirs.mean(0)).abs() < 5 * spread * (2 / 1024) ** 0.5).all()
+    assert ((ours.std(0) / spread).log().abs() < 0.15).all()
+
+    assert_close(zoo.results("", model.eval(), image), zoo.results("", original.eval(), image))
+
+
+CHECKPOINTED = {name: make for name, make in DROPOUTS.items() if "torchvision" not in name}
+CHECKPOINTED |= {f"{name} drop_path": make for name, make in DROP_PATHS.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "reentrant"),
+    [(name, kind) for name in CHECKPOINTED for kind in ([False, True] if name.startswith("hf") else [None])],
+)
+def test_checkpointing_redraws_what_it_drew(name, reentrant):
+    """The gradients are those without, and everything runs again in the backward pass as often as it did."""
+    model, original = pair(CHECKPOINTED[name])
+    image = zoo.images("")
+    want, calls = seeded("", model, image), []
+    for of in (model, original):
+        if name.startswith("timm"):
+            of.set_grad_checkpointing(True)
+        else:
+            of.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        ran = []
+        for part, module in of.named_modules():
+            if part.endswith((".attn", ".attention", ".mlp")):
+                module.register_forward_hook(lambda module, args, out, part=part, ran=ran: ran.append(part))
+        torch.manual_seed(3)
+        pixels = image.clone().requires_grad_()
+        out = zoo.outputs("", of, pixels)["logits"]
+        out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(9)))
+        if of is model:
+            found = {"logits": out, "grad image": pixels.grad}
+            found |= {f"grad {k}": p.grad for k, p in of.named_parameters() if p.grad is not None}
+            assert_close(found, want, 1e-6)
+        calls.append(ran)
+    assert calls[0] == calls[1]
+
+
+def test_randomness_left_to_the_library_is_drawn_as_before():
+    """Where a call falls back, nothing else has taken numbers from the generator."""
+    model, original = pair(lambda: zoo.timm_model(attn_drop_rate=0.3, qk_norm=True))
+    image, mask = zoo.images(""), torch.ones(10, 10, dtype=torch.bool).tril()
+    found = []
+    for of in (model, original):
+        torch.manual_seed(2)
+        found.append({"logits": of(image, attn_mask=mask)})
+    assert_close(*found)
+    model, original = pair(DROPOUTS["hf attention"])
+    mask = torch.ones(2, 1, 10, 10, dtype=torch.bool).tril()
+    found = []
+    for of in (model, original):
+        torch.manual_seed(2)
+        found.append({"hidden": of.vit(image, attention_mask=mask).last_hidden_state})
+    assert_close(*found)
