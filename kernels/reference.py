@@ -171,11 +171,11 @@ def attention_qkv(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     logits = torch.einsum("bqhe,bkhe->bhqk", q, k) * scale
-    probs = dropout(logits.softmax(dim=-1), dropout_p, seed, site)
-    out = torch.einsum("bhqk,bkhe->bqhe", probs, v).flatten(2)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    probs = logits.softmax(dim=-1, dtype=wide).to(q.dtype)  # in fp32 for its backward, as in Hugging Face's ViT
+    out = torch.einsum("bhqk,bkhe->bqhe", dropout(probs, dropout_p, seed, site), v).flatten(2)
     if not return_lse:
         return out
-    wide = torch.promote_types(logits.dtype, torch.float32)
     return out, logits.detach().to(wide).logsumexp(dim=-1)
 
 

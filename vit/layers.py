@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vit import kernels
 from vit.config import ViTConfig
 from vit.kernels import reference
-from vit.plain import LINEAR, hooked, linear, plain
+from vit.plain import hooked, is_linear, linear, plain
 
 # What a dropout mask belongs to: its site is 8 · block + one of these. The last two belong to no block.
 ATTN, PROJ, ACT, FC2, PATH1, PATH2, POS, HEAD = range(8)
@@ -89,7 +89,7 @@ def add_norm(
     **dropout: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """(x + row_scale · gamma · dropout(branch), ``norm`` of it); one op where the norm is a plain LayerNorm."""
-    if norm is not None and plain(norm, (LayerNorm,)):
+    if type(norm) is LayerNorm and plain(norm):
         options = {"gamma": gamma, "row_scale": row_scale, "impl": impl} | dropout
         return kernels.residual_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, **options)
     if dropout:
@@ -109,7 +109,7 @@ def lent_norm(owner: nn.Module) -> nn.Module | None:
     makes a subclass of what it shards, and has the parameters together only while that is called.
     """
     norm = owner.norm1 if type(owner) is Block else owner
-    return norm if not hooked(owner) and plain(norm, (LayerNorm,)) else None
+    return norm if type(norm) is LayerNorm and plain(norm) and not hooked(owner) else None
 
 
 class LayerScale(nn.Module):
@@ -164,7 +164,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, seed: Tensor | None = None) -> Tensor:
         options = {"impl": self.impl} | dropping(self, seed, self.site)
-        if plain(self.fc1, LINEAR) and plain(self.fc2, LINEAR):
+        if is_linear(self.fc1) and is_linear(self.fc2):
             params = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
             return kernels.mlp(x, *params, self.activation, **options)
         hidden = reference.gelu(linear(self.fc1, x, self.impl), self.activation)

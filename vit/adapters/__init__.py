@@ -16,6 +16,7 @@ from torch import nn
 
 from vit.adapters import generic, huggingface, parts, timm, torchvision
 from vit.kernels import runtime
+from vit.plain import fused_forward, replaced
 
 _LIBRARIES = (timm, torchvision, huggingface)
 _MODULES = generic.MODULES | {path: entry for library in _LIBRARIES for path, entry in library.MODULES.items()}
@@ -55,40 +56,36 @@ def accelerate(model: nn.Module, impl: str = "auto", **features: bool) -> nn.Mod
         raise ValueError(f"accelerate: unknown feature {name!r}; the features are {', '.join(_FEATURES)}")
     wanted = {name for name in _FEATURES if features.get(name, True)}
 
-    forwards, left, blocks = {}, {}, []
+    forwards, left, found = {}, {}, False
     for name, module in _outside_of(model, left):
         kind, make = _entry(module)
         if kind is None:
             reason = "an unknown class" if _looks_like_a_block(module) else None
-        elif _own_forward(module):
+        elif replaced(module) or parts.patched(parts.owner_of(module)):
             reason = "its forward was replaced"
         elif kind == "block":
             reason = _unknown_part(module)
         else:
             reason = None
         if reason is None and kind is not None:
-            made = make(module, impl)
-            reason = made if isinstance(made, str) and kind == "block" else None
-            if not isinstance(made, str) and (kind in wanted or (kind == "block" and "norm" in wanted)):
-                forwards[module] = made
-            if kind == "block" and reason is None:
-                blocks.append(module)
+            forward = make(module, impl)
+            if not isinstance(forward, str) and ("norm" if kind == "block" else kind) in wanted:
+                forwards[module] = forward
+            found |= kind == "block"
         if reason is not None:
             left[module] = (name, reason)
-    known = set(blocks)
-    if not blocks:
+    if not found:
         raise ValueError(f"accelerate: {type(model).__name__} has no block that the fused ops can run: {_why(left)}")
     if "norm" in wanted:
         for module in model.modules():
-            if type(module) is nn.Sequential and len(module) and known.issuperset(module):
-                steps = {_step(block) for block in module}
-                if len(steps) == 1 and None not in steps and not _own_forward(module):
-                    forwards[module] = generic.sequence(module, impl, steps.pop())
+            row = type(module) is nn.Sequential and any(hasattr(forwards.get(block), "step") for block in module)
+            if row and not replaced(module):
+                forwards[module] = generic.sequence(module, impl)
     if left:
-        warnings.warn(f"accelerate: {len(left)} blocks stay as they are: {_why(left)}", UserWarning, stacklevel=2)
+        warnings.warn(f"accelerate: these stay as they are: {_why(left)}", UserWarning, stacklevel=2)
     restore(model)
     for module, forward in forwards.items():
-        forward = functools.wraps(parts.owner_of(module).forward)(forward)
+        forward = functools.wraps(type(module).forward)(forward)
         forward.fused_vit = True
         module.forward = types.MethodType(forward, module)
     return model
@@ -97,7 +94,7 @@ def accelerate(model: nn.Module, impl: str = "auto", **features: bool) -> nn.Mod
 def restore(model: nn.Module) -> nn.Module:
     """Undoes `accelerate`: every module runs its class's ``forward`` again, to the same bits. Returns ``model``."""
     for module in model.modules():
-        if _ours(module):
+        if fused_forward(module) is not None:
             del module.forward
     return model
 
@@ -119,24 +116,6 @@ def _entry(module: nn.Module):
     return _MODULES.get(own) or _MODULES.get(owner) or (None, None)
 
 
-def _ours(module: nn.Module) -> bool:
-    return hasattr(getattr(vars(module).get("forward"), "__func__", None), "fused_vit")
-
-
-def _own_forward(module: nn.Module) -> bool:
-    """Whether somebody else replaced the forward of this one module."""
-    own = vars(module).get("forward")
-    # A pickled module comes back with its class's forward in place of ours.
-    return (
-        own is not None and not _ours(module) and getattr(own, "__func__", None) is not parts.owner_of(module).forward
-    )
-
-
-def _step(block: nn.Module):
-    path = parts.path_of(parts.owner_of(block))
-    return next((library.STEPS[path] for library in _LIBRARIES if path in library.STEPS), None)
-
-
 def _unknown_part(block: nn.Module) -> str | None:
     """Why a known block cannot be computed by the fused ops; None if it can."""
     path = parts.path_of(parts.owner_of(block))
@@ -150,7 +129,8 @@ def _unknown_part(block: nn.Module) -> str | None:
             return f"its {name} is {parts.path_of(type(child))}"
         if want is not None and isinstance(refusal := make(child, "auto"), str):
             return f"its {name} cannot run: {refusal}"
-    return None
+    patched = (name for name, part in block.named_modules() if parts.patched(parts.owner_of(part)))
+    return next((f"the class of its {name} had its forward replaced" for name in patched), None)
 
 
 def _looks_like_a_block(module: nn.Module) -> bool:

@@ -10,18 +10,22 @@ from torch import Tensor, nn
 
 from vit import kernels
 from vit.adapters import parts
+from vit.plain import fused_forward, hooked, is_linear, linear
 
 
 def layer_norm(module: nn.LayerNorm, impl: str):
     """A LayerNorm between or after the blocks; its result has the dtype that PyTorch gives it."""
     if len(module.normalized_shape) != 1:
         return "it normalises over more than the last dimension"
+    original = type(module).forward
 
     def forward(self, x: Tensor) -> Tensor:
         low = getattr(self, "_fast_norm", False)  # timm's switch for autocast's dtype
-        if low or not torch.is_autocast_enabled(x.device.type):
-            return kernels.layer_norm(x, self.weight, self.bias, self.eps, impl=impl)
         weight, bias = self.weight, self.bias
+        if any(t is not None and t.dtype is not x.dtype for t in (weight, bias)):
+            return original(self, x)
+        if low or not torch.is_autocast_enabled(x.device.type):
+            return kernels.layer_norm(x, weight, bias, self.eps, impl=impl)
         if x.is_cuda:  # where autocast asks for fp32
             x, weight, bias = (None if t is None else t.float() for t in (x, weight, bias))
         with torch.autocast(x.device.type, enabled=False):
@@ -35,6 +39,8 @@ def patch_projection(module: nn.Conv2d, impl: str):
     zero = module.padding in ((0, 0), "valid") and module.dilation == (1, 1) and module.groups == 1
     if module.kernel_size != module.stride or module.kernel_size == (1, 1) or not zero:
         return "its kernel is not its stride"
+    if type(module)._conv_forward is not nn.Conv2d._conv_forward:
+        return "its class computes something else"
 
     def forward(self, image: Tensor) -> Tensor:
         if image.dim() != 4:
@@ -63,38 +69,41 @@ def multihead_attention(module: nn.MultiheadAttention, impl: str):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        options = parts.draw(self.dropout if self.training else 0.0, query)
         simple = key_padding_mask is None and attn_mask is None and not (need_weights or is_causal)
         simple = simple and query is key and key is value and query.dim() == 3 and self.batch_first
-        if not simple or options is None or not parts.plain(self.out_proj, parts.LINEAR):
+        simple = simple and is_linear(self.out_proj)
+        options = parts.draw(self.dropout if self.training else 0.0, query) if simple else None
+        if options is None:
             return nn.MultiheadAttention.forward(
                 self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         qkv = kernels.linear(query, self.in_proj_weight, self.in_proj_bias, impl=impl)
         o = kernels.attention(qkv, num_heads=self.num_heads, impl=impl, **options)
-        return parts.linear(self.out_proj, o, impl), None
+        return linear(self.out_proj, o, impl), None
 
     return forward
 
 
-def sequence(module: nn.Sequential, impl: str, step):
-    """Blocks in a row: the add at the end of one and the LayerNorm at the start of the next are one op.
-
-    ``step(block, impl, x, y, next_block)`` is the library's block, with y the normalised stream.
-    """
+def sequence(module: nn.Sequential, impl: str):
+    """Blocks in a row: the add at the end of one and the LayerNorm at the start of the next are one op."""
 
     def forward(self, x: Tensor) -> Tensor:
-        blocks = list(self)
-        if any(map(parts.hooked, blocks)) or not blocks:
-            for block in blocks:
-                x = block(x)
-            return x
         y = None
+        blocks = list(self)
         for block, following in zip(blocks, [*blocks[1:], None], strict=True):
-            x, y = step(block, impl, x, y, following)
+            step = _step(block)
+            if step is None:
+                x, y = block(x), None
+            else:
+                x, y = step(block, impl, x, y, following if _step(following) is step else None)
         return x
 
     return forward
+
+
+def _step(block: nn.Module | None):
+    """The library's ``step(block, impl, x, y, following)``, y the normalised stream, if it does all a call would."""
+    return None if block is None or hooked(block) else getattr(fused_forward(block), "step", None)
 
 
 MODULES = {

@@ -2,59 +2,65 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from vit import kernels
 from vit.adapters import parts
+from vit.plain import linear
 
 
-def vit_layer(module: nn.Module, impl: str):
-    original = parts.owner_of(module).forward
+def _vit(layer: nn.Module, impl: str, x: Tensor, **kwargs: Any) -> Tensor:
+    branch, _ = layer.attention(parts.layer_norm(layer.layernorm_before, x, impl), None, **kwargs)
+    x, y = parts.add_norm(x, layer.dropout(branch), layer.layernorm_after, impl)
+    return parts.add_norm(x, layer.dropout(layer.mlp(y)), None, impl)[0]
+
+
+def _dinov2(layer: nn.Module, impl: str, x: Tensor, **kwargs: Any) -> Tensor:
+    branch, _ = layer.attention(parts.layer_norm(layer.norm1, x, impl), attention_mask=None, **kwargs)
+    x, y = parts.add_norm(x, branch, layer.norm2, impl, layer.layer_scale1, layer.drop_path)
+    return parts.add_norm(x, layer.mlp(y), None, impl, layer.layer_scale2, layer.drop_path)[0]
+
+
+def layer(run: Callable, module: nn.Module, impl: str):
+    # A class without a __call__ of its own checkpoints in its forward, which this one replaces.
+    checkpoints = type(module).__call__ is nn.Module.__call__
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         if attention_mask is not None:
-            return original(self, hidden_states, attention_mask, **kwargs)
-        x = hidden_states
-        branch, _ = self.attention(parts.layer_norm(self.layernorm_before, x, impl), attention_mask, **kwargs)
-        x, y = parts.add_norm(x, self.dropout(branch), self.layernorm_after, impl)
-        return parts.add_norm(x, self.dropout(self.mlp(y)), None, impl)[0]
-
-    return forward
-
-
-def dinov2_layer(module: nn.Module, impl: str):
-    original = parts.owner_of(module).forward
-
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        if attention_mask is not None:
-            return original(self, hidden_states, attention_mask, **kwargs)
-        x = hidden_states
-        branch, _ = self.attention(parts.layer_norm(self.norm1, x, impl), attention_mask=attention_mask, **kwargs)
-        x, y = parts.add_norm(x, branch, self.norm2, impl, self.layer_scale1, self.drop_path)
-        return parts.add_norm(x, self.mlp(y), None, impl, self.layer_scale2, self.drop_path)[0]
+            return type(self).forward(self, hidden_states, attention_mask, **kwargs)
+        fused = functools.partial(run, self, impl, **kwargs)
+        if checkpoints and self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(fused, hidden_states)
+        return fused(hidden_states)
 
     return forward
 
 
 def attention(module: nn.Module, impl: str):
-    original = parts.owner_of(module).forward
+    original = type(module).forward
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
+        if attention_mask is not None:
+            return original(self, hidden_states, attention_mask, **kwargs)
         options = parts.draw(self.attention_dropout if self.training else 0.0, hidden_states)
-        if attention_mask is not None or options is None:
+        if options is None:
             return original(self, hidden_states, attention_mask, **kwargs)
         q, k, v = (
-            parts.linear(projection, hidden_states, impl).unflatten(-1, (-1, self.head_dim))
+            linear(projection, hidden_states, impl).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )  # [B, N, HEADS, HEAD_DIM] each
         o = kernels.attention_qkv(q, k, v, scale=self.scaling, impl=impl, **options)  # [B, N, D]
-        wanted = kwargs.get("output_attentions", getattr(self.config, "output_attentions", False))
-        weights = kernels.attention_probs(q, k, scale=self.scaling).to(o.dtype) if wanted else None
-        return parts.linear(self.o_proj, o, impl), weights
+        weights = None
+        if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
+            weights = kernels.attention_probs(q, k, scale=self.scaling).to(o.dtype)
+            weights = kernels.dropout(weights, *options.values()) if options else weights  # as o has used them
+        return linear(self.o_proj, o, impl), weights
 
     return forward
 
@@ -67,14 +73,15 @@ def mlp(module: nn.Module, impl: str):
 
 
 MODULES = {}
-_LAYERS = {"ViT": vit_layer, "DeiT": vit_layer, "Dinov2": dinov2_layer, "Dinov2WithRegisters": dinov2_layer}
-for _name, _layer in _LAYERS.items():
+for _name, _run in {"ViT": _vit, "DeiT": _vit, "Dinov2": _dinov2, "Dinov2WithRegisters": _dinov2}.items():
     _folder = _name.lower().replace("2withregisters", "2_with_registers")
     _path = f"transformers.models.{_folder}.modeling_{_folder}.{_name}"
-    MODULES |= {_path + "Layer": ("block", _layer), _path + "Attention": ("attention", attention)}
+    MODULES |= {
+        _path + "Layer": ("block", functools.partial(layer, _run)),
+        _path + "Attention": ("attention", attention),
+    }
     MODULES[_path + "MLP"] = ("mlp", mlp)
 CHILDREN = {
     "layernorm_before": "norm", "norm1": "norm", "attention": "attention", "layernorm_after": "norm", "norm2": "norm",
     "mlp": "mlp",
 }  # fmt: skip
-STEPS = {}

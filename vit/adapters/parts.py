@@ -8,12 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from vit import kernels
-from vit.plain import LINEAR, hooked, linear, plain
+from vit.plain import absent, is_linear, linear, plain
 
 
 def owner_of(module: nn.Module) -> type:
-    """The class whose ``forward`` the module runs, unless it has one of its own."""
-    return next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+    """The class whose ``forward`` the module runs, unless it has one of its own; not the one that FSDP derives."""
+    classes = (cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.distributed.fsdp"))
+    return next(cls for cls in classes if "forward" in vars(cls))
+
+
+def patched(cls: type) -> bool:
+    """Whether the class has a ``forward`` from outside its library, be it dressed up by `functools.wraps`."""
+    module = getattr(cls.forward, "__globals__", {}).get("__name__", "")
+    return module.partition(".")[0] != cls.__module__.partition(".")[0]
 
 
 def path_of(cls: type) -> str:
@@ -23,12 +30,12 @@ def path_of(cls: type) -> str:
 def is_layer_norm(module: nn.Module) -> bool:
     """A LayerNorm over the last dimension: PyTorch's, or timm's of the same computation."""
     known = type(module) is nn.LayerNorm or path_of(type(module)) == "timm.layers.norm.LayerNorm"
-    return known and len(module.normalized_shape) == 1 and plain(module, (type(module),))
+    return known and len(module.normalized_shape) == 1 and plain(module)
 
 
 def layer_norm(module: nn.Module, x: Tensor, impl: str) -> Tensor:
     """In autocast's dtype under autocast, as the product that follows would cast it."""
-    if not is_layer_norm(module):
+    if not is_layer_norm(module) or not _fit(x, x, module.weight, module.bias):
         return module(x)
     return kernels.layer_norm(x, module.weight, module.bias, module.eps, impl=impl)
 
@@ -43,17 +50,16 @@ def add_norm(
 ) -> tuple[Tensor, Tensor | None]:
     """The stream x + drop_path(layer_scale(branch)), and ``norm`` of it (None without one)."""
     gamma = row_scale = None
-    if layer_scale is not None and type(layer_scale) is not nn.Identity:
+    if not absent(layer_scale):
         gamma = _layer_scale(layer_scale)
         branch = layer_scale(branch) if gamma is None else branch
-    if drop_path is not None and type(drop_path) is not nn.Identity:
-        if gamma is None and not _is_drop_path(drop_path):
-            branch = drop_path(branch)
-        elif gamma is not None and not _is_drop_path(drop_path):
-            branch, gamma = drop_path(branch * gamma), None
+    if not absent(drop_path):
+        if path_of(type(drop_path)) not in DROP_PATHS or not plain(drop_path):
+            branch, gamma = drop_path(branch if gamma is None else branch * gamma), None
         elif drop_path.training and drop_path.drop_prob:
-            # The library's own draw, so that its seed gives its paths.
-            row_scale = drop_path(branch.new_ones(len(branch), *[1] * (branch.dim() - 1))).flatten()
+            # The library's own draw, in the dtype that it would see, so that its seed gives its paths.
+            dtype = branch.dtype if gamma is None else torch.promote_types(branch.dtype, gamma.dtype)
+            row_scale = drop_path(branch.new_ones(len(branch), *[1] * (branch.dim() - 1), dtype=dtype)).flatten()
     if norm is not None and is_layer_norm(norm) and _fit(x, branch, norm.weight, norm.bias, gamma):
         options = {"gamma": gamma, "row_scale": row_scale, "impl": impl}
         return kernels.residual_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, **options)
@@ -71,13 +77,13 @@ def activation_of(module: nn.Module) -> str | None:
         known = {"none": "gelu", "tanh": "gelu_tanh"}[module.approximate]
     else:
         known = _ACTIVATIONS.get(path_of(type(module)))
-    return known if known is not None and not hooked(module) else None
+    return known if known is not None and plain(module) else None
 
 
 def mlp(fc1: nn.Module, act: nn.Module, drop: nn.Module | None, fc2: nn.Module, x: Tensor, impl: str) -> Tensor:
     """fc2(drop(act(fc1(x)))), as one op where all of them are plain."""
     activation, options = activation_of(act), dropping(drop, x)
-    if activation is None or options is None or not (plain(fc1, LINEAR) and plain(fc2, LINEAR)):
+    if activation is None or options is None or not (is_linear(fc1) and is_linear(fc2)):
         hidden = act(linear(fc1, x, impl))
         return linear(fc2, hidden if drop is None else drop(hidden), impl)
     return kernels.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation, impl=impl, **options)
@@ -85,9 +91,9 @@ def mlp(fc1: nn.Module, act: nn.Module, drop: nn.Module | None, fc2: nn.Module, 
 
 def dropping(module: nn.Module | None, x: Tensor) -> dict[str, Any] | None:
     """The keywords with which an op drops out as the module would; None where only the module can."""
-    if module is None or type(module) is nn.Identity:
+    if absent(module):
         return {}
-    if not plain(module, (nn.Dropout,)):
+    if type(module) is not nn.Dropout or not plain(module):
         return None
     return draw(module.p if module.training else 0.0, x)
 
@@ -101,11 +107,7 @@ def draw(p: float, x: Tensor) -> dict[str, Any] | None:
 
 def _layer_scale(module: nn.Module) -> Tensor | None:
     name = LAYER_SCALES.get(path_of(type(module)))
-    return None if name is None or not plain(module, (type(module),)) else getattr(module, name)
-
-
-def _is_drop_path(module: nn.Module) -> bool:
-    return path_of(type(module)) in DROP_PATHS and not hooked(module)
+    return None if name is None or not plain(module) else getattr(module, name)
 
 
 def _fit(x: Tensor, branch: Tensor, *params: Tensor | None) -> bool:

@@ -1,0 +1,293 @@
+"""`vit.accelerate` on models of three libraries: outputs and every gradient within the policy, and the way back."""
+
+import copy
+import io
+import re
+import warnings
+from collections import Counter
+
+import pytest
+import torch
+import zoo
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import vit
+from vit.testing import measure, pool
+
+pytestmark = pytest.mark.peers
+
+# Softmax ignores what all keys of a row share, so a key bias has no gradient: computed ones are rounding noise, which
+# is judged beside the biases that have one, in one tensor.
+JOINT = re.compile(r"\b(?:[qkv]_(?=proj\.(?:base\.)?bias)|[qk]_(?=norm\.bias))")
+
+
+def joined(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    groups = {}
+    for name, tensor in found.items():
+        groups.setdefault(JOINT.sub("qkv_", str(name)).replace(".base.", "."), []).append(tensor)
+    return {name: torch.cat(group) if len(group) > 1 else group[0] for name, group in groups.items()}
+
+
+def assert_parity(name: str, original: nn.Module, accelerated: nn.Module, device, draws=8, autocast=False) -> None:
+    exact = copy.deepcopy(original).double()
+    found = {"ours": [], "eager": [], "exact": []}
+    for seed in range(draws):
+        image = zoo.images(name, seed=seed).to(device, next(original.parameters()).dtype)
+        for key, model in (("ours", accelerated), ("eager", original), ("exact", exact)):
+            with torch.autocast(image.device.type, torch.bfloat16, enabled=autocast and key != "exact"):
+                found[key].append(joined(zoo.results(name, model, image)))
+    ours, eager, exact = (pool(found[key]) for key in ("ours", "eager", "exact"))
+    assert list(ours) == list(eager) == list(exact)
+    reports = [measure(ours[k], eager[k], exact[k], scope="model", name=k) for k in exact]
+    assert not [str(r) for r in reports if not r.ok]
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_cpu_path_fp32(name):
+    original = zoo.build(name)
+    assert_parity(name, original, vit.accelerate(copy.deepcopy(original)), "cpu")
+
+
+@pytest.mark.parametrize("name", zoo.REAL)
+def test_cpu_path_fp32_of_real_names(name):
+    original = zoo.build(name)
+    assert_parity(name, original, vit.accelerate(copy.deepcopy(original)), "cpu", draws=1)
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_cpu_path_bf16(name):
+    original = zoo.build(name, eager=True).bfloat16()
+    assert_parity(name, original, vit.accelerate(copy.deepcopy(original)), "cpu")
+
+
+@pytest.mark.parametrize("name", ["timm DINOv2", "timm qk_norm", "timm avg", "torchvision", "hf ViT", "hf Dinov2"])
+def test_cpu_path_under_autocast(name):
+    original = zoo.build(name, eager=True)
+    assert_parity(name, original, vit.accelerate(copy.deepcopy(original)), "cpu", autocast=True)
+
+
+# Of two blocks: the first norm, three pairs of an add and a norm, the last norm. Where blocks are not in a
+# nn.Sequential, the add at a block's end and the norm of the next one stay apart.
+FUSED = {
+    "timm": {"patch_embed": 1, "layer_norm": 2, "residual_layer_norm": 3, "attention": 2, "linear": 4, "mlp": 2},
+    "torchvision": {"patch_embed": 1, "layer_norm": 2, "residual_layer_norm": 3, "attention": 2, "linear": 4, "mlp": 2},
+    "hf ViT": {"patch_embed": 1, "layer_norm": 3, "residual_layer_norm": 2, "attention_qkv": 2, "linear": 8, "mlp": 2},
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_what_is_fused(name):
+    model = vit.accelerate(zoo.build(name))
+    with vit.kernels.runtime.record_choices() as choices:
+        zoo.outputs(name, model, zoo.images(name))
+    assert Counter(choice.op for choice in choices) == FUSED[name]
+
+
+@pytest.mark.parametrize("name", ["timm", "timm qk_norm", "hf ViT"])
+def test_a_scale_of_the_logits_that_somebody_set(name):
+    original = zoo.build(name, eager=True)
+    for module in original.modules():
+        for attribute in ("scale", "scaling"):
+            if hasattr(module, attribute):
+                setattr(module, attribute, 0.7)
+    model, image = vit.accelerate(copy.deepcopy(original)), zoo.images(name)
+    assert_close(zoo.results(name, model, image), zoo.results(name, original, image))
+    if name == "hf ViT":
+        ours, theirs = (of(image, output_attentions=True).attentions for of in (model, original))
+        assert_close(dict(enumerate(ours)), dict(enumerate(theirs)))
+
+
+KERNELS = [
+    "timm",
+    "timm DINOv2", "timm CLIP", "timm SigLIP", "timm qk_norm", "timm gated", "torchvision", "hf ViT", "hf Dinov2"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_fp32(name, device):
+    original = zoo.build(name).to(device)
+    accelerated = vit.accelerate(copy.deepcopy(original), impl="triton")
+    with vit.kernels.runtime.record_choices() as choices:
+        assert_parity(name, original, accelerated, device, draws=3)
+    ops = {choice.op for choice in choices}
+    assert {"mlp", "layer_norm", "residual_layer_norm", "patch_embed"} <= ops
+    assert {"attention", "attention_qkv"} & ops and {choice.path for choice in choices} == {"triton"}
+
+
+LIBRARIES = ["timm DINOv2", "timm qk_norm", "torchvision", "hf ViT", "hf Dinov2"]
+
+
+def bits(found: dict[str, torch.Tensor]) -> dict[str, bytes]:
+    return {name: t.contiguous().view(torch.uint8).numpy().tobytes() for name, t in found.items()}
+
+
+def own_forwards(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if "forward" in vars(module)]
+
+
+def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], limit: float = 2e-5) -> None:
+    ours, theirs = joined(ours), joined(theirs)
+    assert list(ours) == list(theirs)
+    for name, want in theirs.items():
+        assert ours[name].dtype == want.dtype and ours[name].shape == want.shape, name
+        error, scale = (ours[name] - want).abs().max().item(), want.abs().max().item()
+        assert error <= limit * scale, f"{name}: {error:.2e} beside {scale:.2e}"  # fails for NaN, too
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_state_dict_and_parameters_stay_and_restore_gives_the_original_bits(name):
+    model = zoo.build(name)
+    before, parameters = copy.deepcopy(model.state_dict()), dict(model.named_parameters())
+    found = bits(zoo.results(name, model, zoo.images(name)))
+    assert vit.accelerate(model) is model
+    assert own_forwards(model)
+    assert all(a is b for a, b in zip(model.parameters(), parameters.values(), strict=True))
+    assert list(model.state_dict()) == list(before) and bits(model.state_dict()) == bits(before)
+    model.load_state_dict(before, strict=True)
+    assert vit.restore(model) is model
+    assert not own_forwards(model)
+    assert bits(zoo.results(name, model, zoo.images(name))) == found
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_accelerate_and_restore_twice(name):
+    original = zoo.build(name)
+    image = zoo.images(name)
+    model = vit.accelerate(copy.deepcopy(original))
+    once = bits(zoo.results(name, model, image))
+    assert bits(zoo.results(name, vit.accelerate(model), image)) == once
+    before = own_forwards(model)
+    vit.accelerate(model, attention=False, mlp=False, patch_embed=False)
+    assert set(own_forwards(model)) < set(before)
+    vit.restore(vit.restore(model))
+    assert not own_forwards(model)
+    assert bits(zoo.results(name, model, image)) == bits(zoo.results(name, original, image))
+
+
+@pytest.mark.parametrize("feature", ["attention", "mlp", "norm", "patch_embed"])
+@pytest.mark.parametrize("name", [name for name in LIBRARIES if "qk_norm" not in name])  # there, attention has norms
+def test_each_feature_alone(name, feature):
+    original, image = zoo.build(name), zoo.images(name)
+    only = {"attention": False, "mlp": False, "norm": False, "patch_embed": False} | {feature: True}
+    model = vit.accelerate(copy.deepcopy(original), **only)
+    with vit.kernels.runtime.record_choices() as choices:
+        assert_close(zoo.results(name, model, image), zoo.results(name, original, image))
+    inside = {"attention": {"attention", "attention_qkv"}, "mlp": {"mlp"}, "patch_embed": {"patch_embed"}}
+    inside["norm"] = {"layer_norm", "residual_layer_norm"}
+    assert inside.pop(feature) & {choice.op for choice in choices}
+    assert not set().union(*inside.values()) & {choice.op for choice in choices}
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_an_optimizer_made_before_continues(name):
+    original = zoo.build(name)
+    copies = [original, copy.deepcopy(original)]
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in copies]
+
+    def step(seed: int) -> None:
+        for model, optimizer in zip(copies, optimizers, strict=True):
+            outs = zoo.outputs(name, model, zoo.images(name, seed=seed))
+            sum(out.square().mean() for out in outs.values()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    step(0)
+    vit.accelerate(copies[0])
+    for seed in (1, 2, 3):
+        step(seed)
+    assert optimizers[0].state_dict()["state"][0]["step"] == 4
+    for (key, ours), theirs in zip(copies[0].named_parameters(), copies[1].parameters(), strict=True):
+        noise_only = ".k_proj.bias" in key or "k_norm.bias" in key or key.endswith(("qkv.bias", "in_proj_bias"))
+        if not noise_only:  # AdamW makes steps of full size out of the noise in a key bias
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_copies(name):
+    """deepcopy stays accelerated and on its own parameters; a saved module comes back in the library's form."""
+    original, image = zoo.build(name), zoo.images(name)
+    model = vit.accelerate(copy.deepcopy(original))
+    want = zoo.results(name, model, image)
+
+    twin = copy.deepcopy(model)
+    assert own_forwards(twin) == own_forwards(model)
+    assert all(module.forward.__self__ is module for module in twin.modules())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert bits(zoo.results(name, twin, image)) == bits(want)
+
+    file = io.BytesIO()
+    torch.save(twin, file)
+    loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    assert bits(zoo.results(name, loaded, image)) == bits(zoo.results(name, original, image))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vit.accelerate(loaded)
+    assert bits(zoo.results(name, loaded, image)) == bits(want)
+    assert bits(zoo.results(name, vit.restore(loaded), image)) == bits(zoo.results(name, original, image))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_to_another_dtype_afterwards(name, dtype):
+    original = zoo.build(name).to(dtype)
+    model = vit.accelerate(zoo.build(name)).to(dtype)
+    limit = {torch.float16: 2e-2, torch.bfloat16: 0.15, torch.float64: 1e-12}[dtype]
+    assert_close(zoo.results(name, model, zoo.images(name)), zoo.results(name, original, zoo.images(name)), limit)
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_frozen_parameters(name, odd):
+    original = zoo.build(name)
+    for i, parameter in enumerate(original.parameters()):
+        parameter.requires_grad_(i % 2 == odd)
+    model = vit.accelerate(copy.deepcopy(original))
+    assert_close(zoo.results(name, model, zoo.images(name)), zoo.results(name, original, zoo.images(name)))
+    sum(out.sum() for out in zoo.outputs(name, model, zoo.images(name)).values()).backward()
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_tied_weights():
+    original = zoo.build("timm")
+    original.blocks[1].mlp.fc1.weight = original.blocks[0].mlp.fc1.weight
+    original.blocks.append(original.blocks[0])
+    model = vit.accelerate(copy.deepcopy(original))
+    image = zoo.images("timm")
+    assert_close(zoo.results("timm", model, image), zoo.results("timm", original, image))
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_torch_func(name):
+    """Other parameters, one set for each of several models (vmap), and a directional derivative (jvp)."""
+    # In eval(), and with a fused attention, PyTorch's MultiheadAttention has no forward-mode derivative.
+    original, image = zoo.build(name, eager=True, train=True), zoo.images(name)
+    model = vit.accelerate(copy.deepcopy(original))
+    stacked = {k: torch.stack([p, 0.5 * p]).detach() for k, p in original.named_parameters()}
+
+    def call(parameters, of):
+        out = torch.func.functional_call(of, parameters, (image,))
+        return out if isinstance(out, torch.Tensor) else out["logits"]
+
+    def both(of):
+        halves = {k: t[1] for k, t in stacked.items()}
+        tangents = {k: torch.ones_like(t) for k, t in halves.items()}
+        found = {"functional_call": call(halves, of)}
+        found["primal"], found["jvp"] = torch.func.jvp(lambda p: call(p, of), (halves,), (tangents,))
+        found["vmap"] = torch.func.vmap(lambda p: call(p, of))(stacked)
+        return {k: t.detach() for k, t in found.items()}
+
+    with sdpa_kernel(SDPBackend.MATH):
+        want = both(original)
+    assert_close(both(model), want)
+
+
+def test_torch_func_on_the_kernels_is_refused(device):
+    model = vit.accelerate(zoo.build("timm"), impl="triton").to(device)
+    image, parameters = zoo.images("timm").to(device), dict(model.named_parameters())
+    with pytest.raises(RuntimeError, match="func transforms are not defined"):
+        torch.func.vmap(lambda x: model(x[None]))(image)
+    with pytest.raises(RuntimeError, match="forward-mode AD is not defined"):
+        torch.func.jvp(lambda p: torch.func.functional_call(model, p, (image,)), (parameters,), (parameters,))

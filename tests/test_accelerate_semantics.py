@@ -1,0 +1,359 @@
+"""`vit.accelerate` changes nothing else: hooks, replaced parts, wrappers, random numbers."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import zoo
+from peers import import_timm, randomise
+from test_accelerate import assert_close, bits
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import vit
+from vit.adapters import parts
+
+pytestmark = pytest.mark.peers
+
+PARTS = {
+    "timm DINOv2": [
+        "", "patch_embed.proj", "blocks", "blocks.0", "blocks.1", "blocks.1.norm1", "blocks.0.attn",
+        "blocks.0.attn.qkv",
+        "blocks.0.attn.proj", "blocks.0.attn.proj_drop", "blocks.1.ls1", "blocks.0.drop_path1", "blocks.1.drop_path2",
+        "blocks.0.norm2", "blocks.0.mlp", "blocks.0.mlp.fc1", "blocks.0.mlp.act", "blocks.0.mlp.drop1",
+        "blocks.0.mlp.norm", "blocks.0.mlp.fc2", "blocks.0.mlp.drop2", "norm", "head",
+    ],
+    "timm": ["blocks.0.ls1", "blocks.1.ls2"],
+    "timm qk_norm": ["blocks.0.attn.q_norm", "blocks.0.attn.k_norm", "blocks.0.attn.norm"],
+    "timm gated": ["blocks.0.attn.gate", "blocks.0.attn.q_norm", "blocks.0.attn.k_norm"],
+    "timm scale_norm": ["blocks.0.attn.norm", "blocks.1.mlp.norm"],
+    "torchvision": [
+        "conv_proj", "encoder.layers", "encoder.layers.encoder_layer_1", "encoder.layers.encoder_layer_1.ln_1",
+        "encoder.layers.encoder_layer_0.self_attention", "encoder.layers.encoder_layer_0.dropout",
+        "encoder.layers.encoder_layer_0.mlp", "encoder.layers.encoder_layer_0.mlp.0",
+        "encoder.layers.encoder_layer_0.mlp.1", "encoder.layers.encoder_layer_0.mlp.2", "encoder.ln",
+    ],
+    "hf ViT": [
+        "vit.layers.0", "vit.layers.0.layernorm_before", "vit.layers.0.layernorm_after", "vit.layers.0.attention",
+        "vit.layers.0.attention.q_proj", "vit.layers.0.attention.o_proj", "vit.layers.0.dropout", "vit.layers.0.mlp",
+        "vit.layers.0.mlp.fc1", "vit.layers.0.mlp.activation_fn", "vit.layers.0.mlp.fc2", "vit.layernorm",
+    ],
+    "hf Dinov2": [
+        "dinov2.encoder.layer.0.norm2", "dinov2.encoder.layer.0.layer_scale1", "dinov2.encoder.layer.0.drop_path",
+    ],
+}  # fmt: skip
+BEFORE_OR_AFTER = pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+PART_CASES = [(name, part) for name, parts in PARTS.items() for part in parts]
+
+
+def changed(out, factor):
+    """1.5 times a module's output, of whatever form."""
+    if isinstance(out, tuple):
+        return (out[0] * factor, *out[1:])
+    if isinstance(out, torch.Tensor):
+        return out * factor
+    return type(out)(**{k: v * factor for k, v in out.items()})
+
+
+@BEFORE_OR_AFTER
+@pytest.mark.parametrize(("name", "part"), PART_CASES)
+def test_a_hook_sees_and_changes_what_it_did(name, part, after):
+    """As often, with the same shapes and keywords, whether it was there before accelerate or came after it."""
+    original = zoo.build(name)
+    model = copy.deepcopy(original)
+    seen = [[], []]
+    if after:
+        vit.accelerate(model)
+    for of, calls in zip((model, original), seen, strict=True):
+
+        def hook(module, args, kwargs, out, calls=calls):
+            first = out[0] if isinstance(out, tuple) else out
+            calls.append((len(args), sorted(kwargs), getattr(first, "shape", None)))
+            return changed(out, 1.5)
+
+        of.get_submodule(part).register_forward_hook(hook, with_kwargs=True)
+    if not after:
+        vit.accelerate(model)
+    image = zoo.images(name)
+    assert_close(zoo.outputs(name, model, image), zoo.outputs(name, original, image))
+    assert seen[0] == seen[1] and seen[0]
+
+
+@BEFORE_OR_AFTER
+@pytest.mark.parametrize(("name", "part"), PART_CASES)
+def test_a_replaced_forward_is_honoured(name, part, after):
+    original = zoo.build(name)
+    model = copy.deepcopy(original)
+    if after:
+        vit.accelerate(model)
+    for of in (model, original):
+        module = of.get_submodule(part)
+        module.forward = lambda *args, forward=module.forward, **kwargs: changed(forward(*args, **kwargs), 1.5)
+    image = zoo.images(name)
+    want = zoo.outputs(name, original, image)
+    if not after:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            vit.accelerate(model)
+    assert_close(zoo.outputs(name, model, image), want)
+    vit.restore(model)
+    assert part == "" or "forward" in vars(model.get_submodule(part))  # somebody else's stays
+
+
+@pytest.mark.parametrize("part", ["1", "0.attn.proj", "1.norm1", "1.ls1", "0.mlp.act"])
+def test_backward_and_pre_hooks(part):
+    original = zoo.build("timm DINOv2")
+    model = vit.accelerate(copy.deepcopy(original))
+    for of in (model, original):
+        module = of.blocks.get_submodule(part)
+        module.register_full_backward_hook(lambda module, grad_in, grad_out: (grad_in[0] * 2,))
+        module.register_forward_pre_hook(lambda module, args: (args[0] * 0.5, *args[1:]))
+    image = zoo.images("timm DINOv2")
+    assert_close(zoo.results("timm DINOv2", model, image), zoo.results("timm DINOv2", original, image))
+
+
+def test_global_hooks():
+    """A hook on all modules sees the same modules in the same order."""
+    original = zoo.build("timm DINOv2")
+    model, image = vit.accelerate(copy.deepcopy(original)), zoo.images("timm DINOv2")
+    seen = []
+    for of in (model, original):
+        names = {module: name for name, module in of.named_modules()}
+        calls = []
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, args, out, names=names, calls=calls: calls.append(names.get(module))
+        )
+        of(image)
+        handle.remove()
+        seen.append(calls)
+    assert seen[0] == seen[1]
+
+
+def test_blocks_exchanged_afterwards():
+    """A row of blocks that was accelerated as one runs what is in it now."""
+
+    class Halved(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, x):
+            return 0.5 * self.block(x)
+
+    for change in (
+        lambda model: model.blocks.__setitem__(1, Halved(model.blocks[1])),
+        lambda model: model.blocks.__setitem__(0, nn.Identity()),
+        lambda model: model.blocks.append(copy.deepcopy(model.blocks[0])),
+        lambda model: vit.restore(model.blocks[1]),
+        lambda model: model.prune_intermediate_layers(1),
+    ):
+        original = zoo.build("timm")
+        model, image = vit.accelerate(copy.deepcopy(original)), zoo.images("timm")
+        change(model)
+        change(original)
+        assert_close(zoo.results("timm", model, image), zoo.results("timm", original, image))
+
+
+class LoRA(nn.Module):
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+LINEARS = {
+    "timm": ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"],
+    "torchvision": ["mlp.0", "mlp.3"],
+    "hf ViT": ["attention.q_proj", "attention.v_proj", "attention.o_proj", "mlp.fc2"],
+    "hf Dinov2": ["attention.k_proj", "mlp.fc1"],
+}
+
+
+def wrap(model: nn.Module, ends: list[str], wrapper) -> None:
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name.endswith(tuple(ends)):
+            parent, _, child = name.rpartition(".")
+            wrapped = wrapper(module)
+            if wrapped is not module:
+                setattr(model.get_submodule(parent), child, wrapped)
+
+
+def spectral(module):
+    return parametrizations.spectral_norm(module).eval()
+
+
+def pruned(module):
+    prune.l1_unstructured(module, "weight", 0.5)
+    return module
+
+
+WRAPPERS = {
+    "LoRA": LoRA,
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": spectral,
+    "pruned": pruned,
+}
+
+
+@BEFORE_OR_AFTER
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("name", LINEARS)
+def test_wrapped_linears(name, wrapper, after):
+    original = zoo.build(name)
+    model = copy.deepcopy(original)
+    if after:
+        vit.accelerate(model)
+    for of in (model, original):
+        torch.manual_seed(0)
+        wrap(of, LINEARS[name], WRAPPERS[wrapper])
+        if wrapper == "LoRA":
+            randomise(of)
+    if not after:
+        vit.accelerate(model)
+    image = zoo.images(name)
+    assert_close(zoo.results(name, model, image), zoo.results(name, original, image))
+
+
+# ---- randomness ------------------------------------------------------------------------------------------------------
+
+
+def _with_dropout_between_its_paths() -> nn.Module:
+    model = zoo.timm_model(drop_path_rate=0.5, depth=3, init_values=0.7)
+    for block in model.blocks:
+        block.attn.proj_drop.p = block.mlp.drop2.p = 0.3
+    return model
+
+
+DROP_PATHS = {
+    "timm": lambda: zoo.timm_model(drop_path_rate=0.5, depth=3),
+    "timm LayerScale": _with_dropout_between_its_paths,
+    "hf": lambda: zoo.hf_model("Dinov2ForImageClassification", "Dinov2Config", drop_path_rate=0.5),
+}
+DROPOUTS = {
+    "timm attn_drop": lambda: zoo.timm_model(attn_drop_rate=0.4),
+    "timm attn_drop, qk_norm": lambda: zoo.timm_model(attn_drop_rate=0.4, qk_norm=True),
+    "timm proj_drop": lambda: zoo.timm_model(proj_drop_rate=0.4, pos_drop_rate=0.2),
+    "torchvision attention_dropout": lambda: zoo.torchvision_model(attention_dropout=0.4),
+    "torchvision dropout": lambda: zoo.torchvision_model(dropout=0.4),
+    "hf attention": lambda: zoo.hf_model("ViTForImageClassification", "ViTConfig", attention_probs_dropout_prob=0.4),
+    "hf hidden": lambda: zoo.hf_model("ViTForImageClassification", "ViTConfig", hidden_dropout_prob=0.4),
+}
+
+
+def pair(make, train: bool = True) -> tuple[nn.Module, nn.Module]:
+    """An accelerated model and its original."""
+    torch.manual_seed(0)
+    original = make()
+    randomise(original)
+    original.train(train)
+    return vit.accelerate(copy.deepcopy(original)), original
+
+
+def seeded(name: str, model: nn.Module, image: torch.Tensor, seed: int = 3) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    return zoo.results(name, model, image)
+
+
+@pytest.mark.parametrize("name", DROP_PATHS)
+def test_drop_path_draws_the_paths_of_the_library(name):
+    model, original = pair(DROP_PATHS[name])
+    image = zoo.images("", batch=6)
+    assert_close(seeded("", model, image), seeded("", original, image))
+    with torch.autocast("cpu", torch.bfloat16):  # a path drawn otherwise would be an error of the size of the logits
+        assert_close(seeded("", model, image), seeded("", original, image), 0.1)
+
+
+def test_drop_path_in_the_dtype_of_the_branch():
+    """Under autocast, LayerScale makes the branch fp32, in which 1/keep is exact to fp32."""
+    timm = import_timm()
+    x, branch = torch.randn(64, 5, 8), torch.randn(64, 5, 8).bfloat16()
+    scale, drop = timm.layers.LayerScale(8, init_values=0.7), timm.layers.DropPath(0.3).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.manual_seed(0)
+        ours, _ = parts.add_norm(x, branch, None, "auto", scale, drop)
+        torch.manual_seed(0)
+        torch.testing.assert_close(ours, x + drop(scale(branch)), rtol=1e-6, atol=1e-6)
+
+
+def test_drop_path_on_the_kernels(device):
+    model, original = (of.to(device) for of in pair(DROP_PATHS["timm LayerScale"]))
+    vit.accelerate(model, impl="triton")
+    image = zoo.images("", batch=3).to(device)
+    assert_close(seeded("", model, image), seeded("", original, image))
+
+
+@pytest.mark.parametrize("name", DROPOUTS)
+def test_dropout(name):
+    """Seeded, off in eval(), and of the library's distribution: 1,024 copies of an image, each with its own masks."""
+    model, original = pair(DROPOUTS[name])
+    image = zoo.images("")
+    assert bits(seeded("", model, image)) == bits(seeded("", model, image))
+    assert bits(seeded("", model, image)) != bits(seeded("", model, image, seed=4))
+
+    copies = image[:1].expand(1024, -1, -1, -1)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        ours, theirs = zoo.outputs("", model, copies)["logits"], zoo.outputs("", original, copies)["logits"]
+    spread = theirs.std(0)
+    assert (spread > 0).all()
+    assert ((ours.mean(0) - theirs.mean(0)).abs() < 5 * spread * (2 / 1024) ** 0.5).all()
+    assert ((ours.std(0) / spread).log().abs() < 0.15).all()
+
+    assert_close(zoo.results("", model.eval(), image), zoo.results("", original.eval(), image))
+
+
+CHECKPOINTED = {name: make for name, make in DROPOUTS.items() if "torchvision" not in name}
+CHECKPOINTED |= {f"{name} drop_path": make for name, make in DROP_PATHS.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "reentrant"),
+    [(name, kind) for name in CHECKPOINTED for kind in ([False, True] if name.startswith("hf") else [None])],
+)
+def test_checkpointing_redraws_what_it_drew(name, reentrant):
+    """The gradients are those without, and everything runs again in the backward pass as often as it did."""
+    model, original = pair(CHECKPOINTED[name])
+    image = zoo.images("")
+    want, calls = seeded("", model, image), []
+    for of in (model, original):
+        if name.startswith("timm"):
+            of.set_grad_checkpointing(True)
+        else:
+            of.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        ran = []
+        for part, module in of.named_modules():
+            if part.endswith((".attn", ".attention", ".mlp")):
+                module.register_forward_hook(lambda module, args, out, part=part, ran=ran: ran.append(part))
+        torch.manual_seed(3)
+        pixels = image.clone().requires_grad_()
+        out = zoo.outputs("", of, pixels)["logits"]
+        out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(9)))
+        if of is model:
+            found = {"logits": out, "grad image": pixels.grad}
+            found |= {f"grad {k}": p.grad for k, p in of.named_parameters() if p.grad is not None}
+            assert_close(found, want, 1e-6)
+        calls.append(ran)
+    assert calls[0] == calls[1]
+
+
+def test_randomness_left_to_the_library_is_drawn_as_before():
+    """Where a call falls back, nothing else has taken numbers from the generator."""
+    model, original = pair(lambda: zoo.timm_model(attn_drop_rate=0.3, qk_norm=True))
+    image, mask = zoo.images(""), torch.ones(10, 10, dtype=torch.bool).tril()
+    found = []
+    for of in (model, original):
+        torch.manual_seed(2)
+        found.append({"logits": of(image, attn_mask=mask)})
+    assert_close(*found)
+    model, original = pair(DROPOUTS["hf attention"])
+    mask = torch.ones(2, 1, 10, 10, dtype=torch.bool).tril()
+    found = []
+    for of in (model, original):
+        torch.manual_seed(2)
+        found.append({"hidden": of.vit(image, attention_mask=mask).last_hidden_state})
+    assert_close(*found)

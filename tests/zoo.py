@@ -1,0 +1,135 @@
+"""Small models of timm, Hugging Face and torchvision, and how the tests call them."""
+
+from __future__ import annotations
+
+import torch
+from peers import import_timm, import_transformers, randomise
+from torch import Tensor, nn
+
+
+def timm_model(**options) -> nn.Module:
+    timm = import_timm()
+    small = {"img_size": 24, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    return timm.models.VisionTransformer(**small | options)
+
+
+def _quick_gelu(**options) -> nn.Module:
+    return timm_model(act_layer=import_timm().layers.QuickGELU, **options)
+
+
+def _gated() -> nn.Module:
+    model = timm_model()
+    for block in model.blocks:
+        block.attn = import_timm().layers.Attention(32, num_heads=2, qkv_bias=True, gated=True)
+    return model
+
+
+def _naflex() -> nn.Module:
+    small = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "pos_embed_grid_size": (3, 3)}
+    return import_timm().models.naflexvit.NaFlexVit(import_timm().models.naflexvit.NaFlexVitCfg(**small), num_classes=5)
+
+
+def _timm_name(name: str, **options) -> nn.Module:
+    return import_timm().create_model(name, pretrained=False, depth=1, num_classes=5, **options)
+
+
+def hf_model(model: str, config: str, **options) -> nn.Module:
+    transformers = import_transformers()
+    small = {
+        "image_size": 24, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 64, "num_labels": 5, "encoder_stride": 8, "layerscale_value": 0.5, "mlp_ratio": 2,
+        "pooler_output_size": 32,
+    }  # fmt: skip
+    made = getattr(transformers, config)(**small | options)
+    return getattr(transformers, model)(made)
+
+
+def torchvision_model(**options) -> nn.Module:
+    import_timm()  # makes torchvision importable
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    small = {"image_size": 24, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64}
+    return VisionTransformer(**small | {"num_classes": 5} | options)
+
+
+def _vit_b_16() -> nn.Module:
+    import_timm()
+    from torchvision.models import vit_b_16
+
+    model = vit_b_16(image_size=32, num_classes=5)
+    model.encoder.layers = model.encoder.layers[:1]
+    return model
+
+
+MODELS = {
+    "timm": timm_model,
+    "timm DeiT": lambda: timm_model(class_token=True, qkv_bias=True, drop_path_rate=0.1),
+    "timm DINOv2": lambda: timm_model(init_values=0.5, reg_tokens=2, no_embed_class=True),
+    "timm CLIP": lambda: _quick_gelu(pre_norm=True, norm_layer=nn.LayerNorm),
+    "timm SigLIP": lambda: timm_model(class_token=False, global_pool="map", act_layer="gelu_tanh"),
+    "timm avg": lambda: timm_model(global_pool="avg", fc_norm=True, qkv_bias=False),
+    "timm qk_norm": lambda: timm_model(qk_norm=True),
+    "timm scale_norm": lambda: timm_model(scale_attn_norm=True, scale_mlp_norm=True),
+    "timm gated": _gated,
+    "timm dynamic size": lambda: timm_model(dynamic_img_size=True),
+    "timm relu": lambda: timm_model(act_layer="relu"),
+    "timm NaFlex": _naflex,
+    "torchvision": torchvision_model,
+    "hf ViT": lambda: hf_model("ViTForImageClassification", "ViTConfig"),
+    "hf ViTModel": lambda: hf_model("ViTModel", "ViTConfig", hidden_act="gelu_pytorch_tanh", qkv_bias=False),
+    "hf masked": lambda: hf_model("ViTForMaskedImageModeling", "ViTConfig"),
+    "hf DeiT": lambda: hf_model("DeiTForImageClassification", "DeiTConfig"),
+    "hf Dinov2": lambda: hf_model("Dinov2ForImageClassification", "Dinov2Config"),
+    "hf Dinov2 registers": lambda: hf_model("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig"),
+}
+REAL = {
+    "vit_base_patch16_224": lambda: _timm_name("vit_base_patch16_224", img_size=32),
+    "vit_small_patch14_reg4_dinov2": lambda: _timm_name("vit_small_patch14_reg4_dinov2", img_size=28),
+    "vit_base_patch16_clip_quickgelu_224": lambda: _timm_name("vit_base_patch16_clip_quickgelu_224", img_size=32),
+    "vit_base_patch16_siglip_224": lambda: _timm_name("vit_base_patch16_siglip_224", img_size=32),
+    "deit3_small_patch16_224": lambda: _timm_name("deit3_small_patch16_224", img_size=32),
+    "vit_b_16": _vit_b_16,
+}
+
+
+def build(name: str, *, train: bool = False, eager: bool = False) -> nn.Module:
+    """A model in eval() unless ``train``; with ``eager``, the library's attention is written out instead of SDPA."""
+    torch.manual_seed(0)
+    model = (MODELS | REAL)[name]()
+    randomise(model)
+    for module in model.modules():
+        if eager and hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    if eager and hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation("eager")
+    return model.train(train)
+
+
+def images(name: str, batch: int = 2, seed: int = 1) -> Tensor:
+    height, width = {"timm dynamic size": (16, 40), "vit_small_patch14_reg4_dinov2": (28, 28)}.get(name, (24, 24))
+    if name in REAL and height == 24:
+        height = width = 32
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def outputs(name: str, model: nn.Module, image: Tensor) -> dict[str, Tensor]:
+    """What one call returns, as floating-point tensors by name."""
+    options = {}
+    if name == "hf masked":
+        options["bool_masked_pos"] = (torch.arange(9) % 3 == 0).expand(len(image), 9)
+    out = model(image, **options)
+    if isinstance(out, Tensor):
+        return {"logits": out}
+    return {k: v for k, v in out.items() if isinstance(v, Tensor) and v.dim() > 0}
+
+
+def results(name: str, model: nn.Module, image: Tensor) -> dict[str, Tensor]:
+    """Outputs, and the gradients of the image and of every parameter for one random direction of the outputs."""
+    image = image.to(next(model.parameters()).dtype).detach().requires_grad_()
+    out = outputs(name, model, image)
+    generator = torch.Generator().manual_seed(9)
+    directions = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in out.values()]
+    wanted = {"image": image} | {k: p for k, p in model.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(list(out.values()), list(wanted.values()), directions, allow_unused=True)
+    found = {k: v.detach() for k, v in out.items()}
+    return found | {f"grad {k}": g for k, g in zip(wanted, grads, strict=True) if g is not None}
