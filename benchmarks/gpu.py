@@ -12,6 +12,7 @@ first, the long ones last:
   compiled.
 - ``heads``, ``large``: 70,000 heads in a batch; tensors of more than 2³¹ elements.
 - ``time``: ViT-B/16 forward and forward + backward, ours beside the eager reference, and the card's own ceilings.
+- ``peers``: timm's and Hugging Face's ViT-B, L, H and DINOv2, accelerated, against themselves in fp64, bf16 and fp16.
 - ``training``: 1,000 steps, the loss curve beside eager's.
 - ``sanitizer``: every op under compute-sanitizer's memcheck and racecheck.
 
@@ -57,6 +58,7 @@ STAGES = {
     "time": Stage(_AT + "timing:timing", 35),
     "compile": Stage(_AT + "modes:compiled", 50),
     "large": Stage(_AT + "limits:large", 35),
+    "peers": Stage(_AT + "peers:peers", 90),
     "training": Stage(_AT + "training:training", 60),
     "sanitizer": Stage(_AT + "sanitizer:sanitizer", 90),
 }

@@ -69,7 +69,7 @@ def check(args: argparse.Namespace) -> bool:
 
 
 def _timm(name: str, img_size: tuple[int, int] | None, overrides: dict[str, Any]) -> tuple[nn.Module, str]:
-    timm = _library("timm")
+    timm = library("timm")
     if not timm.is_model(name):
         raise CannotStart(f"timm has no model {name!r}{_like(name.partition('.')[0], timm.list_models())}")
     if img_size is not None:
@@ -80,7 +80,7 @@ def _timm(name: str, img_size: tuple[int, int] | None, overrides: dict[str, Any]
 
 
 def _torchvision(name: str, img_size: tuple[int, int] | None, overrides: dict[str, Any]) -> tuple[nn.Module, str]:
-    torchvision = _library("torchvision")
+    torchvision = library("torchvision")
     names = torchvision.models.list_models(include="vit_*")
     if name not in names:
         raise CannotStart(f"torchvision has no Vision Transformer {name!r}{_like(name, names)}")
@@ -99,7 +99,7 @@ def _torchvision(name: str, img_size: tuple[int, int] | None, overrides: dict[st
 
 
 def _hugging_face(name: str, img_size: tuple[int, int] | None, overrides: dict[str, Any]) -> tuple[nn.Module, str]:
-    transformers = _library("transformers")
+    transformers = library("transformers")
     if not (Path(name) / "config.json").is_file():
         raise CannotStart(f"hf:{name} must name a folder with a config.json; download the model first")
     config = transformers.AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
@@ -116,7 +116,7 @@ MAKERS: dict[str, Callable[[str, tuple[int, int] | None, dict[str, Any]], tuple[
 }
 
 
-def _library(name: str):
+def library(name: str):
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
