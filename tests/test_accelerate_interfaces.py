@@ -267,6 +267,11 @@ def test_models_without_a_known_block(name):
     assert not own_forwards(model)
 
 
+def test_our_own_model_needs_none_of_it():
+    with pytest.raises(ValueError, match="runs on the fused ops as it is"):
+        vit.accelerate(vit.create_model("vit_tiny_patch16_224", depth=1))
+
+
 def test_blocks_of_other_kinds_stay_beside_known_ones():
     original = zoo.timm_model()
     layers = import_timm().layers

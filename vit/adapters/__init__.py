@@ -54,6 +54,8 @@ def accelerate(model: nn.Module, impl: str = "auto", **features: bool) -> nn.Mod
         raise ValueError(f"accelerate: impl must be one of {', '.join(map(repr, runtime.IMPLS))}, got {impl!r}")
     for name in features.keys() - set(_FEATURES):
         raise ValueError(f"accelerate: unknown feature {name!r}; the features are {', '.join(_FEATURES)}")
+    if parts.path_of(type(model)) == "vit.model.VisionTransformer":
+        raise ValueError("accelerate: a vit.VisionTransformer runs on the fused ops as it is, see its config's impl")
     wanted = {name for name in _FEATURES if features.get(name, True)}
 
     forwards, left, found = {}, {}, False
