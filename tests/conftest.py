@@ -47,6 +47,7 @@ LAYERS = {
     "test_peers": "model",
     "test_model_api": "model",
     "test_masking": "model",
+    "test_masked": "model",
     "test_model_autocast": "model",
     "test_training_options": "model",
     "test_weights": "checkpoints",

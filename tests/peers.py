@@ -98,7 +98,7 @@ def timm_twin(config) -> torch.nn.Module:
     """timm's model of the same architecture, with an attention written out instead of PyTorch's fused one."""
     timm = import_timm()
     fields = vars(config) | {"norm_layer": lambda dim, **kw: torch.nn.LayerNorm(dim, eps=config.norm_eps, **kw)}
-    for ours_only in ("norm_eps", "interpolation", "impl", "representation_size", "use_mask_token"):
+    for ours_only in ("norm_eps", "interpolation", "impl", "representation_size", "use_mask_token", "act_drop_rate"):
         fields.pop(ours_only)
     model = timm.models.VisionTransformer(**fields)
     for block in model.blocks:

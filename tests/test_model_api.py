@@ -205,3 +205,24 @@ def test_attention_maps_leave_the_kernels_alone(device):
         assert torch.equal(logits, plain)
         assert {i: m.shape for i, m in maps.items()} == {0: (2, 2, 7, 7), 1: (2, 2, 7, 7)}
         torch.testing.assert_close(maps[1].sum(-1), torch.ones(2, 2, 7, device=device))
+
+
+@pytest.mark.parametrize("options", [{}, {"prune_norm": True}, {"prune_head": False}, {"indices": [0, -2]}], ids=str)
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_prune_intermediate_layers_is_timms(options, pool):
+    ours, theirs = twins(dataclasses.replace(SMALL, global_pool=pool))
+    assert ours.prune_intermediate_layers(**options) == theirs.prune_intermediate_layers(**options)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert list(vit.VisionTransformer(ours.config).state_dict()) == list(ours.state_dict())
+    image = torch.randn(2, 3, 16, 24)
+    assert_same(*(outputs_and_gradients(m, m, image) for m in (ours, theirs)), 2e-5)
+
+
+def test_reset_classifier_changes_the_pooling_as_timm():
+    ours, theirs = twins(SMALL)
+    for model in (ours, theirs):
+        model.reset_classifier(4, "avg")
+        torch.nn.init.constant_(model.head.weight, 0.1)
+        torch.nn.init.zeros_(model.head.bias)
+    image = torch.randn(2, 3, 16, 24)
+    assert_same(*(outputs_and_gradients(m, m, image) for m in (ours, theirs)), 2e-5)

@@ -213,8 +213,6 @@ def test_from_hf_words():
             words = dict(hidden_size=dim, intermediate_size=hidden, num_attention_heads=4)
             assert ViTConfig.from_hf(words).mlp_hidden_dim == hidden
     for words, text in [
-        (dict(hidden_dropout_prob=0.1), "hidden_dropout_prob=0.1 is not supported"),
-        (dict(attention_probs_dropout_prob=0.2), "attention_probs_dropout_prob=0.2 is not supported"),
         (dict(hidden_act="relu"), "hidden_act='relu' is not supported"),
         (dict(model_type="deit"), "model_type='deit' is not a plain ViT"),
         (dict(num_attention_heads=7), "num_heads=7 does not divide embed_dim=768"),

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from peers import assert_same, outputs_and_gradients, randomise, timm_twin
+from peers import assert_same, import_transformers, outputs_and_gradients, randomise, timm_twin
 from torch.utils.checkpoint import checkpoint
 
 import vit
@@ -12,6 +12,7 @@ from vit.kernels import dropout_seed
 from vit.kernels.reference import keep
 from vit.reference import Drop
 from vit.reference import VisionTransformer as Reference
+from vit.weights.dialects import write
 
 SMALL = vit.ViTConfig(img_size=(16, 24), patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=5)
 RATES = {
@@ -76,6 +77,42 @@ def test_reference_drops_where_timm_does(options):
         block.drop_path2 = KnownPath(block.drop_path2, 8 * i + 5)
     image = torch.randn(8, 3, 16, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     assert_same(*(outputs_and_gradients(m, m, image) for m in (ours, theirs)), 1e-6)  # timm's linspace is fp32
+
+
+class KnownInTurn(torch.nn.Module):
+    """Stands for a dropout that a layer calls in two places."""
+
+    def __init__(self, p: float, sites: tuple[int, int]) -> None:
+        super().__init__()
+        self.p, self.sites = p, sites
+
+    def forward(self, x):
+        site, *_ = self.sites
+        self.sites = self.sites[::-1]
+        return known(x, self.p, site)
+
+
+@pytest.mark.peers
+def test_reference_drops_where_transformers_does():
+    """Not after the activation, unlike timm: the configuration says so."""
+    transformers = import_transformers()
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
+    described = transformers.ViTConfig(image_size=(16, 24), patch_size=8, hidden_dropout_prob=0.3, **sizes)
+    config = vit.ViTConfig.from_hf(described)
+    assert config.hidden_drop_rate == 0.0 and config.proj_drop_rate == config.pos_drop_rate == 0.3
+    ours, theirs = reference(config).double(), transformers.ViTForImageClassification(described).double().train()
+    theirs.load_state_dict(write("hf_memory", ours.state_dict(), config.depth, config.num_heads))
+    theirs.vit.embeddings.dropout = KnownInTurn(theirs.vit.embeddings.dropout.p, (6, 6))
+    for i, layer in enumerate(theirs.vit.layers):
+        layer.dropout = KnownInTurn(layer.dropout.p, (8 * i + 1, 8 * i + 3))
+    image = torch.randn(8, 3, 16, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = outputs_and_gradients(ours, ours, image)
+    want = outputs_and_gradients(theirs, lambda x: theirs(x).logits, image)
+    for name in ("output", "image"):
+        torch.testing.assert_close(found[name], want[name], rtol=1e-6, atol=1e-8)
+    rates = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.2}
+    assert vit.ViTConfig.from_hf(rates).attn_drop_rate == 0.2
+    assert_like_reference(vit.ViTConfig.from_hf(described, num_classes=7, img_size=(16, 24)), "cpu")
 
 
 def assert_like_reference(config, device):

@@ -1,6 +1,7 @@
 """Files that timm, transformers and torchvision write themselves load, and the model computes what theirs does."""
 
 import argparse
+import dataclasses
 import importlib
 import json
 
@@ -279,3 +280,25 @@ def test_dinov2(registers, tmp_path):
         vit.save_pretrained(model, tmp_path / "back.pth", "dinov2")
         back = torch.load(tmp_path / "back.pth", weights_only=True)
         assert back.keys() == state.keys() and all(torch.equal(back[k], state[k]) for k in back)
+
+
+def test_dropout_stands_where_the_source_has_it(tmp_path):
+    """Hugging Face has none after the activation; timm has."""
+    transformers = import_transformers()
+    sizes = {"hidden_size": 192, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 96}
+    rates = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.2}
+    theirs = transformers.ViTForImageClassification(transformers.ViTConfig(image_size=32, **sizes, **rates))
+    theirs.save_pretrained(tmp_path)
+    found = vit.load_pretrained(None, tmp_path)
+    config = found.config
+    assert (config.pos_drop_rate, config.proj_drop_rate, config.attn_drop_rate) == (0.3, 0.3, 0.2)
+    assert config.hidden_drop_rate == found.blocks[0].mlp.drop_rate == 0.0 and found.blocks[0].drop_rate == 0.3
+
+    live = vit.VisionTransformer(dataclasses.replace(config, act_drop_rate=None, pos_drop_rate=0.1, proj_drop_rate=0.1))
+    vit.load_pretrained(live, tmp_path)  # the rates stay the model's
+    assert live.config.proj_drop_rate == live.blocks[0].drop_rate == 0.1 and live.blocks[0].mlp.drop_rate == 0.0
+    vit.save_pretrained(live, tmp_path / "ours.pt")  # which says so, unlike a file of timm's
+    torch.save(live.state_dict(), tmp_path / "theirs.pt")
+    for name, rate in (("ours", 0.0), ("theirs", 0.1), ("ours", 0.0)):
+        vit.load_pretrained(live, tmp_path / f"{name}.pt", norm_eps=1e-6)
+        assert live.blocks[0].mlp.drop_rate == rate

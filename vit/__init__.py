@@ -14,12 +14,14 @@ from vit.config import ViTConfig, get_config, list_models
 from vit.explain import explain
 from vit.graph import graph
 from vit.groups import param_groups_layer_decay
+from vit.masked import MaskedImageModel
 from vit.model import VisionTransformer, create_model
 from vit.weights import CheckpointError, load_pretrained, save_pretrained
 
 __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
+    "MaskedImageModel",
     "ViTConfig",
     "VisionTransformer",
     "accelerate",

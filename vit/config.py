@@ -18,7 +18,7 @@ _CHOICES = {
     "weight_init": ("", "zeros", "jax", "jax_nlhb"),
     "impl": ("auto", "triton", "reference"),
 }
-_DROPOUT = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
+_DROPOUT = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "act_drop_rate", "attn_drop_rate", "drop_path_rate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +61,7 @@ class ViTConfig:
     drop_rate: float = 0.0  # dropout in training: before the head,
     pos_drop_rate: float = 0.0  # after the position embedding,
     proj_drop_rate: float = 0.0  # after attention's projection, the MLP's activation and its second layer,
+    act_drop_rate: float | None = None  # the activation's own rate (Hugging Face has 0); None: proj_drop_rate
     attn_drop_rate: float = 0.0  # and of the attention probabilities
     drop_path_rate: float = 0.0  # stochastic depth of the last block's branches; the blocks before have linearly less
     patch_drop_rate: float = 0.0  # share of the patches that each image loses in training (FLIP)
@@ -77,7 +78,7 @@ class ViTConfig:
         if self.representation_size is not None:
             _check_int("representation_size", self.representation_size, at_least=1)
         for name in (*_DROPOUT, "patch_drop_rate"):
-            if not 0 <= getattr(self, name) < 1:
+            if not 0 <= (getattr(self, name) or 0) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
@@ -140,6 +141,11 @@ class ViTConfig:
     def drops(self) -> bool:
         """Whether a training step needs a seed for dropout or stochastic depth."""
         return any(getattr(self, name) for name in _DROPOUT)
+
+    @property
+    def hidden_drop_rate(self) -> float:
+        """Dropout after the MLP's activation."""
+        return self.proj_drop_rate if self.act_drop_rate is None else self.act_drop_rate
 
     def block_drop_path_rate(self, index: int) -> float:
         return self.drop_path_rate * index / max(self.depth - 1, 1)
@@ -204,15 +210,14 @@ class ViTConfig:
         act, dim, hidden = get("hidden_act", "gelu"), get("hidden_size", 768), get("intermediate_size", 3072)
         if get("model_type", "vit") not in ("vit", ""):
             raise ValueError(f"model_type={get('model_type', '')!r} is not a plain ViT; from_hf reads model_type='vit'")
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-            if get(name, 0.0):
-                raise ValueError(f"{name}={get(name, 0.0)} is not supported; set it to 0.0 in the configuration")
         if act not in HF_ACTIVATIONS:
             raise ValueError(f"hidden_act={act!r} is not supported; use one of {tuple(HF_ACTIVATIONS)}")
         fields = {ours: get(theirs, default) for ours, (theirs, default) in HF_WORDS.items()}
         fields["num_classes"] = get("num_labels", len(get("id2label", None) or (0, 1)))
         fields["act_layer"], fields["interpolation"] = HF_ACTIVATIONS[act], "bicubic"
         fields["mlp_ratio"] = mlp_ratio(dim, hidden)
+        if rate := get("hidden_dropout_prob", 0.0):
+            fields |= {"pos_drop_rate": rate, "proj_drop_rate": rate, "act_drop_rate": 0.0}
         return cls(**(fields | known_fields(overrides)))
 
 
@@ -246,6 +251,7 @@ HF_WORDS = {
     "num_heads": ("num_attention_heads", 12),
     "qkv_bias": ("qkv_bias", True),
     "norm_eps": ("layer_norm_eps", 1e-12),
+    "attn_drop_rate": ("attention_probs_dropout_prob", 0.0),
 }
 
 SIZES = {  # embed_dim, depth, num_heads, MLP width

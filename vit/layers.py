@@ -156,7 +156,7 @@ class Mlp(nn.Module):
 
     def __init__(self, config: ViTConfig, index: int) -> None:
         super().__init__()
-        self.drop_rate, self.site = config.proj_drop_rate, 8 * index + ACT
+        self.drop_rate, self.site = config.hidden_drop_rate, 8 * index + ACT
         self.impl = config.impl
         self.activation = config.act_layer
         self.fc1 = nn.Linear(config.embed_dim, config.mlp_hidden_dim)

@@ -264,18 +264,47 @@ class VisionTransformer(nn.Module):
         return self.head
 
     @torch.no_grad()
-    def reset_classifier(self, num_classes: int) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the head by a zero-initialised one for fine-tuning (paper, 3.2), or by none for 0 classes.
 
-        The hidden layer of a pre-training head goes with it.
+        The hidden layer of a pre-training head goes with it. ``global_pool``, unless None, is the pooling from now on;
+        the norms stay where they are.
         """
-        self.config = config = dataclasses.replace(self.config, num_classes=num_classes, representation_size=None)
+        changed = {"num_classes": num_classes, "representation_size": None}
+        if global_pool is not None:
+            changed |= {"global_pool": global_pool, "fc_norm": self.config.use_fc_norm}
+        self.config = config = dataclasses.replace(self.config, **changed)
         like = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
         self.pre_logits = nn.Identity()
         self.head = Linear(config, config.embed_dim, num_classes, **like) if num_classes else nn.Identity()
         self.head.train(self.training)
         for param in self.head.parameters():
             param.zero_()
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes what `forward_intermediates` of these blocks does not need, as timm's.
+
+        Args:
+            indices: of the blocks, as there; those after the last of them go.
+            prune_norm: the norm after the blocks goes, too.
+            prune_head: the head and its norm go, and nothing is pooled.
+
+        Returns:
+            The indices, ascending and not negative.
+        """
+        taken = sorted(take_indices(self.config.depth, indices))
+        self.blocks = self.blocks[: taken[-1] + 1]
+        if prune_head:
+            self.fc_norm = nn.Identity()
+            self.reset_classifier(0, "")
+        if prune_norm:
+            self.norm = nn.Identity()
+        before, after = (not isinstance(norm, nn.Identity) for norm in (self.norm, self.fc_norm))
+        changed = {"depth": len(self.blocks), "final_norm": before or after, "fc_norm": after}
+        self.config = dataclasses.replace(self.config, **changed)
+        return taken
 
     def _prefix(self) -> Tensor | None:
         present = [t for t in (self.cls_token, self.reg_token) if t is not None]

@@ -134,7 +134,7 @@ class Mlp(nn.Module):
         super().__init__()
         self.act = ACTIVATIONS[config.act_layer]
         self.fc1 = nn.Linear(config.embed_dim, config.mlp_hidden_dim)
-        self.drop1 = Drop(config.proj_drop_rate, 8 * index + 2)
+        self.drop1 = Drop(config.hidden_drop_rate, 8 * index + 2)
         self.fc2 = nn.Linear(config.mlp_hidden_dim, config.embed_dim)
         self.drop2 = Drop(config.proj_drop_rate, 8 * index + 3)
 

@@ -42,7 +42,9 @@ def load_pretrained(
     config.json says, else 1e-12), ``act_layer`` (tanh GELU for google and big_vision, what config.json says for Hugging
     Face, else erf) and ``interpolation``. timm's are those of its architecture: a named variant keeps its own, and so
     does a live model with ``pre_norm`` (CLIP); another live model gets 1e-6 and erf. Files that `save_pretrained` wrote
-    as .safetensors or .pt say all three themselves. Dropout rates stay the model's.
+    as .safetensors or .pt say all three themselves. Hugging Face's models have no dropout after the activation, so
+    their weights set ``act_drop_rate`` to 0, the others' to None; the rates themselves stay the model's, but for those
+    in the config.json of a model loaded by name.
 
     A position embedding of another grid is resized as its source resizes one on load: timm bicubic with antialias,
     Hugging Face bicubic, DINOv2 bicubic with its offset of 0.1, torchvision bicubic and google and big_vision bilinear
@@ -61,8 +63,8 @@ def load_pretrained(
         in_chans: channels of a named model; a checkpoint with others is adapted as timm does.
         dialect: "timm", "hf", "hf_memory" (the names of transformers 5 in memory), "torchvision", "torchvision_old",
             "google", "big_vision" or "dinov2"; None finds it from the names.
-        **overrides: fields of `ViTConfig`; for a live model norm_eps, act_layer and interpolation. They win over the
-            source. For a named model also device and dtype.
+        **overrides: fields of `ViTConfig`; for a live model norm_eps, act_layer, interpolation and act_drop_rate. They
+            win over the source. For a named model also device and dtype.
 
     Returns:
         The model; ``model.pretrained_cfg`` has the ``source`` (a dialect) and, where they are known, ``mean`` and
@@ -149,4 +151,4 @@ def _set_numerics(model: VisionTransformer, config: ViTConfig) -> None:
         if isinstance(module, LayerNorm):
             module.eps = config.norm_eps
         elif isinstance(module, Mlp):
-            module.activation = config.act_layer
+            module.activation, module.drop_rate = config.act_layer, config.hidden_drop_rate

@@ -130,6 +130,10 @@ def _flax(pos: str, attention: int, norm2: int, mlp: int) -> tuple:
     )
 
 
+# What a library means by its weights, in `ViTConfig`'s words.
+NUMERICS = ("norm_eps", "act_layer", "interpolation", "act_drop_rate")
+
+
 class Dialect(NamedTuple):
     """A table and what else its library means by the weights."""
 
@@ -138,6 +142,7 @@ class Dialect(NamedTuple):
     interpolation: str  # the nearest that the model can compute in forward
     norm_eps: float = 1e-6
     act_layer: str = "gelu"
+    act_drop_rate: float | None = None  # a dropout after the activation is the model's (None) or there is none (0)
     prefix_rows: str = "class"  # prefix tokens with a row in pos_embed; the first of "all", "class", "none" is usual
     resize: dict[str, Any] | None = None  # F.interpolate's arguments, where a load resizes as no forward of ours does
     ignored: str = "$^"  # their tensors that a model of ours never needs
@@ -151,6 +156,7 @@ _HF = {
     "optional": rf"{_HEAD}|mask_token|.*qkv\.bias",
     "interpolation": "bicubic",
     "norm_eps": 1e-12,
+    "act_drop_rate": 0.0,
     "ignored": r"decoder\.",
 }
 _TORCHVISION = {

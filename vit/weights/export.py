@@ -14,7 +14,7 @@ from torch import nn
 from vit.config import HF_ACTIVATIONS, HF_WORDS, ViTConfig
 from vit.model import VisionTransformer
 from vit.weights import files
-from vit.weights.dialects import DIALECTS, Dialect, Tensors, write
+from vit.weights.dialects import DIALECTS, NUMERICS, Dialect, Tensors, write
 
 
 def save_pretrained(model: nn.Module, path: str | os.PathLike[str], dialect: str = "timm") -> None:
@@ -54,7 +54,7 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str], dialect: str
         words = " and ".join(f"{f}={getattr(source, f)!r} (the model: {getattr(config, f)!r})" for f in differ)
         warnings.warn(f"{path}: models of dialect {dialect!r} compute with {words}", stacklevel=2)
     cfg = getattr(model, "pretrained_cfg", None)
-    note = {f: getattr(config, f) for f in ("norm_eps", "act_layer", "interpolation")}
+    note = {f: getattr(config, f) for f in NUMERICS}
     if folder:
         path.mkdir(parents=True, exist_ok=True)
     files.write(file, tensors, note | ({"pretrained_cfg": cfg} if cfg else {}))
@@ -122,6 +122,8 @@ def hf_config(config: ViTConfig, labels: list[str] | None = None) -> dict[str, A
     words = {theirs: getattr(config, ours) for ours, (theirs, _default) in HF_WORDS.items()}
     for word in ("image_size", "patch_size"):
         words[word] = words[word][0] if len(set(words[word])) == 1 else list(words[word])
+    if config.pos_drop_rate == config.proj_drop_rate and not config.hidden_drop_rate:
+        words["hidden_dropout_prob"] = config.proj_drop_rate
     kind = "ViTForImageClassification" if config.num_classes else "ViTModel"
     words |= {
         "architectures": [kind],

@@ -13,10 +13,8 @@ from torch import Tensor
 
 from vit.config import HF_ACTIVATIONS, ViTConfig
 from vit.tokens import resize_pos_embed
-from vit.weights.dialects import DIALECTS, Dialect, Tensors, depth_of, detect, has, plain, read, some
+from vit.weights.dialects import DIALECTS, NUMERICS, Dialect, Tensors, depth_of, detect, has, plain, read, some
 from vit.weights.files import Checkpoint
-
-NUMERICS = ("norm_eps", "act_layer", "interpolation")
 
 
 @dataclasses.dataclass
@@ -74,7 +72,7 @@ def plan(checkpoint: Checkpoint, dialect: str | None, start: ViTConfig, override
 
     source = numerics(name, table, checkpoint, named or "norm_pre.weight" in ours)
     grid = described_grid(checkpoint.config, start) if name.startswith("hf") and checkpoint.config else None
-    found = parts(table, ours, start, grid) if named else {}
+    found = parts(table, ours, start, grid) | dropout(name, checkpoint) if named else {}
     if found and overrides.get("num_classes", found["num_classes"]) != found["num_classes"]:
         found["representation_size"] = None  # the hidden layer goes with the head (paper, 3.2)
     config = dataclasses.replace(start, **found | source | overrides)
@@ -144,6 +142,13 @@ def numerics(name: str, dialect: Dialect, checkpoint: Checkpoint, architecture_k
             raise ValueError(f"hidden_act={act!r} is not one of {', '.join(HF_ACTIVATIONS)}")
         found |= {"norm_eps": config.get("layer_norm_eps", 1e-12), "act_layer": HF_ACTIVATIONS[act]}
     return found | {field: checkpoint.numerics[field] for field in NUMERICS if field in checkpoint.numerics}
+
+
+def dropout(name: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The rates that a config.json of Hugging Face's gives."""
+    said = (checkpoint.config or {}) if name.startswith("hf") else {}
+    words = {"pos_drop_rate": "hidden", "proj_drop_rate": "hidden", "attn_drop_rate": "attention_probs"}
+    return {field: said[f"{word}_dropout_prob"] for field, word in words.items() if f"{word}_dropout_prob" in said}
 
 
 def parts(dialect: Dialect, ours: Tensors, variant: ViTConfig, grid: tuple[int, int] | None) -> dict[str, Any]:

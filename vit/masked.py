@@ -1,0 +1,74 @@
+"""Masked-image modelling, as SimMIM (Xie et al., 2022): the pixels of hidden patches from the tokens around them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vit.config import ViTConfig
+from vit.model import VisionTransformer
+from vit.plain import linear
+
+
+class MaskedImageModel(nn.Module):
+    """A ViT whose head draws each patch again. B images, N patches of PH · PW pixels, C channels, D = embed_dim.
+
+    Transformers' ``ViTForMaskedImageModeling`` on a square grid of the model's own size: the same reconstruction and
+    loss. Here any grid and any patch work.
+
+    Args:
+        config: of the encoder; its head and pooling are left out, a mask token is put in.
+        seed: of the initial weights. device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self, config: ViTConfig, seed: int | None = None, *, device: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        headless = {"num_classes": 0, "representation_size": None, "global_pool": "", "fc_norm": False}
+        config = dataclasses.replace(config, use_mask_token=True, **headless)
+        self.encoder = VisionTransformer(config, seed, device=device, dtype=dtype)
+        pixels = config.patch_size[0] * config.patch_size[1] * config.in_chans
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        weight = nn.init.trunc_normal_(torch.empty(pixels, config.embed_dim), std=0.02, generator=generator)
+        self.decoder = nn.Linear(config.embed_dim, pixels, device="meta").to_empty(device=self.encoder.pos_embed.device)
+        with torch.no_grad():
+            self.decoder.weight.copy_(weight)
+            self.decoder.bias.zero_()
+        self.decoder.to(self.encoder.pos_embed.dtype)
+
+    def forward(
+        self, image: Tensor, bool_masked_pos: Tensor | None = None, interpolate_pos_encoding: bool | None = None
+    ) -> tuple[Tensor | None, Tensor]:
+        """Hides patches and draws them again.
+
+        Args:
+            image: [B, C, H, W], as for `vit.VisionTransformer`.
+            bool_masked_pos: bool [B, N]: which patches are hidden; None hides none.
+            interpolate_pos_encoding: as for `vit.VisionTransformer`.
+
+        Returns:
+            (loss, reconstruction [B, C, H, W]): the mean absolute error of the hidden pixels, None without a mask.
+
+        Raises: as `vit.VisionTransformer`. ValueError: patch_drop_rate leaves patches without a token.
+        """
+        config = self.encoder.config
+        if self.training and config.patch_drop_rate:
+            raise ValueError("a masked-image model needs a token of each patch; use patch_drop_rate=0")
+        grid = config.check_image(image, interpolate_pos_encoding)
+        x = self.encoder.forward_features(image, bool_masked_pos, interpolate_pos_encoding)  # [B, R + N, D]
+        pixels = linear(self.decoder, x[:, config.num_prefix_tokens :], config.impl)  # [B, N, C·PH·PW]
+        pixels = pixels.unflatten(2, (config.in_chans, *config.patch_size)).unflatten(1, grid)  # [B, gh, gw, C, PH, PW]
+        drawn = pixels.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # [B, C, H, W]
+        if bool_masked_pos is None:
+            return None, drawn
+        mask = bool_masked_pos.unflatten(1, grid).repeat_interleave(config.patch_size[0], 1)
+        mask = mask.repeat_interleave(config.patch_size[1], 2).unsqueeze(1)  # [B, 1, H, W]
+        # Where nothing is hidden in the whole batch the loss is 0, not NaN, as transformers has it.
+        error = F.l1_loss(image.to(drawn.dtype), drawn, reduction="none").masked_fill(~mask, 0.0)
+        error = error.sum(dtype=torch.promote_types(error.dtype, torch.float32))
+        return error / (mask.sum() + 1e-5) / config.in_chans, drawn
