@@ -49,8 +49,8 @@ def _parser() -> argparse.ArgumentParser:
         "compiles anew where a number of rows or columns is divisible by 16 and was not, or is 1.",
     )
     warmup.add_argument("model", metavar="MODEL", help="a name that `vit info` lists")
-    warmup.add_argument("--img-size", metavar="N|HxW", help="pixels (default: the model's own)")
-    warmup.add_argument("--batch-size", type=int, default=1, metavar="B", help="images (default: %(default)s)")
+    warmup.add_argument("--img-size", type=_size, metavar="N|HxW", help="pixels (default: the model's own)")
+    warmup.add_argument("--batch-size", type=_positive, default=1, metavar="B", help="images (default: %(default)s)")
     warmup.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="default: %(default)s")
     warmup.add_argument("--autocast", action="store_true", help="fp32 parameters under torch.autocast to --dtype")
     warmup.add_argument("--train", action="store_true", help="also what training needs")

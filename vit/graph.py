@@ -84,9 +84,8 @@ class Graph:
 
 
 def _copy(out: Any) -> Any:
-    if not isinstance(
-        out, Tensor | bool | int | float | str | None
-    ):  # may hold tensors that the next replay overwrites
+    # Anything else may hold tensors that the next replay overwrites.
+    if not isinstance(out, Tensor | bool | int | float | str | None):
         raise TypeError(f"vit.graph: cannot copy a {type(out).__name__}; let the model return tensors, tuples or dicts")
     return out.clone() if isinstance(out, Tensor) else out
 
@@ -127,10 +126,8 @@ def capture(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     with torch.cuda.device(device):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(
-            side
-        ):  # compiles the kernels and makes cuBLAS allocate, neither of which can be captured
-            for _ in range(3):
+        with torch.cuda.stream(side):
+            for _ in range(3):  # compiles the kernels and makes cuBLAS allocate, neither of which can be captured
                 run()
         torch.cuda.current_stream().wait_stream(side)
         gc.collect()  # no autograd node of the warm-up may live on: it would wait for a stream outside the capture

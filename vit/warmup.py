@@ -101,14 +101,12 @@ def command(args: argparse.Namespace) -> str:
         ValueError: an argument that means nothing. RuntimeError: nothing can be compiled here.
     """
     arch, dtype = _arch(args.arch), DTYPES[args.dtype]
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
     if arch is None and torch.device(args.device).type != "cuda":
         raise ValueError(f"--device {args.device}: kernels are compiled for NVIDIA GPUs, so name one, e.g. cuda:0")
     if arch is None and not torch.cuda.is_available():
         raise RuntimeError("no NVIDIA GPU was found; --arch sm_90, say, compiles for one that is in another machine")
     device = torch.device("cpu" if arch is not None else args.device)
-    size = {"img_size": _size(args.img_size)} if args.img_size else {}
+    size = {"img_size": args.img_size} if args.img_size else {}
     model = create_model(args.model, device=device, dtype=torch.float32 if args.autocast else dtype, **size)
     height, width = model.config.img_size
     image = torch.zeros(
@@ -134,10 +132,3 @@ def _arch(text: str | None) -> int | None:
     if int(text[3:]) < 80:
         raise ValueError(f"--arch {text}: the kernels need compute capability 8.0 (sm_80) or newer")
     return int(text[3:])
-
-
-def _size(text: str) -> tuple[int, int]:
-    if not re.fullmatch(r"\d+(x\d+)?", text):
-        raise ValueError(f"--img-size {text} is not understood; write 224 or 224x288, height first")
-    height, _, width = text.partition("x")
-    return int(height), int(width or height)

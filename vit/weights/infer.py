@@ -45,7 +45,8 @@ def infer(checkpoint: Checkpoint, dialect: str | None) -> ViTConfig:
     grid = described_grid(described, one_patch) if described else None
     own = ViTConfig(**fields | parts(table, ours, one_patch, grid))
     rows, grid = pos_layout(table, pos, own, grid)
-    usual = 0 if table.prefix_rows.startswith("none") else own.num_prefix_tokens if name == "timm" else own.class_token
+    counts = {"all": own.num_prefix_tokens, "class": int(own.class_token), "none": 0}
+    usual = counts[table.prefix_rows.split()[0]]
     if rows != usual and not own.reg_tokens and not described:
         raise ValueError(f"its position embedding has {pos.shape[1]} rows, which fit no square; name the model")
     return ViTConfig(**fields | {"img_size": tuple(n * p for n, p in zip(grid, patch, strict=True))})
