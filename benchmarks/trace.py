@@ -60,11 +60,8 @@ def _attention(products: int) -> Callable[[dict[str, Any]], int]:
     return flops
 
 
-def _patches(pixels_of: str) -> Callable[[dict[str, Any]], int]:
-    def flops(a: dict[str, Any]) -> int:
-        return 2 * a["M"] * a["D"] * math.prod(a[pixels_of].shape[-3:])
-
-    return flops
+def _patches(image: str) -> Callable[[dict[str, Any]], int]:
+    return lambda a: 2 * a[image].numel() * a["D"]  # every pixel is in one patch
 
 
 def _none(a: dict[str, Any]) -> int:
@@ -76,9 +73,9 @@ FLOPS: dict[str, Callable[[dict[str, Any]], int]] = {
     "_gemm_kernel": _gemm,
     "_attention_fwd_kernel": _attention(2),
     "_attention_bwd_kernel": _attention(5),
-    "_patch_embed_fwd_kernel": _patches("w_ptr"),
-    "_patch_embed_dw_kernel": _patches("dw_ptr"),
-    "_patch_embed_dimage_kernel": _patches("w_ptr"),
+    "_patch_embed_fwd_kernel": _patches("image_ptr"),
+    "_patch_embed_dw_kernel": _patches("image_ptr"),
+    "_patch_embed_dimage_kernel": _patches("dimage_ptr"),
     "_layer_norm_fwd_kernel": _none,
     "_layer_norm_bwd_kernel": _none,
     "_activation_kernel": _none,
