@@ -16,23 +16,23 @@ from benchmarks.shapes import Shape
 
 @dataclasses.dataclass(frozen=True)
 class Fusion:
-    """``inference``: only possible where nothing is kept for a backward."""
+    """``modes``: where it makes a difference, in "fwd" (nothing is kept for a backward) or "full" (with a backward)."""
 
     what: str
     built: bool
-    inference: bool = False
+    modes: tuple[str, ...] = ("fwd", "full")
 
 
 FUSIONS = {
     "patch": Fusion("patch projection with class token and position embedding", True),
     "add_norm": Fusion("residual + LayerNorm in one pass", True),
     "gelu": Fusion("GELU in fc1's epilogue", True),
-    "dgelu": Fusion("dGELU in fc2's dgrad", True),
+    "dgelu": Fusion("dGELU in fc2's dgrad", True, ("full",)),
     "attention": Fusion("attention, instead of softmax written out", True),
     "residual": Fusion("residual in proj's and fc2's epilogue", False),
-    "ln_fold": Fusion("LayerNorm folded into qkv and fc1", False, inference=True),
-    "ln_dgrad": Fusion("LayerNorm backward inside dgrad", False),
-    "bias": Fusion("bias gradients from passes that read the data", False),
+    "ln_fold": Fusion("LayerNorm folded into qkv and fc1", False, ("fwd",)),
+    "ln_dgrad": Fusion("LayerNorm backward inside dgrad", False, ("full",)),
+    "bias": Fusion("bias gradients from passes that read the data", False, ("full",)),
     "cls_only": Fusion("last block for the class token only", False),
 }
 BUILT = frozenset(name for name, fusion in FUSIONS.items() if fusion.built)
@@ -189,11 +189,13 @@ class _Plan:
         self.norm_backward(M, alone=first)
 
 
+def _possible(fused: frozenset[str], train: bool) -> frozenset[str]:
+    return frozenset(name for name in fused if ("full" if train else "fwd") in FUSIONS[name].modes)
+
+
 def plan(shape: Shape, fused: frozenset[str] = BUILT, train: bool = False, e: int = 2) -> list[Step]:
     """The steps of a forward, or with ``train`` of a forward and its backward, for elements of ``e`` bytes."""
-    if train:
-        fused = frozenset(name for name in fused if not FUSIONS[name].inference)
-    made = _Plan(shape, fused, train, e)
+    made = _Plan(shape, _possible(fused, train), train, e)
     made.forward()
     if train:
         made.backward()
@@ -207,7 +209,7 @@ def milliseconds(steps: list[Step], ceilings: Ceilings) -> float:
 
 def layer_units(shape: Shape, fused: frozenset[str], train: bool = False) -> float:
     """Bytes of a layer in u, those of its weights left out (by a batch beside which they are nothing)."""
-    made = _Plan(dataclasses.replace(shape, batch=2**24), fused, train, 2)
+    made = _Plan(dataclasses.replace(shape, batch=2**24), _possible(fused, train), train, 2)
     made.block(made.M)
     if train:
         made.block_backward(made.M, first=False)

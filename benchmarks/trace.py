@@ -42,6 +42,7 @@ class Launch:
     phase: str  # "fwd" or "bwd"
     flops: int
     bytes: int
+    shapes: tuple[tuple[int, ...], ...]  # of its tensors with two dimensions or more
     grid: tuple[int, ...] | None = None
     kernel: Any = None
     args: dict[str, Any] | None = None
@@ -167,14 +168,18 @@ class _Recorder(HostCode):
             reads = []  # only the shape of what they are given
         count = flop_registry.get(func._overloadpacket)
         flops = count(*args, **kwargs, out_val=out) if count else 0
-        self.launches.append(Launch(name, self.phase, flops, moved(reads, changed or outputs)))
+        self.launches.append(Launch(name, self.phase, flops, moved(reads, changed or outputs), _shapes(given)))
 
     def launched(self, kernel, grid, args, options):
         tensors = [getattr(a, "base", a) for a in args.values()]
         flops = FLOPS[kernel.__name__](args)
-        read_or_written = moved(_tensors(tensors))
-        launch = Launch(kernel.__name__, self.phase, flops, read_or_written, grid, kernel, args, options)
-        self.launches.append(launch)
+        tensors = [t for t in tensors if isinstance(t, Tensor)]
+        counts = flops, moved(tensors), _shapes(tensors)
+        self.launches.append(Launch(kernel.__name__, self.phase, *counts, grid, kernel, args, options))
+
+
+def _shapes(tensors: list[Tensor]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(t.shape) for t in tensors if t.dim() > 1)
 
 
 def _is_write(argument: Any) -> bool:
