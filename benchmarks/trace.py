@@ -103,7 +103,7 @@ def moved(reads: Iterable[Tensor], writes: Iterable[Tensor] = ()) -> int:
     return total
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def tensors_in(tree: Any) -> list[Tensor]:
     return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
 
 
@@ -152,10 +152,10 @@ class _Recorder(HostCode):
         return "fwd" if torch._C._current_graph_task_id() == -1 else "bwd"
 
     def called(self, func, args, kwargs, out):
-        given, outputs = _tensors((args, kwargs)), _tensors(out)
+        given, outputs = tensors_in((args, kwargs)), tensors_in(out)
         schema = func._schema
         changed = [_argument(a.name, i, args, kwargs) for i, a in enumerate(schema.arguments) if _is_write(a)]
-        changed = _tensors(changed)
+        changed = tensors_in(changed)
         storages = {t.untyped_storage()._cdata for t in given}
         views = all(t.untyped_storage()._cdata in storages for t in outputs)
         name = func._overloadpacket.__name__
@@ -210,7 +210,7 @@ def step(function: Callable[..., Any], *inputs: Tensor, train: bool) -> Any:
     parameters = list(function.parameters()) if isinstance(function, torch.nn.Module) else []
     wanted = [t for t in [*parameters, *inputs] if t.requires_grad]
     outputs = function(*inputs)
-    out = [t for t in _tensors(outputs) if t.requires_grad]
+    out = [t for t in tensors_in(outputs) if t.requires_grad]
     return outputs, torch.autograd.grad(out, wanted, [torch.empty_like(t) for t in out], allow_unused=True)
 
 
