@@ -73,8 +73,8 @@ class Memory:
     peak: int
 
 
-def count(model: nn.Module, image: Tensor, train: bool) -> Memory:
-    """Of `trace.step` of a model and an image on device "meta" (or on the CPU, where nothing is of ours)."""
+def count(model: nn.Module, image: Tensor, train: bool, arch: int = 90, num_sms: int = 132) -> Memory:
+    """Of `trace.step` of a model and images on device "meta", as on a GPU of this architecture."""
     parameters = list(model.parameters())
     before, saved = [*parameters, *model.buffers(), image], {}
     own = {t.untyped_storage()._cdata for t in before}
@@ -87,7 +87,7 @@ def count(model: nn.Module, image: Tensor, train: bool) -> Memory:
 
     live = Live()
     live.ignore(*before)
-    with runtime.dry_run(90, lambda *_: None), trace.FusedAttention(), live:
+    with runtime.dry_run(arch, lambda *_: None, num_sms), trace.FusedAttention(), live:
         if train:
             with saved_tensors_hooks(keep, lambda t: t):
                 trace.step(model, image, train=True)

@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -60,6 +61,16 @@ def analyse(shape: Shape, arch: int, compiles: bool) -> dict[str, Any]:
         wholes += predictions(shape, mode, rates, traced)
     where = {"shape": str(shape), "arch": arch, "card": device.name, "rates": source, "dtype": "bfloat16"}
     return where | {"tflops": rates.tflops, "gbps": rates.gbps, "kernels": kernels, "models": wholes}
+
+
+def analyses(tasks: list[tuple[Shape, int]], compiles: bool) -> Iterator[dict[str, Any]]:
+    """`analyse` of each, two at a time."""
+    if len(tasks) == 1:
+        yield analyse(*tasks[0], compiles)
+        return
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:  # never threads: Triton is not thread-safe
+        for future in [pool.submit(analyse, *task, compiles) for task in tasks]:
+            yield future.result()
 
 
 def alike(launches: list[Launch]) -> list[tuple[Launch, int]]:
@@ -189,13 +200,10 @@ def main(words: list[str] | None = None) -> int:
     args = parser.parse_args(words)
     start, results = time.time(), []
     tasks = [(shape, arch) for shape in args.shape or MODELS.values() for arch in args.arch]
-    # Never threads: Triton is not thread-safe.
-    with ProcessPoolExecutor(min(2, len(tasks)), get_context("spawn")) as pool:
-        futures = [pool.submit(analyse, *task, not args.no_compile) for task in tasks]
-        for (shape, arch), future in zip(tasks, futures, strict=True):
-            results.append(future.result())
-            print(table(results[-1]), flush=True)
-            print(f"{shape} sm_{arch}: {time.time() - start:.0f} s so far", file=sys.stderr, flush=True)
+    for result in analyses(tasks, not args.no_compile):
+        print(table(result), flush=True)
+        print(f"{len(results) + 1} of {len(tasks)}, {time.time() - start:.0f} s", file=sys.stderr, flush=True)
+        results.append(result)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         commit = record._output("git", "-C", str(record.ROOT), "rev-parse", "--short", "HEAD")

@@ -112,7 +112,7 @@ def _why_not_triton(tensors: Sequence[torch.Tensor]) -> str | None:
         return "forward-mode AD is not defined for the Triton kernels; use impl='reference'"
     if not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
         return "torch.func transforms are not defined for the Triton kernels; use impl='reference'"
-    interpreted = INTERPRETED and _dry_run is None
+    interpreted = arch(x.device) == 0
     if x.dtype not in _ACC_TYPES or (x.dtype is torch.float64 and not interpreted):
         return f"dtype {x.dtype} is not supported by the Triton kernels; use float32, float16 or bfloat16"
     if interpreted:

@@ -1,0 +1,308 @@
+"""Bytes and FLOPs that the benchmarks count, against PyTorch's counter, figures worked by hand, and each other."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import vit
+from benchmarks import (
+    bench_attention,
+    bench_layer_norm,
+    bench_linear,
+    bench_mlp,
+    bench_patch_embed,
+    bench_vit,
+    devices,
+    fusions,
+    trace,
+)
+from benchmarks.harness import Ceilings
+from benchmarks.shapes import MODELS, Shape
+from vit import kernels
+
+B16 = MODELS["B/16"]
+OF_OPS = [bench_layer_norm, bench_linear, bench_mlp, bench_attention, bench_patch_embed]
+OPS = {bench.op: bench for module in OF_OPS for bench in module.BENCHES}
+
+
+def meta(*sizes, scale=1.0, dtype=torch.bfloat16):
+    return torch.empty(sizes, device="meta", dtype=dtype)
+
+
+def model(shape, kind=vit.VisionTransformer):
+    with torch.device("meta"):
+        made = kind(shape.config).to(torch.bfloat16)
+    return made, meta(shape.batch, 3, *shape.config.img_size)
+
+
+def total(launches, field, phase=None):
+    return sum(getattr(launch, field) for launch in launches if phase in (None, launch.phase))
+
+
+def planned(shape, fused, field, train=False, phase=None):
+    steps = fusions.plan(shape, frozenset(fused), train)
+    return sum(getattr(step.work, field) for step in steps if phase in (None, step.phase))
+
+
+# ---- FLOPs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [vit.VisionTransformer, vit.reference.VisionTransformer])
+def test_flops_against_pytorchs_counter(kind):
+    """PyTorch's counter sees the model without our tracing, and attention written out: four products backward."""
+    shape = dataclasses.replace(B16, batch=2)
+    reference, image = model(shape, vit.reference.VisionTransformer)
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        reference(image)
+    with FlopCounterMode(display=False) as both:
+        out = reference(image)
+        torch.autograd.grad(out, list(reference.parameters()), torch.empty_like(out))
+    launches = trace.trace(*model(shape, kind), train=True)
+    assert total(launches, "flops", "fwd") == forward.get_total_flops()
+    logits_again = 2 * shape.rows * shape.tokens * shape.width * shape.config.depth
+    assert total(launches, "flops") == both.get_total_flops() + logits_again
+
+
+GFLOP = {"S/16": 9.198, "B/16": 35.13, "L/16": 123.11, "B/16@384": 110.97, "H/14": 334.59}  # per image, by hand
+
+
+@pytest.mark.parametrize("name", GFLOP)
+def test_flops_of_an_image(name):
+    shape = MODELS[name]
+    assert planned(shape, fusions.BUILT, "flops") / shape.batch / 1e9 == pytest.approx(GFLOP[name], rel=3e-4)
+    assert bench_vit.work(shape, 2)["fwd"].flops == planned(shape, fusions.BUILT, "flops")
+
+
+# ---- bytes -----------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_of_one_launch_by_hand():
+    rows, width = 4 * 197, 768
+    x, branch, w, b = meta(4, 197, 768), meta(4, 197, 768), meta(768), meta(768)
+    (launch,) = trace.trace(kernels.residual_layer_norm, x, branch, w, b)
+    assert launch.bytes == (4 * rows * width + 2 * width) * 2 and launch.flops == 0
+    (launch,) = trace.trace(kernels.attention, meta(4, 197, 3, 12, 64))
+    assert launch.bytes == 4 * rows * width * 2 and launch.flops == 4 * rows * 197 * width
+    gelu = trace.trace(kernels.mlp, x, meta(3072, 768), meta(3072), meta(768, 3072), b)[0]
+    assert gelu.bytes == (rows * 768 + 3072 * 768 + 3072 + rows * 3072) * 2 and gelu.flops == 2 * rows * 768 * 3072
+
+
+def test_regions_are_counted_once():
+    x = meta(8, 16, 4)
+    assert trace.moved([x, x, x.view(8, 64)[:, :64].view(8, 16, 4)]) == x.nbytes
+    assert trace.moved(x.unbind(2)) == x.nbytes and trace.moved([x[:2], x[1:]]) == x.nbytes  # never beyond its storage
+    assert trace.moved([meta(1, 4).expand(100, 4)]) == 4 * 2 and trace.moved([meta(0, 4)]) == 0
+    assert trace.moved([x], [x]) == 2 * x.nbytes
+
+
+@pytest.mark.parametrize(
+    ("operation", "moved"),
+    [
+        (lambda x, y: x.view(-1)[3:].detach(), 0),
+        (lambda x, y: torch.empty_like(x).new_empty(9), 0),
+        (lambda x, y: x.t().contiguous(), 2),
+        (lambda x, y: x.contiguous(), 0),
+        (lambda x, y: x + y, 3),
+        (lambda x, y: x.add_(y), 3),
+        (lambda x, y: x.copy_(y), 2),
+        (lambda x, y: x.zero_(), 1),
+        (lambda x, y: torch.zeros_like(x), 1),
+        (lambda x, y: torch.add(x, x, out=y), 2),
+        (lambda x, y: torch.matmul(x, y), 3),
+    ],
+)
+def test_bytes_of_pytorchs_operations(operation, moved):
+    x, y = meta(64, 64), meta(64, 64)
+    assert total(trace.trace(operation, x, y), "bytes") == moved * x.nbytes
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_floors_of_the_op_benchmarks(op):
+    """The FLOPs are those of the launches; the bytes are never more, and the same where an op is one kernel."""
+    shape, bench = dataclasses.replace(B16, batch=64), OPS[op]
+    work = bench.work(shape, 2)
+    tensors = {k: t.requires_grad_() for k, t in bench.inputs(shape, meta).items()}
+    with trace.recording() as forward, torch.no_grad():
+        bench.providers["ours"](**tensors)
+    with trace.recording() as both:
+        outs = bench.providers["ours"](**tensors)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        torch.autograd.grad(outs, list(tensors.values()), [torch.empty_like(o) for o in outs])
+    assert total(forward, "flops") == work["fwd"].flops
+    assert total(both, "flops", "bwd") == work["bwd"].flops
+    assert total(forward, "bytes") >= work["fwd"].bytes and total(both, "bytes", "bwd") >= 0.999 * work["bwd"].bytes
+    if op != "mlp":  # whose floor keeps the hidden units out of memory
+        assert total(forward, "bytes") == pytest.approx(work["fwd"].bytes, rel=1e-3)
+
+
+UNITS = {  # per layer in u = 2·N·D bytes an image, worked by hand from what each kernel reads and writes
+    "eager": ({"attention"}, False, 38),
+    "built": (fusions.BUILT, False, 28),
+    "residual epilogues": (fusions.BUILT | {"residual"}, False, 26),
+    "LN-fold": (fusions.BUILT | {"residual", "ln_fold"}, False, 22),
+    "training, everything": (fusions.ALL, True, 78 + 4),  # of which LN-fold's 4 are only possible in inference
+}
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_units_of_a_layer(name):
+    fused, train, units = UNITS[name]
+    for shape in (B16, MODELS["H/14"]):
+        assert fusions.layer_units(shape, frozenset(fused), train) == pytest.approx(units, abs=0.01)
+
+
+MEGABYTES = {  # of an image's forward by hand: LN-fold, residual epilogues, eager
+    "S/16": (40.7, 48.0, 69.8),
+    "B/16": (81.5, 96.0, 139.6),
+    "L/16": (216.5, 255.2, 371.4),
+    "B/16@384": (237.3, 279.9, 407.5),
+    "H/14": (469.7, 553.9, 806.6),
+}
+
+
+@pytest.mark.parametrize("name", MEGABYTES)
+def test_bytes_of_an_image(name):
+    """The figures by hand leave out the weights, as a large batch does, and round the stem up."""
+    shape = dataclasses.replace(MODELS[name], batch=2**20)
+    forms = fusions.BUILT | {"residual", "ln_fold"}, fusions.BUILT | {"residual"}, {"attention"}
+    found = [planned(shape, fused, "bytes") / shape.batch / 1e6 for fused in forms]
+    assert found == pytest.approx(MEGABYTES[name], rel=0.013)
+
+
+IMAGES_A_SECOND = {"S/16": 70_753, "B/16": 21_185, "L/16": 6_158, "B/16@384": 7_171, "H/14": 2_305}
+
+
+@pytest.mark.parametrize("name", IMAGES_A_SECOND)
+def test_prediction_by_hand(name):
+    """Every kernel at 798 TFLOP/s or 3.0 TB/s, LayerNorm folded away. By hand without the stem's bytes."""
+    shape, fused = MODELS[name], fusions.BUILT | {"residual", "ln_fold"}
+    ms = fusions.milliseconds(fusions.plan(shape, fused), Ceilings(798.0, 3000.0))
+    assert 1e3 * shape.batch / ms == pytest.approx(IMAGES_A_SECOND[name], rel=2.5e-3)
+
+
+# ---- the plan against the code ---------------------------------------------------------------------------------------
+
+
+def check_plan(kind, fused, more=0):
+    """FLOPs agree exactly, bytes but for statistics and partial sums; ``more``: u a layer that eager packs qkv with."""
+    shape = B16
+    traced = {train: trace.trace(*model(shape, kind), train=train) for train in (False, True)}
+    for train, phase, tolerance in ((False, "fwd", 2e-3), (True, "fwd", 4e-3), (True, "bwd", 6e-3)):
+        assert total(traced[train], "flops", phase) == planned(shape, fused, "flops", train, phase)
+        extra = more * shape.config.depth * 2 * shape.rows * shape.width if phase == "bwd" else 0
+        found = total(traced[train], "bytes", phase) - extra
+        assert found == pytest.approx(planned(shape, fused, "bytes", train, phase), rel=tolerance), phase
+
+
+def test_plan_is_what_the_code_does():
+    check_plan(vit.VisionTransformer, fusions.BUILT)
+
+
+def test_plan_is_what_eager_does():
+    check_plan(vit.reference.VisionTransformer, {"attention"}, more=12)  # stacks dq, dk, dv and copies the stack
+
+
+@pytest.mark.parametrize("mistake", ["an output is left out", "a tensor counts twice", "a pass is fused that is not"])
+def test_mistakes_are_noticed(mistake, monkeypatch):
+    moved = trace.moved
+    if mistake == "an output is left out":
+        monkeypatch.setattr(trace, "moved", lambda reads, writes=(): moved(reads))
+    elif mistake == "a tensor counts twice":
+        monkeypatch.setattr(trace, "moved", lambda reads, writes=(): sum(t.nbytes for t in [*reads, *writes] * 2))
+    fused = fusions.BUILT | ({"residual"} if "fused" in mistake else set())
+    with pytest.raises(AssertionError):
+        check_plan(vit.VisionTransformer, fused)
+
+
+def test_kernel_without_a_count_is_refused(monkeypatch):
+    monkeypatch.delitem(trace.FLOPS, "_layer_norm_fwd_kernel")
+    with pytest.raises(KeyError, match="_layer_norm_fwd_kernel"):
+        trace.trace(kernels.layer_norm, meta(4, 64))
+
+
+def test_trace_leaves_everything_as_it_was():
+    x = torch.ones(2, 4, 32)
+    trace.trace(nn.Linear(32, 8, device="meta"), meta(2, 32, dtype=torch.float32), train=True)
+    assert torch.equal(kernels.layer_norm(x), torch.zeros_like(x)) and torch.mm(x[0], x[0].mT).sum() == 4 * 4 * 32
+
+
+@pytest.mark.peers
+def test_timm_in_eager_mode_moves_what_the_reference_moves():
+    import peers
+
+    timm = peers.import_timm()
+    shape = dataclasses.replace(B16, batch=64)
+    with torch.device("meta"):
+        theirs = timm.create_model(shape.model).to(torch.bfloat16)
+    reference, image = model(shape, vit.reference.VisionTransformer)
+    for train in (False, True):
+        found, expected = (trace.trace(m, image, train=train) for m in (theirs, reference))
+        assert total(found, "bytes") == total(expected, "bytes") and total(found, "flops") == total(expected, "flops")
+    fused = trace.trace(vit.accelerate(theirs), image)
+    assert total(fused, "bytes") == pytest.approx(planned(shape, fusions.BUILT, "bytes"), rel=0.02)
+
+
+# ---- cards -----------------------------------------------------------------------------------------------------------
+
+
+def card(**limits):
+    return devices.Device("any", 10, Ceilings(1.0, 1.0), "none", **limits)
+
+
+@pytest.mark.parametrize(
+    ("limits", "kernel", "blocks"),
+    [
+        # NVIDIA's CUDA C++ Best Practices Guide, "Calculating Occupancy": 37 registers, 128 and 320 threads.
+        ({}, (37, 0, 4), 12),
+        ({}, (37, 0, 10), 4),
+        ({}, (32, 0, 4), 16),  # the same guide: 32 registers a thread fill the multiprocessor
+        ({}, (33, 0, 4), 12),  # 1,280 registers a warp: 51 warps, in fours 48
+        ({}, (16, 0, 1), 32),  # as many programs as there may be
+        ({}, (255, 0, 8), 1),
+        ({}, (255, 0, 4), 2),
+        ({}, (16, 98_328, 8), 2),  # 2 · (98,328 + 1,024 and rounding) of 233,472 bytes
+        ({"shared": 102_400}, (16, 98_328, 8), 1),
+        ({"shared": 102_400}, (16, 101_376, 8), 1),  # all that a program may have
+        ({"shared": 102_400}, (16, 101_377, 8), 0),
+        ({"max_warps": 48, "max_blocks": 24}, (16, 0, 4), 12),
+    ],
+)
+def test_occupancy(limits, kernel, blocks):
+    registers, shared, warps = kernel
+    assert devices.occupancy(card(**limits), registers, shared, warps) == devices.Occupancy(blocks, blocks * warps)
+
+
+def test_waves():
+    assert devices.waves(264, 132) == (2.0, 1.0)
+    assert devices.waves(198, 132) == (1.5, 0.5)
+    assert devices.waves(66, 132) == (0.5, 0.5)
+    assert devices.waves(133, 132) == (pytest.approx(1.0076, abs=1e-4), pytest.approx(1 / 132))
+
+
+def test_rates_are_assumed_until_they_are_measured(tmp_path):
+    import json
+
+    h100 = devices.DEVICES[90]
+    assert devices.ceilings(h100, tmp_path) == (Ceilings(798.0, 3000.0), "assumed, seen on one card")
+    folder = tmp_path / "sample"
+    folder.mkdir()
+    for utc, rates in (("2026-01-02", (700.0, 2900.0)), ("2026-01-01", (600.0, 2000.0))):
+        ceiling = {"bench": "ceiling", "ok": True}
+        records = [{**ceiling, "op": "matmul", "tflops": rates[0]}, {**ceiling, "op": "copy", "gbps": rates[1]}]
+        about = {"gpu": "SAMPLE, not a measurement (H100)", "utc": utc}
+        (folder / f"bench_{utc}.json").write_text(json.dumps({"about": about, "records": records}))
+    assert devices.ceilings(h100, tmp_path) == (Ceilings(700.0, 2900.0), "measured 2026-01-02")
+    assert devices.ceilings(devices.DEVICES[80], tmp_path)[1] == "assumed, datasheet"
+
+
+def test_every_shape_has_a_prediction():
+    for shape in [*MODELS.values(), Shape("vit_tiny_patch16_224", 2, 64)]:
+        for train in (False, True):
+            times = {
+                name: fusions.milliseconds(fusions.plan(shape, fused, train), devices.DEVICES[90].assumed)
+                for name, fused in (("none", frozenset()), ("built", fusions.BUILT), ("all", fusions.ALL))
+            }
+            assert times["all"] < times["built"] < times["none"]

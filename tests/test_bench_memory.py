@@ -1,0 +1,158 @@
+"""Memory counted on meta tensors, against what PyTorch's profiler sees allocated on the CPU, and by hand."""
+
+import dataclasses
+import gc
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import vit
+from benchmarks import memory, trace
+from benchmarks.shapes import MODELS, SMALL
+from vit.kernels import runtime
+
+SHALLOW = vit.get_config("vit_tiny_patch16_224", img_size=64, depth=1)
+CONFIG = vit.get_config("vit_tiny_patch16_224", img_size=64, depth=2)
+
+
+def reference_blocks():
+    return nn.Sequential(*vit.reference.VisionTransformer(CONFIG).blocks)
+
+
+class OurBlocks(nn.Module):
+    """Two narrow blocks on the Triton kernels, without the stem."""
+
+    def __init__(self):
+        super().__init__()
+        narrow = dataclasses.replace(CONFIG, embed_dim=64, num_heads=2, impl="triton")
+        self.blocks = vit.VisionTransformer(narrow).blocks
+
+    def forward(self, x):
+        y = None
+        for block, following in zip(self.blocks, [self.blocks[1].norm1, None], strict=True):
+            x, y = block(x, y, following)
+        return x
+
+
+def allocated(module, x, train):
+    """Bytes at the peak of a step, by the events of PyTorch's own allocator."""
+    trace.step(module, x, train=train)
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = trace.step(module, x, train=train)
+    live = peak = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    del kept
+    return peak
+
+
+def counted(module, x, train, **machine):
+    x = x.detach().to("meta").requires_grad_(x.requires_grad)
+    found = memory.count(module.to("meta"), x, train, **machine)
+    return found.peak - found.parameters - found.images
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_peak_of_eager_against_the_allocator(train):
+    x = torch.randn(8, 17, 192).requires_grad_(train)
+    real = allocated(reference_blocks(), x, train)
+    assert counted(reference_blocks(), x, train) == pytest.approx(real, rel=1e-3 if train else 0)  # seeds of dropout
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("train", [False, True])
+def test_peak_of_ours_against_the_allocator(train, monkeypatch):
+    """The same host code runs, interpreted."""
+    launch = runtime.launch
+
+    def launch_and_let_go(*args, **kwargs):  # the interpreter keeps a kernel's arguments in cycles
+        launch(*args, **kwargs)
+        gc.collect()
+
+    monkeypatch.setattr(runtime, "launch", launch_and_let_go)
+    x = torch.randn(2, 9, 64).requires_grad_(train)
+    gc.freeze()  # what there is already need not be looked through each time
+    real = allocated(OurBlocks(), x, train)
+    gc.unfreeze()
+    machine = {"arch": 0, "num_sms": runtime.num_sms(x.device)}
+    assert counted(OurBlocks(), x, train, **machine) == pytest.approx(real, rel=0.01 if train else 0)
+
+
+@pytest.mark.parametrize(("provider", "units"), [("ours", 12), ("reference", 16)])
+def test_saved_by_a_block_by_hand(provider, units):
+    """Ours: stream and norm twice, qkv, o, h. PyTorch keeps gelu(h), too. In token matrices; statistics on top."""
+    shape = MODELS["B/16"]
+    make = memory.factory(provider, shape)
+    u = 2 * shape.rows * shape.width
+    statistics = 4 * shape.rows * 4  # mean and rstd of two norms, fp32
+    logsumexp = shape.rows * shape.heads * 4
+    expected = units * u + statistics + logsumexp * (2 if provider == "ours" else 1)  # ours keeps it in two parts
+    assert memory.saved_by_a_block(make, shape.batch, shape.config.depth) == pytest.approx(expected, abs=4096)
+
+
+def test_storages_are_followed_to_their_end():
+    x = torch.empty(1000, device="meta")
+    with memory.Live() as live:
+        live.ignore(x)
+        a = x + x
+        view = a[10:].view(-1, 10)
+        del a
+        assert live.live == 4000
+        b = view * 2
+        assert (live.live, live.peak) == (4000 + b.nbytes, 4000 + b.nbytes)
+        del view
+        x.add_(1)
+        assert (live.live, live.peak) == (b.nbytes, 4000 + b.nbytes)
+        del b
+    assert live.live == 0
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_largest_batch_is_the_largest(train):
+
+    def make(batch):
+        return vit.VisionTransformer(SHALLOW, device="meta"), torch.empty(batch, 3, 64, 64, device="meta")
+
+    limit = 30e6
+    batch = memory.largest_batch(make, limit, train)
+    peaks = [memory.count(*make(n), train).peak for n in (batch, batch + 1)]
+    assert peaks[0] <= limit < peaks[1]
+    assert memory.largest_batch(make, 2**20, train) == 0
+    assert memory.largest_batch(make, peaks[0], train) == batch
+
+
+def test_command(tmp_path, capsys):
+    out = tmp_path / "memory.json"
+    words = ["--shape", str(SMALL), "--provider", "ours", "--provider", "reference"]
+    assert memory.main([*words, "--out", str(out)]) == 0
+    assert "counted, not measured" in capsys.readouterr().out
+    content = json.loads(out.read_text())
+    assert content["about"]["gpu"] == "none: counted, not measured"
+    found = {(r["provider"], r["mode"]): r for r in content["records"]}
+    assert len(found) == 4 and all(r["counted"] and r["op"] == "vit" for r in found.values())
+    for provider in ("ours", "reference"):
+        step, forward = found[provider, "full"], found[provider, "fwd"]
+        at_least = step["parameters_mb"] + step["gradients_mb"] + step["images_mb"]
+        assert at_least < step["peak_mem_mb"] and forward["peak_mem_mb"] < step["peak_mem_mb"]
+        assert 12 * step["saved_by_a_block_mb"] < step["saved_mb"] and forward["saved_mb"] == 0
+    assert found["ours", "full"]["saved_mb"] < found["reference", "full"]["saved_mb"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--shape", "vit_base"], "not understood"),
+        (["--provider", "them"], "invalid choice"),
+        (["--largest", "-1"], "must be positive"),
+    ],
+)
+def test_wrong_arguments(words, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        memory.main(words)
+    assert end.value.code == 2 and message in capsys.readouterr().err
