@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 endif
 PIP = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint test-peers gpu lock lock-3.6 mutate peers clean
+.PHONY: demo test lint test-peers gpu roofline memory lock lock-3.6 mutate peers clean
 
 demo: $(READY)
 	$(PY) -m vit demo
@@ -26,6 +26,14 @@ lint: $(READY)
 
 gpu: $(READY)
 	$(PY) -m benchmarks.gpu
+
+# Predictions, no GPU: make roofline ARGS="--shape vit_base_patch16_224/b256 --arch 90"
+roofline: $(READY)
+	$(PY) -m benchmarks.roofline $(ARGS)
+
+# Counted, no GPU: make memory ARGS="--shape vit_base_patch16_224/b256 --largest 79"
+memory: $(READY)
+	$(PY) -m benchmarks.memory $(ARGS)
 
 lock: $(READY)
 	$(PY) tests/lock.py --update
