@@ -343,12 +343,10 @@ def admit(
     except ImportError as error:
         return {"ok": True, "skipped": f"not installed: {error}"[:200]}, None
     except Exception as error:
-        said = f"{type(error).__name__}: {error}"[:600]
-        return (
-            {"ok": False, "error": said} if name in OURS else {"ok": True, "skipped": f"does not run: {said}"}
-        ), None
+        return _failure(name, error, next(iter(tensors.values())).device), None
     if wrong:
-        return {"ok": name not in OURS, "error_rms": error, "error": f"{wrong}: not timed"}, None
+        said = {"error": f"{wrong}: not timed"} if name in OURS else {"skipped": f"{wrong}: not timed"}
+        return {"ok": name not in OURS, "error_rms": error} | said, None
     return {"error_rms": error}, run
 
 
