@@ -312,7 +312,7 @@ def measure(point: Point, log: Log, ceilings: Ceilings, device: torch.device) ->
                 except RuntimeError as error:  # a capture that failed is no verdict: it is timed as it is
                     if not replay:
                         log.add(**about, mode=mode, provider=name, **_failure(name, error, device))
-        for name, times in milliseconds(fns, device).items():
+        for name, times in milliseconds(fns, device, rep_ms=60 if bench.replay else 300).items():
             found = percentiles(times)
             ms = found["ms_p50"]
             record = {
@@ -364,7 +364,7 @@ def peak_memory(run: Run, fn: Callable[[], Any], tensors: dict[str, Tensor], dev
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     fn()
-    own = {t.data_ptr(): t.nbytes for t in (*run.wanted, *tensors.values())}
+    own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*run.wanted, *tensors.values())}
     return (torch.cuda.max_memory_allocated(device) - before + sum(own.values())) / 2**20
 
 

@@ -206,6 +206,26 @@ def test_the_gate_looks_at_samples_alone():
     assert gate.error(bench.run("reference", shape, tensors))[1] is not None
 
 
+def test_the_example_of_contributing_runs(tmp_path):
+    source = (
+        (ROOT / "CONTRIBUTING.md").read_text().split("## Add a benchmark")[1].split("```")[1].removeprefix("python")
+    )
+    assert len(source.splitlines()) < 40
+    exec(source, found := {})
+    (bench,) = found["BENCHES"]
+    log = Log(tmp_path / "bench_q_norm.json", {"gpu": "none"}, rehearse=True)
+    measure(Point(bench, SMALL, torch.float32, providers=("ours", "eager")), log, Ceilings(1, 10), CPU)
+    assert {(r["provider"], r["mode"]) for r in log.records if "ms_p50" in r} == {
+        (p, m) for p in ("ours", "eager") for m in harness.MODES
+    }
+    tensors = tensors_of(bench, SMALL, torch.float32, CPU)
+    x, small = tensors["x"].nbytes, tensors["weight"].nbytes
+    statistics = 2 * 4 * SMALL.rows * SMALL.heads
+    assert bench.work(SMALL, 4) == {
+        "fwd": Work(0, 2 * x + 2 * small), "bwd": Work(0, 3 * x + 3 * small + statistics),
+    }  # fmt: skip
+
+
 # ---- timing and the plan ---------------------------------------------------------------------------------------------
 
 
