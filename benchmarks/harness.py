@@ -325,7 +325,7 @@ def measure(point: Point, log: Log, ceilings: Ceilings, device: torch.device) ->
             if bench.name == "vit":
                 record["img_s"] = 1e3 * shape.batch / ms
             if mode == "full" and how[name] == "launches" and device.type == "cuda":
-                record["peak_mem_mb"] = peak_memory(runs[name], fns[name], tensors, device)
+                record |= memory(runs[name], fns[name], tensors, device)
             log.add(ok=True, **about, mode=mode, provider=name, **found, **record)
         del fns
     del runs, tensors, gate
@@ -358,14 +358,18 @@ def _failure(name: str, error: Exception, device: torch.device) -> dict[str, Any
     return {"ok": False, "error": said} if must else {"ok": True, "skipped": f"does not run: {said}"}
 
 
-def peak_memory(run: Run, fn: Callable[[], Any], tensors: dict[str, Tensor], device: torch.device) -> float:
-    """MiB of the GPU that a call needs at its peak: what it allocates, its inputs and its parameters."""
+def memory(run: Run, fn: Callable[[], Any], tensors: dict[str, Tensor], device: torch.device) -> dict[str, float]:
+    """MiB of the GPU: at the peak of a call, with inputs and parameters; and what a forward keeps for its backward."""
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     fn()
+    peak = torch.cuda.max_memory_allocated(device) - before
     own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*run.wanted, *tensors.values())}
-    return (torch.cuda.max_memory_allocated(device) - before + sum(own.values())) / 2**20
+    kept = run.call()
+    saved = torch.cuda.memory_allocated(device) - before
+    del kept
+    return {"peak_mem_mb": (peak + sum(own.values())) / 2**20, "saved_mem_mb": saved / 2**20}
 
 
 def release(device: torch.device) -> None:
