@@ -23,6 +23,9 @@ from triton.backends.nvidia.compiler import CUDABackend
 
 from vit.kernels import runtime
 
+if runtime.INTERPRETED:
+    raise ImportError("vit was imported with TRITON_INTERPRET set, so nothing can be compiled in this process")
+
 # Bytes of shared memory that a program may have: the compiler does not check.
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 ASYNC_DOT = {90: "wgmma", 100: "tcgen05"}  # how tensor cores work beside the warps, from 64 rows and 4 warps on

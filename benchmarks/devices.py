@@ -83,8 +83,8 @@ def ceilings(device: Device, results: Path = RESULTS) -> tuple[Ceilings, str]:
         if device.name.lower() not in about.get("gpu", "").lower():
             continue
         for record in content["records"]:
-            if record.get("bench") == "ceiling" and record.get("ok", True):
-                field = {"matmul": "tflops", "copy": "gbps"}[record["op"]]
+            field = {"matmul": "tflops", "copy": "gbps"}.get(record.get("op"))
+            if record.get("bench") == "ceiling" and field in record:
                 found[field] = max(found.get(field, ("", 0.0)), (about["utc"], record[field]))
     if len(found) < 2:
         return device.assumed, f"assumed, {device.basis}"
