@@ -68,6 +68,11 @@ def num_sms(device: torch.device) -> int:
     return 3 if INTERPRETED else _num_sms(device.index or 0)
 
 
+def allow_descriptors(device: torch.device) -> None:
+    """Gives the next launches of this thread the memory in which a GPU with TMA keeps descriptors that a kernel makes."""
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+
+
 def acc_type(dtype: torch.dtype) -> tl.dtype:
     """Accumulator and statistics type of a kernel: fp32, or fp64 for fp64 tensors (interpreted only)."""
     return _ACC_TYPES[dtype]
