@@ -69,7 +69,7 @@ def num_sms(device: torch.device) -> int:
 
 
 def allow_descriptors(device: torch.device) -> None:
-    """Gives the next launches of this thread the memory in which a GPU with TMA keeps descriptors that a kernel makes."""
+    """Gives this thread's next launches the memory in which a GPU with TMA keeps descriptors that a kernel makes."""
     triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
 
 
