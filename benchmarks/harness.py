@@ -1,0 +1,362 @@
+"""One op at one shape: what it cannot avoid doing, who can run it; each of them checked, then timed in turn.
+
+The gate: a provider whose outputs and gradients are, in rms and against fp64, more than `GATE` times as wrong as eager
+PyTorch's in the same dtype is not timed. The floor of a point is the longer of its FLOPs at the card's matrix rate and
+its bytes at the card's copy bandwidth, both measured in the same process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import time
+from collections.abc import Callable, Sequence
+from statistics import quantiles
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_stages.cases import as_tuple, name_of
+from benchmarks.gpu_stages.record import Log
+from benchmarks.shapes import Shape
+
+MODES = ("fwd", "bwd", "full")
+GATE = 2.0
+COMPILED = {"compile": "default", "compile-max": "max-autotune-no-cudagraphs"}  # provider: mode of torch.compile
+OURS = ("ours", "triton")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """What the card itself reaches: TFLOP/s of a large product, GB/s of a copy (read + write)."""
+
+    tflops: float
+    gbps: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What every implementation has to do: FLOPs (2 per multiply-add of a product) and bytes read and written once."""
+
+    flops: float
+    bytes: float
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+    def floor_ms(self, ceilings: Ceilings) -> float:
+        return max(self.flops / ceilings.tflops / 1e9, self.bytes / ceilings.gbps / 1e6)
+
+
+@dataclasses.dataclass
+class Run:
+    """A call that is ready: ``checked`` are the tensors whose gradients the gate looks at, ``wanted`` those timed."""
+
+    call: Callable[[], Any]
+    wanted: Sequence[Tensor]
+    checked: Sequence[Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """One op.
+
+    Args:
+        name: of the file of results, "layer_norm" for ``bench_layer_norm.json``.
+        op: of the line in it, "residual_layer_norm".
+        inputs: (shape, rand) -> tensors; ``rand(*sizes, scale=1.0)`` makes one. Every one of them wants a gradient.
+        work: (shape, bytes of an element) -> the `Work` of modes "fwd" and "bwd"; "full" is their sum.
+        reference: eager PyTorch, called with the tensors as keywords in any dtype; what the gate compares with.
+        providers: who is timed, called likewise. One that imports what is not there, or raises, is skipped.
+        compiles: the provider that "compile" and "compile-max" compile; None for no such providers.
+        replay: time CUDA graphs, because launching takes longer than the op.
+    """
+
+    name: str
+    op: str
+    inputs: Callable[[Shape, Callable[..., Tensor]], dict[str, Tensor]]
+    work: Callable[[Shape, int], dict[str, Work]]
+    reference: Callable[..., Any]
+    providers: dict[str, Callable[..., Any]]
+    compiles: str | None = "eager"
+    replay: bool = True
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.providers, *(COMPILED if self.compiles else ())]
+
+    def provider(self, name: str) -> Callable[..., Any]:
+        if name in self.providers:
+            return self.providers[name]
+        torch._dynamo.reset()  # else the shapes before this one count as recompilations
+        torch._functorch.config.donated_buffer = False  # else the backward cannot be walked twice
+        return torch.compile(self.providers[self.compiles], mode=COMPILED[name], dynamic=False)
+
+    def run(self, name: str, shape: Shape, tensors: dict[str, Tensor]) -> Run:
+        leaves = {k: t.detach().requires_grad_() for k, t in tensors.items()}
+        call = functools.partial(self.provider(name), **leaves)
+        return Run(call, list(leaves.values()), list(leaves.values()))
+
+    def exact(self, shape: Shape, tensors: dict[str, Tensor], dtype: torch.dtype) -> Run:
+        leaves = {k: t.detach().to(dtype).requires_grad_() for k, t in tensors.items()}
+        return Run(functools.partial(self.reference, **leaves), list(leaves.values()), list(leaves.values()))
+
+    def total(self, shape: Shape, dtype: torch.dtype) -> dict[str, Work]:
+        """The work of every mode."""
+        work = self.work(shape, dtype.itemsize)
+        return work | {"full": work["fwd"] + work["bwd"]}
+
+
+def tensors_of(bench: Bench, shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """The inputs of ``bench``: random, the same every time on one kind of device."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def rand(*sizes: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(sizes, generator=generator, device=device) * scale).to(dtype)
+
+    return bench.inputs(shape, rand)
+
+
+# ---- the gate --------------------------------------------------------------------------------------------------------
+
+
+class Gate:
+    """What is right for one point, and how wrong eager PyTorch is in its dtype."""
+
+    def __init__(self, bench: Bench, shape: Shape, tensors: dict[str, Tensor]) -> None:
+        dtype = next(iter(tensors.values())).dtype
+        self.cotangents: list[Tensor] = []
+        self.right = self.results(bench.exact(shape, tensors, torch.float64))
+        eager = self.results(bench.exact(shape, tensors, dtype))
+        self.eager = [_rms(a, b) for a, b in zip(eager, self.right, strict=True)]
+        self.floor = 4 * torch.finfo(dtype).eps  # of the rms of a tensor
+
+    def results(self, run: Run) -> list[Tensor]:
+        outs = as_tuple(run.call())
+        if not self.cotangents:
+            generator = torch.Generator(outs[0].device).manual_seed(1)
+            self.cotangents = [torch.randn(o.shape, generator=generator, device=o.device) for o in outs]
+        directions = [c.to(o) for c, o in zip(self.cotangents, outs, strict=True)]
+        grads = torch.autograd.grad(outs, list(run.checked), directions)
+        return [t.detach() for t in (*outs, *grads)]
+
+    def error(self, run: Run) -> tuple[float, str | None]:
+        """The largest rms error of a tensor, relative to its rms, and what is wrong, if anything is."""
+        found = self.results(run)
+        if len(found) != len(self.right):
+            return float("nan"), f"{len(found)} results instead of {len(self.right)}"
+        errors = [_rms(a, b) for a, b in zip(found, self.right, strict=True)]
+        for i, (error, eager) in enumerate(zip(errors, self.eager, strict=True)):
+            if not error <= GATE * eager + self.floor:  # so that NaN fails
+                return max(errors), f"parity: result {i} has rms error {error:.2e}, eager PyTorch {eager:.2e}"
+        return max(errors), None
+
+
+def _rms(a: Tensor, exact: Tensor) -> float:
+    """The rms of a − exact relative to that of exact; NaN where the shapes differ."""
+    if a.shape != exact.shape:
+        return float("nan")
+    return ((a.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+
+
+# ---- timing ----------------------------------------------------------------------------------------------------------
+
+
+def milliseconds(
+    fns: dict[str, Callable[[], Any]], device: torch.device, *, rounds: int = 3, rep_ms: float = 60.0
+) -> dict[str, list[float]]:
+    """Times of every function, taken in turn, so that a card that warms up warms up for all of them.
+
+    On a GPU `triton.testing.do_bench`, which empties the L2 cache before every call; on a CPU a clock.
+    """
+    times: dict[str, list[float]] = {name: [] for name in fns}
+    for _ in range(rounds):
+        for name, fn in fns.items():
+            if device.type == "cuda":
+                from triton.testing import do_bench
+
+                times[name] += do_bench(fn, warmup=rep_ms / 3, rep=rep_ms, return_mode="all")
+            else:
+                start = time.perf_counter()
+                fn()
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def percentiles(times: list[float]) -> dict[str, float]:
+    cuts = quantiles(times, n=10, method="inclusive") if len(times) > 1 else times * 9
+    return {"ms_p20": cuts[1], "ms_p50": cuts[4], "ms_p80": cuts[7]}
+
+
+def ready(run: Run, cotangents: Sequence[Tensor], mode: str, device: torch.device, replay: bool) -> Callable[[], Any]:
+    """What is timed, called once: with ``replay`` as a CUDA graph, whose replay takes no time of the CPU.
+
+    Raises:
+        RuntimeError: it cannot be captured. torch.OutOfMemoryError: too little memory.
+    """
+    if not replay:
+        fn = mode_of(run, cotangents, mode)
+        fn()
+        return fn
+    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):  # the forward of "bwd", too: autograd walks back on the stream that it came on
+        fn = mode_of(run, cotangents, mode)
+        for _ in range(3):  # compiles and makes cuBLAS allocate, neither of which can be captured
+            fn()
+    torch.cuda.synchronize(device)
+    gc.collect()
+    with torch.cuda.graph(graph, stream=stream):
+        kept = fn()
+
+    def replayed() -> Any:
+        graph.replay()
+        return kept
+
+    return replayed
+
+
+def mode_of(run: Run, cotangents: Sequence[Tensor], mode: str) -> Callable[[], Any]:
+    """The call of a mode; the graph that "bwd" walks stays alive as long as its function does."""
+    wanted = list(run.wanted)
+
+    def backward(outs: Any) -> Any:
+        pairs = [(o, c.to(o)) for o, c in zip(as_tuple(outs), cotangents, strict=True)]
+        outs, grads = zip(*pairs, strict=True)
+        return torch.autograd.grad(outs, wanted, grads, retain_graph=mode == "bwd")
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return run.call()
+
+    if mode == "fwd":
+        return forward
+    return functools.partial(backward, run.call()) if mode == "bwd" else lambda: backward(run.call())
+
+
+def measure_ceilings(log: Log, device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """Of this card, in this process; a small product and copy on a CPU."""
+    size, count = (8192, 2**30) if device.type == "cuda" else (256, 2**20)
+    x = torch.randn(size, size, device=device).to(dtype)
+    source = torch.empty(count, device=device, dtype=torch.int32).random_()
+    target = torch.empty_like(source)
+    fns = {"matmul": functools.partial(torch.mm, x, x), "copy": functools.partial(target.copy_, source)}
+    found = {name: percentiles(t) for name, t in milliseconds(fns, device, rep_ms=150).items()}
+    tflops = 2 * size**3 / found["matmul"]["ms_p50"] / 1e9
+    gbps = 8 * count / found["copy"]["ms_p50"] / 1e6
+    about = {"ok": True, "bench": "ceiling", "provider": "card"}
+    log.add(**about, op="matmul", shape=f"{size}^3", dtype=name_of(dtype), tflops=tflops, **found["matmul"])
+    log.add(**about, op="copy", shape=f"{8 * count} bytes", dtype="int32", gbps=gbps, **found["copy"])
+    return Ceilings(tflops, gbps)
+
+
+# ---- a point: one op, shape and dtype, every provider ----------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """What to measure together."""
+
+    bench: Bench
+    shape: Shape
+    dtype: torch.dtype = torch.bfloat16
+    modes: tuple[str, ...] = MODES
+    providers: tuple[str, ...] = ()  # all of the bench's, if empty
+
+
+def measure(point: Point, log: Log, ceilings: Ceilings, device: torch.device) -> None:
+    """One record for every provider and mode, as soon as it is known."""
+    bench, shape, dtype = point.bench, point.shape, point.dtype
+    about = {"bench": bench.name, "op": bench.op, "shape": str(shape), "dtype": name_of(dtype)}
+    try:
+        tensors = tensors_of(bench, shape, dtype, device)
+        gate = Gate(bench, shape, tensors)
+    except torch.OutOfMemoryError as error:
+        log.add(ok=True, **about, skipped=f"memory: {error}"[:300])
+        return release(device)
+    runs: dict[str, Run] = {}
+    errors: dict[str, float] = {}
+    for name in point.providers or bench.names:
+        verdict, run = admit(bench, name, shape, tensors, gate)
+        if run is None:
+            log.add(**about, provider=name, **verdict)
+        else:
+            runs[name], errors[name] = run, verdict["error_rms"]
+    cotangents, work = [c.to(dtype) for c in gate.cotangents], bench.total(shape, dtype)
+    del gate
+    for mode in point.modes:
+        fns, how = {}, {}
+        for name, run in runs.items():
+            for replay in (True, False) if device.type == "cuda" and bench.replay else (False,):
+                try:
+                    fns[name] = ready(run, cotangents, mode, device, replay)
+                    how[name] = "graph" if replay else "launches"
+                    break
+                except torch.OutOfMemoryError as error:
+                    log.add(ok=True, **about, mode=mode, provider=name, skipped=f"memory: {error}"[:300])
+                    break
+                except RuntimeError as error:  # a capture that failed is no verdict: it is timed as it is
+                    if not replay:
+                        log.add(**about, mode=mode, provider=name, **_failure(name, error))
+        for name, times in milliseconds(fns, device).items():
+            found = percentiles(times)
+            ms = found["ms_p50"]
+            record = {
+                "tflops": work[mode].flops / ms / 1e9,
+                "gbps": work[mode].bytes / ms / 1e6,
+                "sol_fraction": work[mode].floor_ms(ceilings) / ms,
+                "error_rms": errors[name],
+                "timed": how[name],
+            }
+            if bench.name == "vit":
+                record["img_s"] = 1e3 * shape.batch / ms
+            if mode == "full" and how[name] == "launches" and device.type == "cuda":
+                record["peak_mem_mb"] = peak_memory(runs[name], fns[name], tensors, device)
+            log.add(ok=True, **about, mode=mode, provider=name, **found, **record)
+        del fns
+    del runs, tensors
+    release(device)
+
+
+def admit(
+    bench: Bench, name: str, shape: Shape, tensors: dict[str, Tensor], gate: Gate
+) -> tuple[dict[str, Any], Run | None]:
+    """(what a record says, the run); no run where the provider is not to be timed."""
+    try:
+        run = bench.run(name, shape, tensors)
+        error, wrong = gate.error(run)
+    except torch.OutOfMemoryError as error:
+        return {"ok": True, "skipped": f"memory: {error}"[:300]}, None
+    except ImportError as error:
+        return {"ok": True, "skipped": f"not installed: {error}"[:200]}, None
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"[:600]
+        return (
+            {"ok": False, "error": said} if name in OURS else {"ok": True, "skipped": f"does not run: {said}"}
+        ), None
+    if wrong:
+        return {"ok": name not in OURS, "error_rms": error, "error": f"{wrong}: not timed"}, None
+    return {"error_rms": error}, run
+
+
+def _failure(name: str, error: Exception) -> dict[str, Any]:
+    said = f"{type(error).__name__}: {error}"[:600]
+    return {"ok": False, "error": said} if name in OURS else {"ok": True, "skipped": f"does not run: {said}"}
+
+
+def peak_memory(run: Run, fn: Callable[[], Any], tensors: dict[str, Tensor], device: torch.device) -> float:
+    """MiB of the GPU that a call needs at its peak: what it allocates, its inputs and its parameters."""
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    fn()
+    own = {t.data_ptr(): t.nbytes for t in (*run.wanted, *tensors.values())}
+    return (torch.cuda.max_memory_allocated(device) - before + sum(own.values())) / 2**20
+
+
+def release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
