@@ -54,8 +54,8 @@ def _num_sms(index: int) -> int:
 @torch.compiler.assume_constant_result
 def arch(device: torch.device) -> int:
     """Compute capability times ten (80, 89, 90 …) of the target; 0 when the kernels are interpreted."""
-    if _compile_only is not None:
-        return _compile_only.arch
+    if _dry_run is not None:
+        return _dry_run.arch
     if INTERPRETED:
         return 0
     return _capability(device.index or 0)
@@ -63,8 +63,8 @@ def arch(device: torch.device) -> int:
 
 def num_sms(device: torch.device) -> int:
     """Multiprocessors of the target; a small number when interpreted, so that loops over work are exercised."""
-    if _compile_only is not None:
-        return 132
+    if _dry_run is not None:
+        return _dry_run.num_sms
     return 3 if INTERPRETED else _num_sms(device.index or 0)
 
 
@@ -117,15 +117,16 @@ def _why_not_triton(tensors: Sequence[torch.Tensor]) -> str | None:
         return "forward-mode AD is not defined for the Triton kernels; use impl='reference'"
     if not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
         return "torch.func transforms are not defined for the Triton kernels; use impl='reference'"
-    if x.dtype not in _ACC_TYPES or (x.dtype is torch.float64 and not INTERPRETED):
+    interpreted = INTERPRETED and _dry_run is None
+    if x.dtype not in _ACC_TYPES or (x.dtype is torch.float64 and not interpreted):
         return f"dtype {x.dtype} is not supported by the Triton kernels; use float32, float16 or bfloat16"
-    if INTERPRETED:
+    if interpreted:
         if any(t.dtype is torch.bfloat16 for t in tensors) and not _interpreter_has_bf16():
             return (
                 "Triton's interpreter computes wrong bfloat16 results; use float32, or the strict interpreter of tests/"
             )
         return None
-    if x.device.type != "cuda" and _compile_only is None:
+    if x.device.type != "cuda" and _dry_run is None:
         return (
             f"Triton kernels need CUDA tensors, got {x.device.type}; move the tensors to an NVIDIA GPU, use "
             "impl='reference', or set TRITON_INTERPRET=1 before importing vit to interpret the kernels on the CPU"
@@ -177,7 +178,7 @@ def use_triton(op: str, impl: str, tensors: Sequence[torch.Tensor | None], unsup
             raise RuntimeError(f"{op}: impl='triton' cannot run: {why_not}")
         if impl == "triton":
             triton_, reason = True, "asked for with impl='triton'" + (", interpreted" if INTERPRETED else "")
-        elif x.device.type != "cuda" and _compile_only is None:
+        elif x.device.type != "cuda" and _dry_run is None:
             triton_, reason = False, f"auto: a {x.device.type} tensor runs the eager reference"
         else:
             triton_, reason = why_not is None, f"auto: {why_not or 'supported on this GPU'}"
@@ -219,6 +220,8 @@ def check_dropout(op: str, p: float, seed: torch.Tensor | None, x: torch.Tensor)
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that `torch.autocast` asks of matrix products on this device; None where it is off."""
+    if device.type == "meta":  # PyTorch has no autocast there, and raises when asked
+        return None
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
@@ -267,15 +270,22 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
 # ---- the launcher ----------------------------------------------------------------------------------------------------
 
 
+OnLaunch = Callable[[Any, tuple[int, ...], dict[str, Any], dict[str, Any]], None]
+
+
+def compile_kernel(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], options: dict[str, Any]) -> Any:
+    """Compiles one launch for the target, through the real JIT path; returns Triton's compiled kernel."""
+    return kernel.warmup(grid=grid, **args, **options)
+
+
 @dataclasses.dataclass
-class CompileOnly:
-    """Compiles instead of launching: ``on_compiled(kernel, grid, options, compiled)`` is called for each launch."""
-
+class _DryRun:
     arch: int
-    on_compiled: Callable[[Any, tuple[int, ...], dict[str, int], Any], None]
+    on_launch: OnLaunch
+    num_sms: int
 
 
-_compile_only: CompileOnly | None = None
+_dry_run: _DryRun | None = None
 
 
 class _NoGpu:
@@ -295,16 +305,17 @@ class _NoGpu:
 
 
 @contextlib.contextmanager
-def compile_only(target: CompileOnly) -> Iterator[None]:
-    """Makes `launch` compile for ``target.arch`` through the real JIT path and run nothing. Outputs stay unwritten.
+def dry_run(arch: int, on_launch: OnLaunch = compile_kernel, num_sms: int = 132) -> Iterator[None]:
+    """Makes `launch` call ``on_launch(kernel, grid, arguments, options)`` and run nothing. Outputs stay unwritten.
 
-    PyTorch's own matrix products compute nothing, either; one thread at a time.
-    Tensors are on the CPU, with or without a GPU in the machine, and ``impl="auto"`` takes them for tensors on the GPU.
+    Ops decide as for a GPU of compute capability ``arch`` / 10 with ``num_sms`` multiprocessors, and ``impl="auto"``
+    takes their tensors for tensors on it. They are on the CPU or of device "meta", with or without a GPU in the
+    machine; on the CPU PyTorch's own matrix products compute nothing, either. One thread at a time.
     """
-    global _compile_only
-    previous, _compile_only = _compile_only, target
+    global _dry_run
+    previous, _dry_run = _dry_run, _DryRun(arch, on_launch, num_sms)
     active = driver._active
-    driver.set_active(_NoGpu(target.arch))
+    driver.set_active(_NoGpu(arch))
     with warnings.catch_warnings(action="ignore"):  # that these ops have a kernel already
         products = torch.library.Library("aten", "IMPL")
         products.impl("mm", lambda a, b: a.new_empty(a.shape[0], b.shape[1]), "CPU")
@@ -314,7 +325,7 @@ def compile_only(target: CompileOnly) -> Iterator[None]:
     finally:
         products._destroy()
         driver.set_active(active)
-        _compile_only = previous
+        _dry_run = previous
 
 
 def launch(kernel: Any, grid: int | tuple[int, ...], *, num_warps: int, num_stages: int, **args: Any) -> None:
@@ -330,8 +341,8 @@ def launch(kernel: Any, grid: int | tuple[int, ...], *, num_warps: int, num_stag
         raise ValueError(f"{kernel.__name__}: a grid of {grid} exceeds what CUDA can launch")
     # Explicit, because Triton's default has changed between versions and it changes results.
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    if _compile_only is not None:
-        _compile_only.on_compiled(kernel, grid, options, kernel.warmup(grid=grid, **args, **options))
+    if _dry_run is not None:
+        _dry_run.on_launch(kernel, grid, args, options)
         return
     device = next(a.device for a in map(_tensor_of, args.values()) if a is not None)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():

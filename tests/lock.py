@@ -12,118 +12,33 @@ the installed Triton version. TRITON_INTERPRET is ignored.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
-import io
 import json
 import os
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
-os.environ.pop("TRITON_INTERPRET", None)  # fixed when kernels are decorated, so before anything imports them
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["TRITON_CACHE_DIR"] = str(Path(__file__).resolve().parent.parent / "build" / "lock")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.compiled import ASYNC_DOT, SHARED_LIMIT, compiling, figures  # isort: skip (before kernels are imported)
 
 import torch
 import triton
 from lock_cases import CASES, EXCUSED
 from torch import Tensor
-from triton.backends.nvidia.compiler import CUDABackend
-
-from vit.kernels import runtime
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK_FILE = ROOT / "tests" / "lock" / f"triton-{triton.__version__}.json"
-# Bytes of shared memory that a program may have: the compiler does not check.
-SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 TENSOR_MEMORY_LIMIT = 512  # columns; sm_100 keeps accumulators there
-ASYNC_DOT = {90: "wgmma", 100: "tcgen05"}  # how tensor cores work beside the warps, from 64 rows and 4 warps on
 DTYPES = {arch: ["bf16"] for arch in SHARED_LIMIT} | {90: ["bf16", "fp16", "fp32", "tf32"]}
 TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
-
-# ---- compiling -------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _prepare() -> None:
-    """Once a process: kernels keep what ptxas said in their metadata."""
-    triton.knobs.nvidia.dump_ptxas_log = True
-    make_cubin = CUDABackend.make_cubin
-
-    def make_cubin_and_log(self, src, metadata, *rest):
-        with contextlib.redirect_stdout(io.StringIO()) as log:
-            cubin = make_cubin(self, src, metadata, *rest)
-        metadata["ptxas_log"] = log.getvalue()  # goes through Triton's cache with the rest
-        return cubin
-
-    CUDABackend.make_cubin = make_cubin_and_log
-
-
-@contextlib.contextmanager
-def compiling(arch: int, report: Callable[[str, dict[str, Any], Any], None]) -> Iterator[None]:
-    """Inside, launches compile for ``arch``: ``report(kernel, arguments, compiled kernel or exception)`` for each."""
-    _prepare()
-    warmup = triton.JITFunction.warmup
-
-    def warmup_and_report(self, **arguments):
-        try:
-            result = warmup(self, **arguments)
-        except Exception as error:  # not raised, so that the case's other kernels are still compiled
-            result = error
-        report(self.__name__, arguments, result)
-
-    triton.JITFunction.warmup = warmup_and_report
-    try:
-        with runtime.compile_only(runtime.CompileOnly(arch, lambda *_: None)):
-            yield
-    finally:
-        triton.JITFunction.warmup = warmup
-
-
-def figures(compiled: Any) -> dict[str, Any]:
-    """What the lock file keeps of a compiled kernel, read from ptxas, PTX, TTGIR and metadata."""
-    log, ptx, meta = compiled.metadata.ptxas_log, compiled.asm["ptx"], compiled.metadata
-    arch = meta.target.arch
-
-    def said(pattern: str) -> int:
-        return sum(map(int, re.findall(pattern, log)))
-
-    def count(pattern: str) -> int:
-        return len(re.findall(pattern, ptx))
-
-    result = {
-        "registers": said(r"Used (\d+) registers"),
-        "spill": said(r"(\d+) bytes spill"),
-        "stack": said(r"(\d+) bytes stack frame"),
-        "shared": meta.shared + said(r"(\d+) bytes smem"),  # dynamic and static
-        "warps": meta.num_warps,
-        "stages": meta.num_stages,
-        "wgmma": count(r"\bwgmma\.mma_async"),
-        "mma": count(r"\bmma\.sync"),
-        "cp_async": count(r"\bcp\.async\.c[ag]\."),
-        "tma": count(r"\bcp\.async\.bulk\.tensor"),
-        "atomics": count(r"\b(?:atom|red)\."),
-    }
-    if arch == 100:
-        result |= {"tcgen05": count(r"\btcgen05\.mma\."), "tensor_memory": meta.tmem_size}
-    # Dots that became no instruction of the asynchronous tensor core though type and rows (the result's M) allow it.
-    slow = sum(
-        int(rows) >= 64 and (operand in ("bf16", "f16") or "inputPrecision = tf32" in line)
-        for line in re.findall(r"= tt\.dot .*", compiled.asm["ttgir"])
-        for operand, rows in re.findall(r" : tensor<\d+x\d+x(\w+).* -> tensor<(\d+)x", line)
-    )
-    if slow and arch in ASYNC_DOT:
-        result[f"dots_without_{ASYNC_DOT[arch]}"] = slow
-    if warned := sorted(set(re.findall(r"C75\d\d", log))):
-        result["ptxas_warnings"] = warned
-    return result
 
 
 def problems(arch: int, got: dict[str, Any]) -> list[str]:

@@ -139,7 +139,7 @@ def test_triton_without_a_gpu_and_not_interpreted(op, monkeypatch):
 def test_gpu_that_is_too_old(op, monkeypatch):
     monkeypatch.setattr(runtime, "INTERPRETED", False)
     with (
-        runtime.compile_only(runtime.CompileOnly(75, lambda *_: None)),
+        runtime.dry_run(75, lambda *_: None),
         pytest.raises(RuntimeError, match=r"need compute capability 8\.0 or newer, this GPU has 7\.5"),
     ):
         calls(impl="triton")[op]()

@@ -77,6 +77,8 @@ class DropSamples(Drop):
     """Stochastic depth: drops whole samples of a branch ``[B, N, D]``."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
         return x * super().forward(x.new_ones(x.shape[0], 1)).unsqueeze(2)
 
 

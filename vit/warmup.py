@@ -72,11 +72,10 @@ def warm_up(model: nn.Module, *example: Tensor, train: bool = False, arch: int |
         raise RuntimeError("TRITON_INTERPRET is set, so no kernel can be compiled in this process")
     if arch is None and device.type != "cuda":
         raise RuntimeError(f"kernels are compiled for an NVIDIA GPU, and the example is on {device.type}")
-    target = runtime.CompileOnly(arch, lambda *_: None) if arch is not None else None
     modes = {module: module.training for module in model.modules()}
     devices = [device.index or 0] if device.type == "cuda" else []
     try:
-        with counting() as found, runtime.compile_only(target) if target else contextlib.nullcontext():
+        with counting() as found, runtime.dry_run(arch) if arch is not None else contextlib.nullcontext():
             with torch.random.fork_rng(devices), torch.no_grad():
                 model.eval()(*example)
             if train:

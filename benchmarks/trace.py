@@ -1,0 +1,226 @@
+"""Everything a module makes the GPU do, forward and backward, counted without a GPU.
+
+The module runs on tensors of device "meta", which have shapes and no contents. Each operation of PyTorch that moves
+data is a `Launch`, and each kernel that the host code of our ops launches is one: nothing is listed twice, and no list
+of ours says which kernels there are. What is counted of a launch:
+
+bytes: the memory its tensors cover, each region once, plus the outputs. A cache that is too small, and kernels that
+    read an operand several times, move more. PyTorch's own operations count as one kernel each, as most of them are.
+FLOPs: two per multiply-add of matrix products and attention, nothing else; of PyTorch's operations as its
+    `torch.utils.flop_counter` counts them, of ours by FLOPS below. Attention's backward has five products, of which one
+    computes the logits again.
+
+`F.scaled_dot_product_attention` counts as flash attention for 16-bit tensors and as the memory-efficient kernel for
+fp32, which is what PyTorch takes on a GPU for ViTs; workspaces of cuBLAS and cuDNN are not known here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from vit.kernels import runtime
+
+
+@dataclasses.dataclass
+class Launch:
+    """One kernel, or one operation of PyTorch that moves data. ``grid`` and what follows: of our own kernels."""
+
+    name: str
+    phase: str  # "fwd" or "bwd"
+    flops: int
+    bytes: int
+    grid: tuple[int, ...] | None = None
+    kernel: Any = None
+    args: dict[str, Any] | None = None
+    options: dict[str, Any] | None = None
+
+
+def _gemm(a: dict[str, Any]) -> int:
+    return 2 * a["M"] * a["N"] * a["K"]
+
+
+def _attention(products: int) -> Callable[[dict[str, Any]], int]:
+    def flops(a: dict[str, Any]) -> int:
+        batch, queries, heads, head_dim = a["q_ptr"].shape
+        return 2 * products * batch * heads * queries * a["NK"] * head_dim
+
+    return flops
+
+
+def _patches(pixels_of: str) -> Callable[[dict[str, Any]], int]:
+    def flops(a: dict[str, Any]) -> int:
+        return 2 * a["M"] * a["D"] * math.prod(a[pixels_of].shape[-3:])
+
+    return flops
+
+
+def _none(a: dict[str, Any]) -> int:
+    return 0
+
+
+#: FLOPs of our kernels from their arguments. A kernel that is missing here cannot be counted, and says so.
+FLOPS: dict[str, Callable[[dict[str, Any]], int]] = {
+    "_gemm_kernel": _gemm,
+    "_attention_fwd_kernel": _attention(2),
+    "_attention_bwd_kernel": _attention(5),
+    "_patch_embed_fwd_kernel": _patches("w_ptr"),
+    "_patch_embed_dw_kernel": _patches("dw_ptr"),
+    "_patch_embed_dimage_kernel": _patches("w_ptr"),
+    "_layer_norm_fwd_kernel": _none,
+    "_layer_norm_bwd_kernel": _none,
+    "_activation_kernel": _none,
+    "_dropout_kernel": _none,
+}
+
+
+def moved(reads: Iterable[Tensor], writes: Iterable[Tensor] = ()) -> int:
+    """Bytes of the regions that the tensors cover, each once; a region that is read and written counts twice.
+
+    Two views are one region if they start at the same element with the same shape and strides; an expanded dimension is
+    one element long. Together the regions of a storage are never more than the storage.
+    """
+    total = 0
+    for tensors in (reads, writes):
+        storages: dict[int, tuple[int, dict[Any, int]]] = {}
+        for t in tensors:
+            sizes = [(n, s) for n, s in zip(t.shape, t.stride(), strict=True) if s != 0 and n != 1]
+            count = math.prod(n for n, _ in sizes) if t.numel() else 0
+            storage = t.untyped_storage()
+            regions = storages.setdefault(storage._cdata, (storage.nbytes(), {}))[1]
+            regions[(t.storage_offset(), tuple(sorted(sizes)), t.dtype)] = count * t.element_size()
+        total += sum(min(size, sum(regions.values())) for size, regions in storages.values())
+    return total
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+class FusedAttention(TorchFunctionMode):
+    """Sends `F.scaled_dot_product_attention` where a GPU would send it; for meta tensors PyTorch writes it out."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return _fused_attention(*args, **kwargs) if func is F.scaled_dot_product_attention else func(*args, **kwargs)
+
+
+def _fused_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    if attn_mask is None and q.dtype in runtime.HALF:
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    return efficient(q, k, v, attn_mask, q.requires_grad, dropout_p, is_causal, scale=scale)[0]
+
+
+class HostCode(TorchDispatchMode):
+    """Runs the host code of our custom ops for meta tensors; ``called`` hears of every operation of PyTorch."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.namespace == "vit":
+            with self:
+                return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
+        with self:  # what is only a name for other operations
+            out = func.decompose(*args, **kwargs) if func._overloadpacket not in flop_registry else NotImplemented
+        if out is not NotImplemented:
+            return out
+        out = func(*args, **kwargs)
+        self.called(func, args, kwargs, out)
+        return out
+
+    def called(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+        raise NotImplementedError
+
+
+class _Recorder(HostCode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: list[Launch] = []
+
+    @property
+    def phase(self) -> str:
+        return "fwd" if torch._C._current_graph_task_id() == -1 else "bwd"
+
+    def called(self, func, args, kwargs, out):
+        given, outputs = _tensors((args, kwargs)), _tensors(out)
+        schema = func._schema
+        changed = [_argument(a.name, i, args, kwargs) for i, a in enumerate(schema.arguments) if _is_write(a)]
+        changed = _tensors(changed)
+        storages = {t.untyped_storage()._cdata for t in given}
+        views = all(t.untyped_storage()._cdata in storages for t in outputs)
+        name = func._overloadpacket.__name__
+        if (views and not changed) or name.startswith(("empty", "new_empty")):
+            return
+        # fill_ and copy_ do not read what they write to, nor does an operation its out=.
+        unread = changed[:1] if name in ("fill_", "zero_", "copy_") or schema.overload_name == "out" else []
+        reads = [t for t in given if not any(t is u for u in unread)]
+        if name.endswith(("zeros", "ones", "full", "zeros_like", "ones_like", "full_like")) or name == "new_full":
+            reads = []  # only the shape of what they are given
+        count = flop_registry.get(func._overloadpacket)
+        flops = count(*args, **kwargs, out_val=out) if count else 0
+        self.launches.append(Launch(name, self.phase, flops, moved(reads, changed or outputs)))
+
+    def launched(self, kernel, grid, args, options):
+        tensors = [getattr(a, "base", a) for a in args.values()]
+        flops = FLOPS[kernel.__name__](args)
+        read_or_written = moved(_tensors(tensors))
+        launch = Launch(kernel.__name__, self.phase, flops, read_or_written, grid, kernel, args, options)
+        self.launches.append(launch)
+
+
+def _is_write(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def _argument(name: str, index: int, args: tuple, kwargs: dict[str, Any]) -> Any:
+    return args[index] if index < len(args) else kwargs.get(name)
+
+
+@contextlib.contextmanager
+def recording(arch: int = 90, num_sms: int = 132) -> Iterator[list[Launch]]:
+    """Collects every `Launch` inside, of tensors of device "meta", as on a GPU of this architecture."""
+    recorder = _Recorder()
+    with runtime.dry_run(arch, recorder.launched, num_sms), FusedAttention(), recorder:
+        yield recorder.launches
+
+
+def step(function: Callable[..., Any], *inputs: Tensor, train: bool) -> Any:
+    """A forward without gradients, or with ``train`` a forward and the backward to all parameters and inputs.
+
+    Returns:
+        The outputs; with ``train`` (outputs, gradients). Nothing is accumulated into ``.grad``.
+    """
+    if not train:
+        with torch.no_grad():
+            return function(*inputs)
+    parameters = list(function.parameters()) if isinstance(function, torch.nn.Module) else []
+    wanted = [t for t in [*parameters, *inputs] if t.requires_grad]
+    outputs = function(*inputs)
+    out = [t for t in _tensors(outputs) if t.requires_grad]
+    return outputs, torch.autograd.grad(out, wanted, [torch.empty_like(t) for t in out], allow_unused=True)
+
+
+def trace(
+    function: Callable[..., Any], *inputs: Tensor, train: bool = False, arch: int = 90, num_sms: int = 132
+) -> list[Launch]:
+    """The launches of `step`: forward, and with ``train`` backward too.
+
+    Args:
+        function: a module with its parameters on device "meta", or any function of tensors.
+        *inputs: tensors on device "meta".
+    """
+    with recording(arch, num_sms) as launches:
+        step(function, *inputs, train=train)
+    return launches
