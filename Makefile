@@ -8,17 +8,17 @@ READY := $(VENV)/.ready
 endif
 PIP = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint test-peers gpu lock lock-3.6 mutate peers clean
+.PHONY: demo test lint test-peers gpu bench lock lock-3.6 mutate peers clean
 
 demo: $(READY)
 	$(PY) -m vit demo
 
 test: $(READY)
-	$(PY) -m pytest -n 2 --dist loadgroup
+	$(PY) -m pytest -p no:benchmark -n 2 --dist loadgroup
 
 # Beside timm, transformers and torchvision; `make test` skips these cases where the libraries are missing.
 test-peers: peers
-	$(PY) -m pytest -n 2 --dist loadgroup -m peers
+	$(PY) -m pytest -p no:benchmark -n 2 --dist loadgroup -m peers
 
 lint: $(READY)
 	$(PY) -m ruff check .
@@ -26,6 +26,10 @@ lint: $(READY)
 
 gpu: $(READY)
 	$(PY) -m benchmarks.gpu
+
+# Speed, on a GPU: make bench ARGS=--quick, or one point: make bench ARGS="--op attention --shape vit_base_patch16_224/b8"
+bench: $(READY)
+	$(PY) -m benchmarks $(ARGS)
 
 lock: $(READY)
 	$(PY) tests/lock.py --update

@@ -21,7 +21,17 @@ setup(
     extras_require={
         "demo": ["Pillow"],
         "hub": ["huggingface_hub", "safetensors"],
-        "test": ["Pillow", "hypothesis", "pytest", "pytest-xdist", "ruff", "safetensors", "setuptools", "wheel"],
+        "test": [
+            "Pillow",
+            "hypothesis",
+            "pytest",
+            "pytest-benchmark",
+            "pytest-xdist",
+            "ruff",
+            "safetensors",
+            "setuptools",
+            "wheel",
+        ],  # fmt: skip
         "weights": ["safetensors"],
     },
     packages=["vit", "vit.adapters", "vit.kernels", "vit.weights"],

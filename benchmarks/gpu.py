@@ -11,7 +11,6 @@ first, the long ones last:
 - ``streams``, ``graphs``, ``checkpoint``, ``compile``: the same bits on a side stream, from a CUDA graph, recomputed,
   compiled.
 - ``heads``, ``large``: 70,000 heads in a batch; tensors of more than 2³¹ elements.
-- ``time``: ViT-B/16 forward and forward + backward, ours beside the eager reference, and the card's own ceilings.
 - ``peers``: timm's and Hugging Face's ViT-B, L, H and DINOv2, accelerated, against themselves in fp64, bf16 and fp16.
 - ``training``: 1,000 steps, the loss curve beside eager's.
 - ``sanitizer``: every op under compute-sanitizer's memcheck and racecheck.
@@ -24,24 +23,13 @@ code without a GPU on tiny shapes through the interpreter, into ``build/``: it p
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
+import dataclasses
 import os
-import signal
 import sys
-import time
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from benchmarks.gpu_stages.record import ROOT, amend, run_stage, utc
-
-
-class Stage(NamedTuple):
-    """Where its function is, and how many seconds it may want on an H100 whose kernels are not compiled yet."""
-
-    target: str
-    seconds: float
-
+from benchmarks.gpu_stages.record import ROOT
+from benchmarks.stages import Stage, run
 
 _AT = "benchmarks.gpu_stages."
 STAGES = {
@@ -55,7 +43,6 @@ STAGES = {
     "checkpoint": Stage(_AT + "modes:checkpoint", 12),
     "race": Stage(_AT + "exact:race", 20),
     "heads": Stage(_AT + "limits:heads", 15),
-    "time": Stage(_AT + "timing:timing", 35),
     "compile": Stage(_AT + "modes:compiled", 50),
     "large": Stage(_AT + "limits:large", 35),
     "peers": Stage(_AT + "peers:peers", 90),
@@ -87,75 +74,8 @@ def main() -> int:
     slug = "-".join(gpu.lower().split())
     out = args.out or ROOT / ("build/rehearsal" if args.rehearse else f"benchmarks/results/{slug}")
     # How long the interpreter takes says nothing about a GPU: in a rehearsal every stage may want the same.
-    stages = {name: STAGES[name]._replace(seconds=60) if args.rehearse else STAGES[name] for name in names}
+    stages = {name: dataclasses.replace(STAGES[name], seconds=60) if args.rehearse else STAGES[name] for name in names}
     return run(stages, out, args.budget, gpu, args.rehearse)
-
-
-def run(stages: dict[str, Stage], out: Path, budget: float, gpu: str, rehearse: bool) -> int:
-    """Runs the stages one after another; 0 if all of them ran and every record is ok.
-
-    A stage may take its share of what is left of the budget, or its own seconds if that is more; a stage that would not
-    even have half of these is not run.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + budget
-    results = {}
-    for i, (name, stage) in enumerate(stages.items()):
-        left = deadline - time.monotonic()
-        wanted = sum(s.seconds for s in list(stages.values())[i:])
-        limit = min(left, max(stage.seconds, stage.seconds / wanted * left))
-        if limit < stage.seconds / 2:
-            result = {"result": "not run: budget", "left_s": round(left)}
-        else:
-            print(f"== {name} (at most {limit:.0f} s)", flush=True)
-            result = _run_one(name, stage, out, limit, gpu, rehearse)
-        results[name] = result | {"utc": utc()} | ({"rehearsal": True} if rehearse else {})
-        _summarise(out / "summary.json", results)
-        print(f"== {name}: {' '.join(f'{k}={v}' if k != 'result' else v for k, v in result.items())}", flush=True)
-    bad = [f"{name} ({r['result']})" for name, r in results.items() if r["result"] != "ok"]
-    print(f"{len(stages) - len(bad)} of {len(stages)} stages ok{': not ' if bad else ''}{', '.join(bad)}")
-    print(f"results in {out}")
-    return 1 if bad else 0
-
-
-def _run_one(name: str, stage: Stage, out: Path, limit: float, gpu: str, rehearse: bool) -> dict[str, Any]:
-    path = out / f"{name}.json"
-    path.unlink(missing_ok=True)
-    start = time.monotonic()
-    # A GPU does not survive a fork; a rehearsal has none, and need not import torch again for every stage.
-    context = multiprocessing.get_context("fork" if rehearse else "spawn")
-    process = context.Process(target=run_stage, args=(stage.target, path, gpu, rehearse))
-    process.start()
-    process.join(limit)
-    died = None
-    if process.is_alive():
-        died = f"stopped after {limit:.0f} s; what it had found is here"
-        _kill(process)
-    elif process.exitcode not in (0, 1) or not path.exists():
-        died = f"ended with exit code {process.exitcode}"
-    if died:
-        amend(path, {"ok": False, "error": died})
-    records = json.loads(path.read_text())["records"]
-    failed = sum(not r["ok"] for r in records)
-    return {
-        "result": "FAILED" if failed or not records else "ok", "seconds": round(time.monotonic() - start, 1),
-        "records": len(records), "failed": failed, "skipped": sum("skipped" in r for r in records),
-    }  # fmt: skip
-
-
-def _kill(process: multiprocessing.process.BaseProcess) -> None:
-    """With all that it started: a stage is a session of its own as soon as it runs."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        process.kill()
-    process.join()
-
-
-def _summarise(path: Path, results: dict[str, Any]) -> None:
-    """Replaces the lines of these stages; those of earlier runs stay."""
-    lines = (json.loads(path.read_text()) if path.exists() else {}) | results
-    path.write_text("{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in lines.items()) + "\n}\n")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ MODES = ("fwd", "bwd", "full")
 GATE = 2.0
 COMPILED = {"compile": "default", "compile-max": "max-autotune-no-cudagraphs"}  # provider: mode of torch.compile
 OURS = ("ours", "triton")
+Cotangents = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Bench:
         providers: who is timed, called likewise. One that imports what is not there, or raises, is skipped.
         compiles: the provider that "compile" and "compile-max" compile; None for no such providers.
         replay: time CUDA graphs, because launching takes longer than the op.
+        samples: how many of the batch the gate looks at; all, if None. The others then have a gradient of zero.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Bench:
     providers: dict[str, Callable[..., Any]]
     compiles: str | None = "eager"
     replay: bool = True
+    samples: int | None = None
 
     @property
     def names(self) -> list[str]:
@@ -100,6 +103,7 @@ class Bench:
         return Run(call, list(leaves.values()), list(leaves.values()))
 
     def exact(self, shape: Shape, tensors: dict[str, Tensor], dtype: torch.dtype) -> Run:
+        """The reference in any dtype, of the samples that the gate looks at."""
         leaves = {k: t.detach().to(dtype).requires_grad_() for k, t in tensors.items()}
         return Run(functools.partial(self.reference, **leaves), list(leaves.values()), list(leaves.values()))
 
@@ -127,20 +131,29 @@ class Gate:
 
     def __init__(self, bench: Bench, shape: Shape, tensors: dict[str, Tensor]) -> None:
         dtype = next(iter(tensors.values())).dtype
-        self.cotangents: list[Tensor] = []
+        self.samples = bench.samples
+        self.per_sample: list[Tensor] = []
         self.right = self.results(bench.exact(shape, tensors, torch.float64))
         eager = self.results(bench.exact(shape, tensors, dtype))
         self.eager = [_rms(a, b) for a, b in zip(eager, self.right, strict=True)]
         self.floor = 4 * torch.finfo(dtype).eps  # of the rms of a tensor
 
+    def cotangents(self, outs: Sequence[Tensor]) -> list[Tensor]:
+        """Random, and for each sample the same, so that they do not depend on how many there are."""
+        if not self.per_sample:
+            generator = torch.Generator(outs[0].device).manual_seed(1)
+            self.per_sample = [torch.randn(o.shape[1:], generator=generator, device=o.device) for o in outs]
+        return [c.to(o.dtype).expand(o.shape).clone() for c, o in zip(self.per_sample, outs, strict=True)]
+
     def results(self, run: Run) -> list[Tensor]:
         outs = as_tuple(run.call())
-        if not self.cotangents:
-            generator = torch.Generator(outs[0].device).manual_seed(1)
-            self.cotangents = [torch.randn(o.shape, generator=generator, device=o.device) for o in outs]
-        directions = [c.to(o) for c, o in zip(self.cotangents, outs, strict=True)]
-        grads = torch.autograd.grad(outs, list(run.checked), directions)
-        return [t.detach() for t in (*outs, *grads)]
+        if not run.checked:
+            return [o[: self.samples].detach() for o in outs]
+        cotangents = self.cotangents(outs)
+        for c in cotangents:
+            c[self.samples or len(c) :] = 0
+        grads = torch.autograd.grad(outs, list(run.checked), cotangents)
+        return [t.detach() for t in (*(o[: self.samples] for o in outs), *grads)]
 
     def error(self, run: Run) -> tuple[float, str | None]:
         """The largest rms error of a tensor, relative to its rms, and what is wrong, if anything is."""
@@ -190,7 +203,7 @@ def percentiles(times: list[float]) -> dict[str, float]:
     return {"ms_p20": cuts[1], "ms_p50": cuts[4], "ms_p80": cuts[7]}
 
 
-def ready(run: Run, cotangents: Sequence[Tensor], mode: str, device: torch.device, replay: bool) -> Callable[[], Any]:
+def ready(run: Run, cotangents: Cotangents, mode: str, device: torch.device, replay: bool) -> Callable[[], Any]:
     """What is timed, called once: with ``replay`` as a CUDA graph, whose replay takes no time of the CPU.
 
     Raises:
@@ -218,22 +231,21 @@ def ready(run: Run, cotangents: Sequence[Tensor], mode: str, device: torch.devic
     return replayed
 
 
-def mode_of(run: Run, cotangents: Sequence[Tensor], mode: str) -> Callable[[], Any]:
+def mode_of(run: Run, cotangents: Cotangents, mode: str) -> Callable[[], Any]:
     """The call of a mode; the graph that "bwd" walks stays alive as long as its function does."""
     wanted = list(run.wanted)
-
-    def backward(outs: Any) -> Any:
-        pairs = [(o, c.to(o)) for o, c in zip(as_tuple(outs), cotangents, strict=True)]
-        outs, grads = zip(*pairs, strict=True)
-        return torch.autograd.grad(outs, wanted, grads, retain_graph=mode == "bwd")
-
-    def forward() -> Any:
-        with torch.no_grad():
-            return run.call()
-
     if mode == "fwd":
-        return forward
-    return functools.partial(backward, run.call()) if mode == "bwd" else lambda: backward(run.call())
+        return lambda: _without_grad(run.call)
+    if mode == "bwd":
+        outs = as_tuple(run.call())
+        return functools.partial(torch.autograd.grad, outs, wanted, cotangents(outs), retain_graph=True)
+    directions = cotangents(as_tuple(_without_grad(run.call)))
+    return lambda: torch.autograd.grad(as_tuple(run.call()), wanted, directions)
+
+
+def _without_grad(call: Callable[[], Any]) -> Any:
+    with torch.no_grad():
+        return call()
 
 
 def measure_ceilings(log: Log, device: torch.device, dtype: torch.dtype) -> Ceilings:
@@ -284,14 +296,13 @@ def measure(point: Point, log: Log, ceilings: Ceilings, device: torch.device) ->
             log.add(**about, provider=name, **verdict)
         else:
             runs[name], errors[name] = run, verdict["error_rms"]
-    cotangents, work = [c.to(dtype) for c in gate.cotangents], bench.total(shape, dtype)
-    del gate
+    work = bench.total(shape, dtype)
     for mode in point.modes:
         fns, how = {}, {}
         for name, run in runs.items():
             for replay in (True, False) if device.type == "cuda" and bench.replay else (False,):
                 try:
-                    fns[name] = ready(run, cotangents, mode, device, replay)
+                    fns[name] = ready(run, gate.cotangents, mode, device, replay)
                     how[name] = "graph" if replay else "launches"
                     break
                 except torch.OutOfMemoryError as error:
@@ -299,7 +310,7 @@ def measure(point: Point, log: Log, ceilings: Ceilings, device: torch.device) ->
                     break
                 except RuntimeError as error:  # a capture that failed is no verdict: it is timed as it is
                     if not replay:
-                        log.add(**about, mode=mode, provider=name, **_failure(name, error))
+                        log.add(**about, mode=mode, provider=name, **_failure(name, error, device))
         for name, times in milliseconds(fns, device).items():
             found = percentiles(times)
             ms = found["ms_p50"]
@@ -316,7 +327,7 @@ def measure(point: Point, log: Log, ceilings: Ceilings, device: torch.device) ->
                 record["peak_mem_mb"] = peak_memory(runs[name], fns[name], tensors, device)
             log.add(ok=True, **about, mode=mode, provider=name, **found, **record)
         del fns
-    del runs, tensors
+    del runs, tensors, gate
     release(device)
 
 
@@ -332,18 +343,18 @@ def admit(
     except ImportError as error:
         return {"ok": True, "skipped": f"not installed: {error}"[:200]}, None
     except Exception as error:
-        said = f"{type(error).__name__}: {error}"[:600]
-        return (
-            {"ok": False, "error": said} if name in OURS else {"ok": True, "skipped": f"does not run: {said}"}
-        ), None
+        return _failure(name, error, next(iter(tensors.values())).device), None
     if wrong:
-        return {"ok": name not in OURS, "error_rms": error, "error": f"{wrong}: not timed"}, None
+        said = {"error": f"{wrong}: not timed"} if name in OURS else {"skipped": f"{wrong}: not timed"}
+        return {"ok": name not in OURS, "error_rms": error} | said, None
     return {"error_rms": error}, run
 
 
-def _failure(name: str, error: Exception) -> dict[str, Any]:
+def _failure(name: str, error: Exception, device: torch.device) -> dict[str, Any]:
+    """Ours must run, our kernels on a GPU; what else does not is left out."""
     said = f"{type(error).__name__}: {error}"[:600]
-    return {"ok": False, "error": said} if name in OURS else {"ok": True, "skipped": f"does not run: {said}"}
+    must = name == "ours" or (name == "triton" and device.type == "cuda")
+    return {"ok": False, "error": said} if must else {"ok": True, "skipped": f"does not run: {said}"}
 
 
 def peak_memory(run: Run, fn: Callable[[], Any], tensors: dict[str, Tensor], device: torch.device) -> float:

@@ -18,8 +18,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_stage(target: str, path: Path, gpu: str, rehearse: bool) -> None:
+def run_stage(
+    target: str, path: Path, about: dict[str, str], rehearse: bool, seconds: float, options: dict[str, Any]
+) -> None:
     """The whole of a stage's process: exit code 0 if every record is ok, 1 if one is not."""
+    deadline = time.monotonic() + seconds
     os.setsid()  # so that a stage that is stopped takes its own processes along, off the GPU
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS raises in deterministic mode without it
     if rehearse:
@@ -31,34 +34,38 @@ def run_stage(target: str, path: Path, gpu: str, rehearse: bool) -> None:
 
     torch.backends.cudnn.allow_tf32 = False  # on by default: the eager convolution in fp32 would be no yardstick
     torch.manual_seed(0)
-    log = Log(path, gpu, rehearse)
+    log = Log(path, about, rehearse, deadline)
     module, function = target.split(":")
     try:
-        getattr(importlib.import_module(module), function)(log, rehearse)
+        getattr(importlib.import_module(module), function)(log, rehearse, **options)
     except Exception:
         log.add(ok=False, error=traceback.format_exc(limit=8))
     sys.exit(0 if log.ok else 1)
 
 
 class Log:
-    """Records of one stage; the file on disk is whole after every record."""
+    """Records of one stage; the file on disk is whole after every record. ``deadline`` is of the monotonic clock."""
 
-    def __init__(self, path: Path, gpu: str, rehearse: bool = False) -> None:
+    def __init__(
+        self, path: Path, about: dict[str, str], rehearse: bool = False, deadline: float = float("inf")
+    ) -> None:
         import torch
         import triton
 
-        self.path, self.rehearse = path, rehearse
-        self.about = {
-            "gpu": gpu,
+        self.path, self.rehearse, self.deadline = path, rehearse, deadline
+        self.about = about | {
             "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
             "torch": torch.__version__,
             "triton": triton.__version__,
             "commit": _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"),
-            "command": f"python -m benchmarks.gpu --stage {path.stem}",
             "utc": utc(),
         }
         self.records: list[dict[str, Any]] = []
         write(self.path, self.about, self.records)
+
+    @property
+    def seconds_left(self) -> float:
+        return self.deadline - time.monotonic()
 
     @property
     def ok(self) -> bool:

@@ -1,0 +1,68 @@
+"""``make bench``: how fast every kernel and every model is, beside what one would use instead, and beside the floor.
+
+On a GPU: the card's own matrix rate and copy bandwidth, then whole models, then each op, most wanted first. Each file
+of results has a process of its own and is whole after every record, so a run that is cut short keeps what it has:
+``benchmarks/results/<gpu>/bench_<name>.json``. A run of only some points writes to ``build/bench/<gpu>/`` instead.
+``--rehearse`` runs the same code without a GPU, small, in fp32, into ``build/``: it proves the script and measures
+nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from benchmarks.gpu_stages.record import ROOT
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="4 minutes instead of 10: fewer shapes, nothing tuned")
+    for name, what in (
+        ("op", "mlp, attention, residual_layer_norm, vit, …"),
+        ("shape", "vit_base_patch16_224/b256, say"),
+        ("provider", "ours, sdpa-cudnn, …"),
+        ("mode", "fwd, bwd, full"),
+    ):
+        parser.add_argument(f"--{name}", default="", metavar=name.upper(), help=f"only these, commas between: {what}")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--budget", type=float, help="seconds in all (default 240 with --quick, else 600)")
+    parser.add_argument("--out", type=Path, help="folder of the JSON files")
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU, small, into build/: no figures")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="what changed from A to B, and stop")
+    args = parser.parse_args()
+    if args.compare:
+        from benchmarks.compare import main as compare
+
+        return compare([str(path) for path in args.compare])
+    if args.rehearse:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import torch
+
+    from benchmarks.plan import Wanted, stages
+    from benchmarks.stages import run
+
+    picked = {
+        f"{name}s": tuple(filter(None, getattr(args, name).split(","))) for name in ("op", "shape", "provider", "mode")
+    }
+    wanted = Wanted(**picked, dtype=args.dtype, quick=args.quick)
+    try:
+        todo = stages(wanted)
+    except ValueError as error:
+        parser.error(str(error))
+    if not args.rehearse and not torch.cuda.is_available():
+        print("No NVIDIA GPU here: nothing was measured. `python -m benchmarks --rehearse` runs the code without one,")
+        print(
+            "`make roofline` counts and predicts, `pytest benchmarks --benchmark-only` times small cases on this CPU."
+        )
+        return 2
+    gpu = "rehearsal" if args.rehearse else torch.cuda.get_device_name()
+    results = "build/rehearsal" if args.rehearse else f"{'build/bench' if wanted.some else 'benchmarks/results'}"
+    out = args.out or ROOT / results / ("" if args.rehearse else "-".join(gpu.lower().split()))
+    return run(todo, out, args.budget or (240 if args.quick else 600), gpu, args.rehearse)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

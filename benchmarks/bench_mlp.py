@@ -1,0 +1,41 @@
+"""The MLP of a block with exact GELU. "cublas" is two products of cuBLAS and a pass for GELU: eager PyTorch."""
+
+import torch.nn.functional as F
+
+from benchmarks.harness import Bench, Work
+from vit import kernels
+from vit.kernels import reference
+
+
+def inputs(s, rand):
+    return {
+        "x": rand(s.batch, s.tokens, s.width),
+        "fc1_weight": rand(s.hidden, s.width, scale=s.width**-0.5),
+        "fc1_bias": rand(s.hidden),
+        "fc2_weight": rand(s.width, s.hidden, scale=s.hidden**-0.5),
+        "fc2_bias": rand(s.width),
+    }
+
+
+def work(s, e):
+    x, params = s.rows * s.width, 2 * s.width * s.hidden + s.width + s.hidden
+    products = 4 * s.rows * s.width * s.hidden
+    # fwd: x, parameters -> y. bwd: dy, x, parameters -> dx and the parameters' gradients. Floors, so nothing is counted
+    # for the hidden activation, which an implementation could compute again instead of saving it.
+    return {"fwd": Work(products, (2 * x + params) * e), "bwd": Work(2 * products, (3 * x + 2 * params) * e)}
+
+
+def cublas(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
+    return F.linear(F.gelu(F.linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+
+
+def triton(**tensors):
+    return kernels.mlp(**tensors, impl="triton")
+
+
+BENCHES = [
+    Bench(
+        "mlp", "mlp", inputs, work, reference.mlp,
+        {"ours": kernels.mlp, "triton": triton, "cublas": cublas}, compiles="cublas",
+    )
+]  # fmt: skip

@@ -1,0 +1,59 @@
+"""The largest batch of a training step that fits the card, against the image's side: the right half of Fig. 12."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.bench_vit import BENCHES
+from benchmarks.gpu_stages.cases import name_of
+from benchmarks.gpu_stages.record import Log
+from benchmarks.harness import mode_of, release, tensors_of
+from benchmarks.shapes import MODELS, Shape
+
+MODEL = BENCHES[0]
+AT_MOST = 2**16
+
+
+def search(log: Log, side: int, dtype: torch.dtype, device: torch.device) -> None:
+    """A record each for ours and the reference, forward + backward of B/16; at most a batch of 2 on a CPU."""
+    for name in ("ours", "reference"):
+        shape = Shape(MODELS["B/16"].model, 1, side)
+        about = {"bench": "vit", "op": "largest_batch", "dtype": name_of(dtype), "mode": "full", "provider": name}
+        at_most = AT_MOST if device.type == "cuda" else 2
+
+        def fits(batch: int, shape: Shape = shape, name: str = name) -> bool:
+            return step_fits(name, dataclasses.replace(shape, batch=batch), dtype, device)
+
+        if log.seconds_left < 20:
+            log.add(ok=True, **about, shape=f"{shape.model}@{side}", skipped="budget")
+        else:
+            log.add(ok=True, **about, shape=f"{shape.model}@{side}", largest_batch=largest(fits, at_most))
+
+
+def largest(fits: Callable[[int], bool], at_most: int, within: float = 0.03) -> int:
+    """The largest batch that fits, to 3 %: doubled until one does not, then halfway between. 0 if not even 1 does."""
+    good, bad = 0, 1
+    while bad <= at_most and fits(bad):
+        good, bad = bad, 2 * bad
+    if bad > at_most:
+        return good
+    while bad - good > max(1, within * good):
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if fits(middle) else (good, middle)
+    return good
+
+
+def step_fits(name: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> bool:
+    try:
+        tensors = tensors_of(MODEL, shape, dtype, device)
+        run = MODEL.run(name, shape, tensors)
+        mode_of(run, lambda outs: [torch.ones_like(o) for o in outs], "full")()
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        run = tensors = None
+        release(device)
