@@ -104,14 +104,14 @@ def compile_forms(arch: int, jobs: int) -> dict[tuple[str, str], Kernels]:
 
 def experiment(
     log: Log, shape: Shape, device: torch.device, dtype: torch.dtype, products: list[str], forms: list[str],
-    compiled: dict[tuple[str, str], Kernels] | None, arch: int, deadline: float,
+    compiled: dict[tuple[str, str], Kernels] | None, arch: int,
 ) -> None:  # fmt: skip
     """Measures every product, epilogue and form; ``compiled`` is None where kernels are interpreted."""
     ceilings = measure_ceilings(log, device, dtype)
     for product in products:
         for epilogue in EPILOGUES:
             about = {"bench": "gemm", "op": f"{product} {epilogue}", "shape": str(shape), "mode": "fwd"}
-            if time.monotonic() > deadline:
+            if log.seconds_left < 0:
                 log.add(ok=True, **about, skipped="budget")
                 continue
             run = []
@@ -204,11 +204,11 @@ def main() -> int:
     name = "rehearsal" if rehearsal else torch.cuda.get_device_name()
     out = ROOT / ("build/rehearsal" if rehearsal else f"benchmarks/results/{'-'.join(name.lower().split())}")
     out.mkdir(parents=True, exist_ok=True)
-    log = Log(out / "bench_gemm.json", name, rehearsal)
-    log.about["command"] = "python -m benchmarks.experiment_gemm"
+    about = {"gpu": name, "command": "python -m benchmarks.experiment_gemm"}
+    log = Log(out / "bench_gemm.json", about, rehearsal, deadline)
     shape, dtype = (SMALL, torch.float16) if rehearsal else (MODELS["B/16"], torch.bfloat16)
     products = args.product or (["fc2"] if rehearsal else list(PRODUCTS))
-    experiment(log, shape, device, dtype, products, list(FORMS), compiled, arch, deadline)
+    experiment(log, shape, device, dtype, products, list(FORMS), compiled, arch)
     print(measured_table(log.records, compiled))
     print("rehearsal: times of an interpreter say nothing about a GPU" if rehearsal else f"results in {log.path}")
     return 0 if log.ok else 1
