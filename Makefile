@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 endif
 PIP = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint test-peers gpu bench lock lock-3.6 mutate peers clean
+.PHONY: demo test lint test-peers gpu bench tune experiment-gemm lock lock-3.6 mutate peers clean
 
 demo: $(READY)
 	$(PY) -m vit demo
@@ -30,6 +30,14 @@ gpu: $(READY)
 # Speed, on a GPU: make bench ARGS=--quick, or one point: make bench ARGS="--op attention --shape vit_base_patch16_224/b8"
 bench: $(READY)
 	$(PY) -m benchmarks $(ARGS)
+
+# Other configurations of an op than the pinned one: make tune OP=mlp, or make tune OP=attention ARGS="--budget 120"
+tune: $(READY)
+	$(PY) -m benchmarks.tune $(OP) $(ARGS)
+
+# Which form of the GEMM, which GELU, against cuBLAS. Without a GPU: what each form compiles to.
+experiment-gemm: $(READY)
+	$(PY) -m benchmarks.experiment_gemm $(ARGS)
 
 lock: $(READY)
 	$(PY) tests/lock.py --update

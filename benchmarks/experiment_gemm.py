@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import functools
 import os
+import signal
 import time
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu_stages.record import ROOT, Log
-from benchmarks.harness import Bench, Point, Run, Work, measure, measure_ceilings
+from benchmarks.harness import Bench, Ceilings, Point, Run, Work, measure, measure_ceilings
 from benchmarks.shapes import MODELS, SMALL, Shape
 from benchmarks.variants import Kernels, compile_all, configured, gpu, summary, why_not
 from vit import kernels
@@ -104,10 +105,9 @@ def compile_forms(arch: int, jobs: int) -> dict[tuple[str, str], Kernels]:
 
 def experiment(
     log: Log, shape: Shape, device: torch.device, dtype: torch.dtype, products: list[str], forms: list[str],
-    compiled: dict[tuple[str, str], Kernels] | None, arch: int,
+    compiled: dict[tuple[str, str], Kernels] | None, arch: int, ceilings: Ceilings,
 ) -> None:  # fmt: skip
     """Measures every product, epilogue and form; ``compiled`` is None where kernels are interpreted."""
-    ceilings = measure_ceilings(log, device, dtype)
     for product in products:
         for epilogue in EPILOGUES:
             about = {"bench": "gemm", "op": f"{product} {epilogue}", "shape": str(shape), "mode": "fwd"}
@@ -208,8 +208,14 @@ def main() -> int:
     log = Log(out / "bench_gemm.json", about, rehearsal, deadline)
     shape, dtype = (SMALL, torch.float16) if rehearsal else (MODELS["B/16"], torch.bfloat16)
     products = args.product or (["fc2"] if rehearsal else list(PRODUCTS))
-    experiment(log, shape, device, dtype, products, list(FORMS), compiled, arch)
-    print(measured_table(log.records, compiled))
+    if not rehearsal:
+        signal.alarm(int(args.budget) + 30)  # a form that hangs ends the run; what was found is written
+    ceilings = measure_ceilings(log, device, dtype)
+    specialised = [form for form, config in FORMS.items() if config is not None and config.warp_specialize]
+    # Those last, because a mistake of the compiler would be a program that waits forever.
+    for forms in ([form for form in FORMS if form not in specialised], [BASELINE, *specialised]):
+        experiment(log, shape, device, dtype, products, forms, compiled, arch, ceilings)
+        print(measured_table(log.records, compiled), flush=True)
     print("rehearsal: times of an interpreter say nothing about a GPU" if rehearsal else f"results in {log.path}")
     return 0 if log.ok else 1
 

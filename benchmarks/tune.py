@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import functools
 import os
+import signal
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -50,6 +51,7 @@ class Target(NamedTuple):
     """A function of `vit.kernels.configs` (of patch_embed, one role), and what shows how good a configuration is."""
 
     function: str
+    kernel: str  # how the names of the kernels begin that it configures
     bench: Bench
     mode: str
     role: str | None = None
@@ -62,15 +64,15 @@ _BENCHES = {
     for bench in module.BENCHES
 }
 TARGETS = {
-    "mlp": Target("gemm", _BENCHES["mlp"], "full", impl="auto"),  # the products with GELU; the others are cuBLAS's
-    "linear": Target("gemm", _BENCHES["qkv"], "full"),
-    "attention_fwd": Target("attention_fwd", _BENCHES["attention"], "fwd"),
-    "attention_bwd": Target("attention_bwd", _BENCHES["attention"], "bwd"),
-    "layer_norm": Target("layer_norm", _BENCHES["residual_layer_norm"], "full"),
-    "patch_embed_fwd": Target("patch_embed", _BENCHES["patch_embed"], "fwd", "fwd"),
-    "patch_embed_dw": Target("patch_embed", _BENCHES["patch_embed"], "bwd", "dw"),
-    "patch_embed_dimage": Target("patch_embed", _BENCHES["patch_embed"], "bwd", "dimage"),
-    "elementwise": Target("elementwise", DROPOUT, "full"),
+    "mlp": Target("gemm", "_gemm", _BENCHES["mlp"], "full", impl="auto"),  # with GELU; the other products are cuBLAS's
+    "linear": Target("gemm", "_gemm", _BENCHES["qkv"], "full"),
+    "attention_fwd": Target("attention_fwd", "_attention_fwd", _BENCHES["attention"], "fwd"),
+    "attention_bwd": Target("attention_bwd", "_attention_bwd", _BENCHES["attention"], "bwd"),
+    "layer_norm": Target("layer_norm", "_layer_norm", _BENCHES["residual_layer_norm"], "full"),
+    "patch_embed_fwd": Target("patch_embed", "_patch_embed_fwd", _BENCHES["patch_embed"], "fwd", "fwd"),
+    "patch_embed_dw": Target("patch_embed", "_patch_embed_dw", _BENCHES["patch_embed"], "bwd", "dw"),
+    "patch_embed_dimage": Target("patch_embed", "_patch_embed_dimage", _BENCHES["patch_embed"], "bwd", "dimage"),
+    "elementwise": Target("elementwise", "_dropout", DROPOUT, "full"),
 }
 OPS = tuple(dict.fromkeys([*TARGETS, *(name.rsplit("_", 1)[0] for name in TARGETS if "_" in name)]))
 
@@ -116,7 +118,8 @@ def compile_candidates(
     calls = {text: functools.partial(compile_call, name, shape, dtype, config) for text, config in texts.items()}
     print(f"{'registers':>9}{'spill B':>9}{'shared B':>10}  compiled for sm_{arch}, not measured: {name}, {shape}")
     good, tried = {}, 0
-    for text, kernels_ in compile_all(calls, arch, jobs=jobs, seconds=seconds):
+    for text, launched in compile_all(calls, arch, jobs=jobs, seconds=seconds):
+        kernels_ = [k for k in launched if k["kernel"].startswith((TARGETS[name].kernel, "?"))]
         tried += 1
         why, f = why_not(arch, kernels_), summary(kernels_)
         figures = "".join(f"{f.get(k, '-'):>{w}}" for k, w in [("registers", 9), ("spill", 9), ("shared", 10)])
@@ -173,46 +176,42 @@ def tune(
     Raises:
         RuntimeError: the pinned one fails the gate.
     """
-    pinned, times = found[0], {}
+    pinned, base, ratios = found[0], None, {}
     about = {"bench": "tune", "op": name, "shape": str(trial.shape), "mode": trial.target.mode}
-    base = None
     for config in found:
-        if base is not None and log.seconds_left < 0:
-            log.add(ok=True, **about, config=text_of(config), skipped="budget")
+        record = about | {"config": text_of(config), "pinned": config == pinned}
+        if base and log.seconds_left < 0:
+            log.add(ok=True, **record, skipped="budget")
             continue
-        found_here = {"config": text_of(config), "pinned": config == pinned, **summary(compiled.get(config, []))}
+        record |= summary(compiled.get(config, []))
         try:
-            error, wrong = trial.wrong(config)
-            if wrong is None:
-                fns = {"pinned": base, "this": trial.ready(config)} if base else {"this": trial.ready(config)}
-        except Exception as failure:  # too much of a resource, too little memory
-            error, wrong = float("nan"), f"{type(failure).__name__}: {failure}"[:300]
-        if wrong is not None:
-            if base is None:
+            record["error_rms"], wrong = trial.wrong(config)
+            fn = None if wrong else trial.ready(config)
+        except Exception as error:  # too little memory, or more of some resource than there is
+            wrong = f"{type(error).__name__}: {error}"[:300]
+        if wrong:
+            log.add(ok=False, **record, error=f"{wrong}: not timed")
+            if config == pinned:
                 raise RuntimeError(f"{name}: the pinned configuration is not timed: {wrong}")
-            log.add(ok=False, **about, **found_here, error_rms=error, error=f"{wrong}: not timed")
             continue
-        base = base or fns["this"]
-        measured = {k: percentiles(t) for k, t in milliseconds(fns, trial.device, rounds=2, rep_ms=15).items()}
-        ms = measured["this"]["ms_p50"]
-        ratio = measured.get("pinned", measured["this"])["ms_p50"] / ms
-        times[config] = ratio
-        log.add(ok=True, **about, **found_here, error_rms=error, **measured["this"], ratio=ratio)
-        del fns
+        base = base or fn
+        found_ms = milliseconds({"pinned": base, "this": fn}, trial.device, rounds=2, rep_ms=15)
+        pinned_ms, this = percentiles(found_ms["pinned"])["ms_p50"], percentiles(found_ms["this"])
+        ratios[config] = pinned_ms / this["ms_p50"]
+        log.add(ok=True, **record, **this, ratio=ratios[config])
+        del fn
         release(trial.device)
-    best = sorted(times, key=times.get, reverse=True)[:FINALISTS]
-    final = {c: trial.ready(c) for c in dict.fromkeys([pinned, *best])}
-    medians = {
-        texts: percentiles(t)["ms_p50"]
-        for texts, t in milliseconds({text_of(c): fn for c, fn in final.items()}, trial.device, rounds=5).items()
-    }
-    winner = min(final, key=lambda c: medians[text_of(c)])
-    if medians[text_of(pinned)] < WORTH * medians[text_of(winner)]:
+    best = sorted(ratios, key=ratios.__getitem__, reverse=True)[:FINALISTS]
+    fns = {config: trial.ready(config) for config in dict.fromkeys([pinned, *best])}
+    final = {config: percentiles(times) for config, times in milliseconds(fns, trial.device, rounds=5).items()}
+    ms = {config: found["ms_p50"] for config, found in final.items()}
+    winner = min(ms, key=ms.__getitem__)
+    if ms[pinned] < WORTH * ms[winner]:
         winner = pinned
     for config in final:
-        ms = medians[text_of(config)]
-        log.add(ok=True, **about, config=text_of(config), final=True, chosen=config == winner, ms_p50=ms)
-    return winner, medians[text_of(winner)], medians[text_of(pinned)]
+        record = about | {"config": text_of(config), "pinned": config == pinned, "chosen": config == winner}
+        log.add(ok=True, **record, final=True, **final[config], ratio=ms[pinned] / ms[config])
+    return winner, ms[winner], ms[pinned]
 
 
 def line_for(name: str, trial: Trial, log: Log, winner: Config, ms: float, pinned_ms: float) -> str:
@@ -257,6 +256,8 @@ def main() -> int:
         out.mkdir(parents=True, exist_ok=True)
         about = {"gpu": card, "command": f"python -m benchmarks.tune {name} --shape {shape} --dtype {args.dtype}"}
         log = Log(out / f"tune_{name}.json", about, rehearsal, deadline)
+        if device.type == "cuda":
+            signal.alarm(int(args.budget) + 60)  # a candidate that hangs ends the run; what was found is written
         trial = Trial(target, shape, dtype, device)
         try:
             winner, ms, pinned_ms = tune(name, trial, found, compiled, log)
