@@ -20,9 +20,10 @@ import torch
 from vit.kernels import configs, runtime
 from vit.kernels.configs import Config
 
-# Children of a process that has imported PyTorch and nothing of ours: importing it takes longer than most compilations.
+# Children of a process that has imported all of this already, which takes longer than most compilations. First what
+# sees to it that kernels are not interpreted.
 _FORK = multiprocessing.get_context("forkserver")
-_FORK.set_forkserver_preload(["torch", "torch._dynamo"])
+_FORK.set_forkserver_preload(["benchmarks.compiled", "benchmarks.harness", "vit.kernels", "torch._dynamo"])
 
 Kernels = list[dict[str, Any]]  # figures of each kernel that a call launches; one without figures has an "error"
 

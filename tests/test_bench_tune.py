@@ -219,50 +219,36 @@ def test_table_of_the_experiment():
 
 # ---- compiling, in processes of its own ------------------------------------------------------------------------------
 
-COMPILE = """
-import functools, json, os, torch
+COMMAND = """
+import os, sys
 from benchmarks import tune
-from benchmarks.shapes import MODELS
-from benchmarks.variants import compile_all, summary, why_not
+from benchmarks.variants import compile_all
 from vit.kernels.configs import Config
-some = {"good": Config(4, 1024), "spills": Config(8, 1024, num_warps=1), "three": Config(4, 1024, num_warps=3)}
-call = functools.partial(tune.compile_call, "layer_norm", MODELS["B/16"], torch.bfloat16)
-calls = {name: functools.partial(call, config) for name, config in some.items()} | {"dies": os.abort}
 if __name__ == "__main__":
-    found = dict(compile_all(calls, 90, jobs=2, seconds=60))
-    print(json.dumps({name: (why_not(90, k), summary(k)) for name, k in found.items()}))
+    assert next(compile_all({"dies": os.abort}, 90, jobs=1, seconds=60))[1][0]["error"] == "crashes the compiler"
+    some = [Config(4, 1024), Config(8, 1024, num_warps=1), Config(4, 1024, num_warps=3), Config(2, 1024)]
+    tune.candidates = lambda *_: some
+    sys.argv = ["tune", "layer_norm", "--jobs", "2"]
+    sys.exit(tune.main())
 """
 
 
-@pytest.fixture
-def plain():
-    """The environment of a process that compiles."""
-    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-
-
-def test_what_does_not_compile_well_is_dropped(plain, tmp_path):
-    script = tmp_path / "compile_some.py"
-    script.write_text(COMPILE)
-    done = subprocess.run(
-        [sys.executable, str(script)], env=plain | {"PYTHONPATH": str(ROOT)}, cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    assert said["good"][0] is None and said["good"][1]["registers"] > 0 == said["good"][1]["spill"]
-    assert said["spills"][0].startswith("spills ") and said["spills"][1]["spill"] > 0
-    assert said["three"][0].startswith("does not compile") and said["dies"][0] == "crashes the compiler"
-
-
-def test_command_without_a_gpu(plain):
+def test_command_without_a_gpu(tmp_path):
+    """A table; what spills, does not compile or crashes the compiler is dropped."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    command = [sys.executable, "-m", "benchmarks.tune", "elementwise", "--limit", "2"]
-    done = subprocess.run(command, env=plain, cwd=ROOT, capture_output=True, text=True)
+    script = tmp_path / "command.py"
+    script.write_text(COMMAND)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(script)], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "compiled for sm_90, not measured" in done.stdout and "2 of 2 candidates" in done.stdout
-    pinned = configs.elementwise(90, 768)
-    assert [line for line in done.stdout.splitlines() if tune.text_of(pinned) in line and line.endswith("pinned")]
-    assert " ms" not in done.stdout
+    heading, *lines, last = done.stdout.splitlines()
+    assert "compiled for sm_90, not measured" in heading and " ms" not in done.stdout
+    said = dict(line.split("  Config(", 1)[1].split(")  ") if ")  " in line else (line, "") for line in lines)
+    assert said["block_m=4, block_n=1024"] == "pinned"
+    assert said["block_m=8, block_n=1024, num_warps=1"].startswith("dropped: spills ")
+    assert said["block_m=4, block_n=1024, num_warps=3"].startswith("dropped: does not compile")
+    assert last == "4 of 4 candidates compiled in time, 2 of them dropped"
 
 
 @pytest.mark.parametrize(
