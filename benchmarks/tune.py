@@ -222,17 +222,25 @@ def line_for(name: str, trial: Trial, log: Log, winner: Config, ms: float, pinne
     return f"# {name}, {trial.shape} {trial.target.mode}: {measured}; {where}\nreturn {text_of(winner)}"
 
 
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.splitlines()[0])
     parser.add_argument("op", choices=OPS, help="one target, or all targets of an op")
     parser.add_argument("--shape", help=f"{shapes.MODELS['B/16']} (default) or another so written")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--budget", type=float, default=60, help="seconds for each target (default 60)")
-    parser.add_argument("--limit", type=int, help="no more candidates than this, the nearest to the pinned one first")
+    parser.add_argument(
+        "--limit", type=positive, help="no more candidates than this, the nearest to the pinned one first"
+    )
     parser.add_argument(
         "--arch", type=int, choices=(80, 86, 89, 90, 100), default=90, help="to compile for, without a GPU"
     )
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilers at a time")
+    parser.add_argument("--jobs", type=positive, default=len(os.sched_getaffinity(0)), help="compilers at a time")
     args = parser.parse_args()
     device, rehearsal = gpu(), runtime.INTERPRETED
     try:

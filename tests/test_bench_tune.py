@@ -220,12 +220,21 @@ def test_table_of_the_experiment():
 # ---- compiling, in processes of its own ------------------------------------------------------------------------------
 
 COMMAND = """
-import os, sys
+import importlib, os, sys
 from benchmarks import tune
 from benchmarks.variants import compile_all
 from vit.kernels.configs import Config
+
+def key():
+    raise KeyError(importlib.import_module("vit.kernels.linear")._gemm_kernel.cache_key)
+
 if __name__ == "__main__":
-    assert next(compile_all({"dies": os.abort}, 90, jobs=1, seconds=60))[1][0]["error"] == "crashes the compiler"
+    said = {name: k[0]["error"] for name, k in compile_all({"dies": os.abort, "key": key}, 90, jobs=1, seconds=60)}
+    assert said["dies"] == "crashes the compiler"
+    try:
+        key()
+    except KeyError as here:
+        assert str(here) in said["key"], "another process would not find this kernel in the cache"
     some = [Config(4, 1024), Config(8, 1024, num_warps=1), Config(4, 1024, num_warps=3), Config(2, 1024)]
     tune.candidates = lambda *_: some
     sys.argv = ["tune", "layer_norm", "--jobs", "2"]
@@ -252,7 +261,15 @@ def test_command_without_a_gpu(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["gem"], ["mlp", "--shape", "vit_base/b2"], ["mlp", "--arch", "70"], ["mlp", "--dtype", "int8"], []]
+    "arguments",
+    [
+        ["gem"],
+        ["mlp", "--shape", "vit_base/b2"],
+        ["mlp", "--arch", "70"],
+        ["mlp", "--dtype", "int8"],
+        ["mlp", "--limit", "0"],
+        [],
+    ],
 )
 def test_wrong_arguments(monkeypatch, capsys, arguments):
     monkeypatch.setattr(sys, "argv", ["tune", *arguments])
