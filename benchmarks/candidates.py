@@ -1,17 +1,22 @@
-"""What `benchmarks.tune` tries for each function of `vit.kernels.configs`: pure functions, the nearest to the pinned
-one first. Only what cannot fit is left out here; what spills, the compiler says.
+"""What `benchmarks.tune` tries for each function of `vit.kernels.configs`, the nearest to the pinned one first, and what
+is timed to judge it. Only what cannot fit is left out here; what spills, the compiler says.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks import bench_attention, bench_layer_norm, bench_linear, bench_mlp, bench_patch_embed
+from benchmarks.harness import Bench, Work
 from benchmarks.shapes import Shape
-from vit.kernels import configs, runtime
+from vit import kernels
+from vit.kernels import configs, reference, runtime
 from vit.kernels.configs import Config, next_power_of_2
 
 SHARED = 227 * 1024  # bytes that a program of sm_90 can have; others have less, and the compiled kernel is checked
@@ -80,3 +85,48 @@ def candidates(function: str, arch: int, shape: Shape, dtype: torch.dtype, role:
 
     others = set(globals()[function](arch, shape, dtype, role)) - {first}
     return [first, *sorted(others, key=lambda c: (differs(c), dataclasses.astuple(c)[:-1]))]
+
+
+# ---- what shows how good they are ------------------------------------------------------------------------------------
+
+
+def _dropout(op: Callable[..., Any], x: torch.Tensor, **options: Any) -> torch.Tensor:
+    return op(x, 0.1, torch.zeros(1, dtype=torch.int64, device=x.device), 2, **options)
+
+
+DROPOUT = Bench(
+    "dropout", "dropout", lambda s, rand: {"x": rand(s.batch, s.tokens, s.width)},
+    lambda s, e: dict.fromkeys(("fwd", "bwd"), Work(0, 2 * s.rows * s.width * e)),
+    functools.partial(_dropout, reference.dropout), {"ours": functools.partial(_dropout, kernels.dropout)},
+    compiles=None,
+)  # fmt: skip
+
+
+class Target(NamedTuple):
+    """A function of `vit.kernels.configs` (of patch_embed, one role), and what shows how good a configuration is."""
+
+    function: str
+    kernel: str  # how the names of the kernels begin that it configures
+    bench: Bench
+    mode: str
+    role: str | None = None
+    impl: str = "triton"
+
+
+_BENCHES = {
+    bench.op: bench
+    for module in (bench_attention, bench_layer_norm, bench_linear, bench_mlp, bench_patch_embed)
+    for bench in module.BENCHES
+}
+TARGETS = {
+    "mlp": Target("gemm", "_gemm", _BENCHES["mlp"], "full", impl="auto"),  # with GELU; the other products are cuBLAS's
+    "linear": Target("gemm", "_gemm", _BENCHES["qkv"], "full"),
+    "attention_fwd": Target("attention_fwd", "_attention_fwd", _BENCHES["attention"], "fwd"),
+    "attention_bwd": Target("attention_bwd", "_attention_bwd", _BENCHES["attention"], "bwd"),
+    "layer_norm": Target("layer_norm", "_layer_norm", _BENCHES["residual_layer_norm"], "full"),
+    "patch_embed_fwd": Target("patch_embed", "_patch_embed_fwd", _BENCHES["patch_embed"], "fwd", "fwd"),
+    "patch_embed_dw": Target("patch_embed", "_patch_embed_dw", _BENCHES["patch_embed"], "bwd", "dw"),
+    "patch_embed_dimage": Target("patch_embed", "_patch_embed_dimage", _BENCHES["patch_embed"], "bwd", "dimage"),
+    "elementwise": Target("elementwise", "_dropout", DROPOUT, "full"),
+}
+OPS = tuple(dict.fromkeys([*TARGETS, *(name.rsplit("_", 1)[0] for name in TARGETS if "_" in name)]))

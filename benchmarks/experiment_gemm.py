@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.gpu_stages.cases import name_of
 from benchmarks.gpu_stages.record import ROOT, Log
 from benchmarks.harness import Bench, Ceilings, Point, Run, Work, measure, measure_ceilings
 from benchmarks.shapes import MODELS, SMALL, Shape
@@ -110,7 +111,8 @@ def experiment(
     """Measures every product, epilogue and form; ``compiled`` is None where kernels are interpreted."""
     for product in products:
         for epilogue in EPILOGUES:
-            about = {"bench": "gemm", "op": f"{product} {epilogue}", "shape": str(shape), "mode": "fwd"}
+            about = {"bench": "gemm", "op": f"{product} {epilogue}", "shape": str(shape)}
+            about |= {"dtype": name_of(dtype), "mode": "fwd"}
             if log.seconds_left < 0:
                 log.add(ok=True, **about, skipped="budget")
                 continue

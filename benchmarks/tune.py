@@ -17,64 +17,21 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from benchmarks import bench_attention, bench_layer_norm, bench_linear, bench_mlp, bench_patch_embed, shapes
-from benchmarks.candidates import candidates
+from benchmarks import shapes
+from benchmarks.candidates import OPS, TARGETS, Target, candidates
 from benchmarks.gpu_stages.record import ROOT, Log
-from benchmarks.harness import Bench, Gate, Work, milliseconds, percentiles, ready, release, tensors_of
+from benchmarks.harness import Bench, Gate, milliseconds, percentiles, ready, release, tensors_of
 from benchmarks.shapes import Shape
 from benchmarks.variants import Kernels, compile_all, configured, gpu, summary, why_not
-from vit import kernels
-from vit.kernels import reference, runtime
+from vit.kernels import runtime
 from vit.kernels.configs import Config
 
 WORTH = 1.02  # how much faster a configuration has to be to replace the pinned one
 FINALISTS = 3
-
-
-def _dropout(op: Callable[..., Any], x: torch.Tensor, **options: Any) -> torch.Tensor:
-    return op(x, 0.1, torch.zeros(1, dtype=torch.int64, device=x.device), 2, **options)
-
-
-DROPOUT = Bench(
-    "dropout", "dropout", lambda s, rand: {"x": rand(s.batch, s.tokens, s.width)},
-    lambda s, e: dict.fromkeys(("fwd", "bwd"), Work(0, 2 * s.rows * s.width * e)),
-    functools.partial(_dropout, reference.dropout), {"ours": functools.partial(_dropout, kernels.dropout)},
-    compiles=None,
-)  # fmt: skip
-
-
-class Target(NamedTuple):
-    """A function of `vit.kernels.configs` (of patch_embed, one role), and what shows how good a configuration is."""
-
-    function: str
-    kernel: str  # how the names of the kernels begin that it configures
-    bench: Bench
-    mode: str
-    role: str | None = None
-    impl: str = "triton"
-
-
-_BENCHES = {
-    bench.op: bench
-    for module in (bench_attention, bench_layer_norm, bench_linear, bench_mlp, bench_patch_embed)
-    for bench in module.BENCHES
-}
-TARGETS = {
-    "mlp": Target("gemm", "_gemm", _BENCHES["mlp"], "full", impl="auto"),  # with GELU; the other products are cuBLAS's
-    "linear": Target("gemm", "_gemm", _BENCHES["qkv"], "full"),
-    "attention_fwd": Target("attention_fwd", "_attention_fwd", _BENCHES["attention"], "fwd"),
-    "attention_bwd": Target("attention_bwd", "_attention_bwd", _BENCHES["attention"], "bwd"),
-    "layer_norm": Target("layer_norm", "_layer_norm", _BENCHES["residual_layer_norm"], "full"),
-    "patch_embed_fwd": Target("patch_embed", "_patch_embed_fwd", _BENCHES["patch_embed"], "fwd", "fwd"),
-    "patch_embed_dw": Target("patch_embed", "_patch_embed_dw", _BENCHES["patch_embed"], "bwd", "dw"),
-    "patch_embed_dimage": Target("patch_embed", "_patch_embed_dimage", _BENCHES["patch_embed"], "bwd", "dimage"),
-    "elementwise": Target("elementwise", "_dropout", DROPOUT, "full"),
-}
-OPS = tuple(dict.fromkeys([*TARGETS, *(name.rsplit("_", 1)[0] for name in TARGETS if "_" in name)]))
 
 
 def bench_of(target: Target, config: Config) -> Bench:
@@ -273,9 +230,9 @@ def main() -> int:
             print(error)
             done = 1
             continue
-        print("the pinned configuration stays" if winner == found[0] else "for kernels/configs.py:")
-        print(line_for(name, trial, log, winner, ms, pinned_ms))
-        print("rehearsal: times of an interpreter say nothing about a GPU" if rehearsal else f"results in {log.path}")
+        verdict = "the pinned configuration stays" if winner == found[0] else "for kernels/configs.py:"
+        print("rehearsal: times of an interpreter say nothing about a GPU" if rehearsal else verdict)
+        print(f"{line_for(name, trial, log, winner, ms, pinned_ms)}\nresults in {log.path}")
     return done
 
 
