@@ -1,4 +1,4 @@
-"""What `benchmarks.tune` tries for each function of `vit.kernels.configs`, the nearest to the pinned one first, and what
+"""What `benchmarks.tune` tries for each function of `vit.kernels.configs`, the nearest to the pinned one first; and what
 is timed to judge it. Only what cannot fit is left out here; what spills, the compiler says.
 """
 
