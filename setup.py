@@ -31,7 +31,7 @@ setup(
             "safetensors",
             "setuptools",
             "wheel",
-        ],  # fmt: skip
+        ],
         "weights": ["safetensors"],
     },
     packages=["vit", "vit.adapters", "vit.kernels", "vit.weights"],

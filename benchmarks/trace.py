@@ -42,6 +42,7 @@ class Launch:
     phase: str  # "fwd" or "bwd"
     flops: int
     bytes: int
+    shapes: tuple[tuple[int, ...], ...]  # of its tensors with two dimensions or more
     grid: tuple[int, ...] | None = None
     kernel: Any = None
     args: dict[str, Any] | None = None
@@ -60,11 +61,8 @@ def _attention(products: int) -> Callable[[dict[str, Any]], int]:
     return flops
 
 
-def _patches(pixels_of: str) -> Callable[[dict[str, Any]], int]:
-    def flops(a: dict[str, Any]) -> int:
-        return 2 * a["M"] * a["D"] * math.prod(a[pixels_of].shape[-3:])
-
-    return flops
+def _patches(image: str) -> Callable[[dict[str, Any]], int]:
+    return lambda a: 2 * a[image].numel() * a["D"]  # every pixel is in one patch
 
 
 def _none(a: dict[str, Any]) -> int:
@@ -76,9 +74,9 @@ FLOPS: dict[str, Callable[[dict[str, Any]], int]] = {
     "_gemm_kernel": _gemm,
     "_attention_fwd_kernel": _attention(2),
     "_attention_bwd_kernel": _attention(5),
-    "_patch_embed_fwd_kernel": _patches("w_ptr"),
-    "_patch_embed_dw_kernel": _patches("dw_ptr"),
-    "_patch_embed_dimage_kernel": _patches("w_ptr"),
+    "_patch_embed_fwd_kernel": _patches("image_ptr"),
+    "_patch_embed_dw_kernel": _patches("image_ptr"),
+    "_patch_embed_dimage_kernel": _patches("dimage_ptr"),
     "_layer_norm_fwd_kernel": _none,
     "_layer_norm_bwd_kernel": _none,
     "_activation_kernel": _none,
@@ -105,7 +103,7 @@ def moved(reads: Iterable[Tensor], writes: Iterable[Tensor] = ()) -> int:
     return total
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def tensors_in(tree: Any) -> list[Tensor]:
     return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
 
 
@@ -154,10 +152,10 @@ class _Recorder(HostCode):
         return "fwd" if torch._C._current_graph_task_id() == -1 else "bwd"
 
     def called(self, func, args, kwargs, out):
-        given, outputs = _tensors((args, kwargs)), _tensors(out)
+        given, outputs = tensors_in((args, kwargs)), tensors_in(out)
         schema = func._schema
         changed = [_argument(a.name, i, args, kwargs) for i, a in enumerate(schema.arguments) if _is_write(a)]
-        changed = _tensors(changed)
+        changed = tensors_in(changed)
         storages = {t.untyped_storage()._cdata for t in given}
         views = all(t.untyped_storage()._cdata in storages for t in outputs)
         name = func._overloadpacket.__name__
@@ -170,14 +168,18 @@ class _Recorder(HostCode):
             reads = []  # only the shape of what they are given
         count = flop_registry.get(func._overloadpacket)
         flops = count(*args, **kwargs, out_val=out) if count else 0
-        self.launches.append(Launch(name, self.phase, flops, moved(reads, changed or outputs)))
+        self.launches.append(Launch(name, self.phase, flops, moved(reads, changed or outputs), _shapes(given)))
 
     def launched(self, kernel, grid, args, options):
         tensors = [getattr(a, "base", a) for a in args.values()]
         flops = FLOPS[kernel.__name__](args)
-        read_or_written = moved(_tensors(tensors))
-        launch = Launch(kernel.__name__, self.phase, flops, read_or_written, grid, kernel, args, options)
-        self.launches.append(launch)
+        tensors = [t for t in tensors if isinstance(t, Tensor)]
+        counts = flops, moved(tensors), _shapes(tensors)
+        self.launches.append(Launch(kernel.__name__, self.phase, *counts, grid, kernel, args, options))
+
+
+def _shapes(tensors: list[Tensor]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(t.shape) for t in tensors if t.dim() > 1)
 
 
 def _is_write(argument: Any) -> bool:
@@ -208,7 +210,7 @@ def step(function: Callable[..., Any], *inputs: Tensor, train: bool) -> Any:
     parameters = list(function.parameters()) if isinstance(function, torch.nn.Module) else []
     wanted = [t for t in [*parameters, *inputs] if t.requires_grad]
     outputs = function(*inputs)
-    out = [t for t in _tensors(outputs) if t.requires_grad]
+    out = [t for t in tensors_in(outputs) if t.requires_grad]
     return outputs, torch.autograd.grad(out, wanted, [torch.empty_like(t) for t in out], allow_unused=True)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vit import kernels
 from vit.adapters import parts
+from vit.kernels import runtime
 from vit.plain import fused_forward, hooked, is_linear, linear
 
 
@@ -24,7 +25,7 @@ def layer_norm(module: nn.LayerNorm, impl: str):
         weight, bias = self.weight, self.bias
         if any(t is not None and t.dtype is not x.dtype for t in (weight, bias)):
             return original(self, x)
-        if low or not torch.is_autocast_enabled(x.device.type):
+        if low or runtime.autocast_dtype(x.device) is None:
             return kernels.layer_norm(x, weight, bias, self.eps, impl=impl)
         if x.is_cuda:  # where autocast asks for fp32
             x, weight, bias = (None if t is None else t.float() for t in (x, weight, bias))

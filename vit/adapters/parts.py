@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vit import kernels
+from vit.kernels import runtime
 from vit.plain import absent, is_linear, linear, plain
 
 
@@ -112,7 +113,7 @@ def _layer_scale(module: nn.Module) -> Tensor | None:
 
 def _fit(x: Tensor, branch: Tensor, *params: Tensor | None) -> bool:
     """Whether the fused op gives the dtypes that the separate ones would."""
-    if torch.is_autocast_enabled(x.device.type):
+    if runtime.autocast_dtype(x.device) is not None:
         return x.dtype is torch.float32 or x.dtype is torch.float64
     same = all(t is None or t.dtype is branch.dtype for t in params)
     return same and (x.dtype is branch.dtype or x.dtype is torch.float32)

@@ -1,0 +1,91 @@
+"""One card for each architecture that the kernels are compiled for, and how many programs fit on it.
+
+The rates are vendors' figures for dense bf16 with fp32 accumulation and for memory, but for the H100, where they are
+what one card was seen to reach. Either way they are assumed: `ceilings` takes a run's own, once there are results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from benchmarks.harness import Ceilings
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """Limits of a GPU; shared memory in bytes, registers of 32 bits."""
+
+    name: str  # as part of the name that the driver gives the card
+    num_sms: int
+    assumed: Ceilings
+    basis: str  # of ``assumed``
+    max_warps: int = 64  # per multiprocessor
+    max_blocks: int = 32
+    shared: int = 233_472  # 228 KiB
+    registers: int = 65_536
+
+
+# Warps, blocks and shared memory: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+DEVICES = {
+    # NVIDIA A100 80GB SXM datasheet (2021): 312 TFLOP/s, 2,039 GB/s; A100 architecture whitepaper: 108 SMs.
+    80: Device("A100", 108, Ceilings(312.0, 2039.0), "datasheet", shared=167_936),
+    # Ada architecture whitepaper, table of the RTX 4090: 128 SMs, 165.2 TFLOP/s with fp32 accumulation, 1,008 GB/s.
+    89: Device("RTX 4090", 128, Ceilings(165.2, 1008.0), "datasheet", max_warps=48, max_blocks=24, shared=102_400),
+    # H100 SXM5: 132 SMs (architecture whitepaper). The datasheet's 989 TFLOP/s and 3,350 GB/s are not reached: an
+    # 8192^3 product of random numbers runs at 798 TFLOP/s, a copy at 3.0 TB/s.
+    90: Device("H100", 132, Ceilings(798.0, 3000.0), "seen on one card"),
+    # HGX B200 datasheet (2024): 2,250 TFLOP/s and 8,000 GB/s per GPU; 148 SMs as the driver reports them.
+    100: Device("B200", 148, Ceilings(2250.0, 8000.0), "datasheet"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Occupancy:
+    """How many programs and warps a multiprocessor holds at once."""
+
+    blocks: int
+    warps: int
+
+
+def occupancy(device: Device, registers: int, shared: int, warps: int) -> Occupancy:
+    """From a kernel's registers per thread, bytes of shared memory and warps per program.
+
+    The rules of NVIDIA's occupancy calculator from compute capability 8.0 on: a warp gets registers in lots of 256 and
+    warps come in fours; a program's shared memory is rounded up to 128 bytes and has 1 KiB for the system on top.
+    """
+    per_warp = _round_up(max(registers, 1) * 32, 256)
+    by_registers = device.registers // per_warp // 4 * 4 // warps
+    by_shared = device.shared // _round_up(shared + 1024, 128)
+    blocks = min(device.max_blocks, device.max_warps // warps, by_registers, by_shared)
+    return Occupancy(blocks, blocks * warps)
+
+
+def waves(programs: int, slots: int) -> tuple[float, float]:
+    """(how often ``programs`` fill the ``slots`` of a GPU, the share of the slots that the last time uses)."""
+    last = programs % slots or slots
+    return programs / slots, last / slots
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def ceilings(device: Device, results: Path = RESULTS) -> tuple[Ceilings, str]:
+    """(the card's rates, where they come from): the last measured ones under ``results``, or the assumed ones."""
+    found: dict[str, tuple[str, float]] = {}
+    for path in sorted(results.glob("*/bench_*.json")):
+        content = json.loads(path.read_text())
+        about = content["about"]
+        if device.name.lower() not in about.get("gpu", "").lower():
+            continue
+        for record in content["records"]:
+            if record.get("bench") == "ceiling" and record.get("ok", True):
+                field = {"matmul": "tflops", "copy": "gbps"}[record["op"]]
+                found[field] = max(found.get(field, ("", 0.0)), (about["utc"], record[field]))
+    if len(found) < 2:
+        return device.assumed, f"assumed, {device.basis}"
+    return Ceilings(found["tflops"][1], found["gbps"][1]), f"measured {found['tflops'][0]}"
