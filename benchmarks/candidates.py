@@ -1,5 +1,5 @@
-"""What `benchmarks.tune` tries for each function of `vit.kernels.configs`, the nearest to the pinned one first; and what
-is timed to judge it. Only what cannot fit is left out here; what spills, the compiler says.
+"""What `benchmarks.tune` tries for each function of `vit.kernels.configs`, the nearest to the pinned one first, and
+what it times to judge that. Only what cannot fit is left out here; what spills, the compiler says.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import math
 import os
 import signal
 import time
@@ -142,7 +143,8 @@ def tune(
             continue
         record |= summary(compiled.get(config, []))
         try:
-            record["error_rms"], wrong = trial.wrong(config)
+            error_rms, wrong = trial.wrong(config)
+            record["error_rms"] = error_rms if math.isfinite(error_rms) else None
             fn = None if wrong else trial.ready(config)
         except Exception as error:  # too little memory, or more of some resource than there is
             wrong = f"{type(error).__name__}: {error}"[:300]

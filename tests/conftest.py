@@ -78,7 +78,6 @@ LAYERS = {
     "test_preprocess": "commands",
     "test_readme": "commands",
     "test_gpu_script": "GPU script, rehearsed",
-    "test_bench_tune": "benchmarks",
     "test_mutants": "seeded bugs",
 }
 _started = time.time()
