@@ -24,7 +24,7 @@ from benchmarks.gpu_stages.cases import name_of
 from benchmarks.gpu_stages.record import ROOT, Log
 from benchmarks.harness import Bench, Ceilings, Point, Run, Work, measure, measure_ceilings
 from benchmarks.shapes import MODELS, SMALL, Shape
-from benchmarks.variants import Kernels, compile_all, configured, gpu, summary, why_not
+from benchmarks.variants import Kernels, compile_all, configured, gpu, positive, summary, why_not
 from vit import kernels
 from vit.kernels import configs, reference, runtime
 from vit.kernels.configs import Config
@@ -98,10 +98,10 @@ def compile_form(form: str, epilogue: str) -> None:
         gemm(x, weight, bias, activation_of(epilogue), trans_b=True)
 
 
-def compile_forms(arch: int, jobs: int) -> dict[tuple[str, str], Kernels]:
+def compile_forms(arch: int, jobs: int, seconds: float) -> dict[tuple[str, str], Kernels]:
     names = {f"{form}/{epilogue}": (form, epilogue) for form in FORMS if form != BASELINE for epilogue in EPILOGUES}
     calls = {name: functools.partial(compile_form, *key) for name, key in names.items()}
-    return {names[name]: found for name, found in compile_all(calls, arch, jobs=jobs, seconds=150)}
+    return {names[name]: found for name, found in compile_all(calls, arch, jobs=jobs, seconds=seconds)}
 
 
 def experiment(
@@ -190,12 +190,12 @@ def main() -> int:
     parser.add_argument(
         "--arch", type=int, choices=(80, 86, 89, 90, 100), default=90, help="to compile for, without a GPU"
     )
-    parser.add_argument("--budget", type=float, default=220, help="seconds after which no other product is begun")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilers at a time")
+    parser.add_argument("--budget", type=float, default=220, help="seconds after which nothing else is begun")
+    parser.add_argument("--jobs", type=positive, default=len(os.sched_getaffinity(0)), help="compilers at a time")
     args = parser.parse_args()
     deadline, device = time.monotonic() + args.budget, gpu()
     arch = args.arch if device is None else runtime.arch(device)
-    compiled = None if runtime.INTERPRETED else compile_forms(arch, args.jobs)
+    compiled = None if runtime.INTERPRETED else compile_forms(arch, args.jobs, min(args.budget, 150))
     if compiled is not None:
         print(
             f"compiled for sm_{arch}, not measured: bf16, aligned sizes\n{compiled_table(arch, compiled)}", flush=True

@@ -27,7 +27,7 @@ from benchmarks.candidates import OPS, TARGETS, Target, candidates
 from benchmarks.gpu_stages.record import ROOT, Log
 from benchmarks.harness import Bench, Gate, milliseconds, percentiles, ready, release, tensors_of
 from benchmarks.shapes import Shape
-from benchmarks.variants import Kernels, compile_all, configured, gpu, summary, why_not
+from benchmarks.variants import Kernels, compile_all, configured, gpu, positive, summary, why_not
 from vit.kernels import runtime
 from vit.kernels.configs import Config
 
@@ -179,12 +179,6 @@ def line_for(name: str, trial: Trial, log: Log, winner: Config, ms: float, pinne
     measured = f"{ms:.4g} ms, before {pinned_ms:.4g} ms ({pinned_ms / ms:.2f}x)"
     where = f"{about['gpu']}, Triton {about['triton']}, commit {about['commit']}"
     return f"# {name}, {trial.shape} {trial.target.mode}: {measured}; {where}\nreturn {text_of(winner)}"
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return int(text)
 
 
 def main() -> int:
