@@ -8,7 +8,8 @@ READY := $(VENV)/.ready
 endif
 PIP = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint test-peers gpu bench roofline memory lock lock-3.6 mutate peers clean
+.PHONY: demo test lint test-peers gpu bench roofline memory prediction report profile tune experiment-gemm \
+	bench-smoke lock lock-3.6 mutate peers clean
 
 demo: $(READY)
 	$(PY) -m vit demo
@@ -38,6 +39,37 @@ roofline: $(READY)
 # Counted, no GPU: make memory ARGS="--shape vit_base_patch16_224/b256 --largest 79"
 memory: $(READY)
 	$(PY) -m benchmarks.memory $(ARGS)
+
+prediction: $(READY)
+	$(PY) -m benchmarks.prediction
+
+# README's table and the plots, from the files in benchmarks/results, or from the prediction while there are none.
+report: $(READY)
+	$(PIP) -e ".[report]"
+	$(PY) -m benchmarks.report $(ARGS)
+
+profile: $(READY)
+	$(PY) -m benchmarks.profile $(ARGS)
+
+# Other configurations of an op than the pinned one: make tune OP=mlp, or make tune OP=attention ARGS="--budget 120"
+tune: $(READY)
+	$(PY) -m benchmarks.tune $(OP) $(ARGS)
+
+# Which form of the GEMM, which GELU, against cuBLAS. Without a GPU: what each form compiles to.
+experiment-gemm: $(READY)
+	$(PY) -m benchmarks.experiment_gemm $(ARGS)
+
+# All of the above, small, without a GPU: that it runs. Nothing is measured but the CPU path by pytest-benchmark.
+bench-smoke: $(READY)
+	$(PIP) -e ".[report]"
+	$(PY) -m benchmarks --rehearse
+	$(PY) -m pytest benchmarks --benchmark-only --benchmark-columns=median -q
+	$(PY) -m benchmarks.roofline --shape vit_tiny_patch16_224/b64 --arch 90
+	$(PY) -m benchmarks.memory --shape vit_tiny_patch16_224/b64
+	$(PY) -m benchmarks.experiment_gemm --budget 8
+	$(PY) -m benchmarks.tune layer_norm --limit 2
+	$(PY) -m benchmarks.profile --top 10
+	$(PY) -m benchmarks.report --check
 
 lock: $(READY)
 	$(PY) tests/lock.py --update

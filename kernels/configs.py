@@ -14,7 +14,12 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Tile sizes (unused ones stay 0), warps per program and pipeline depth."""
+    """Tile sizes (unused ones stay 0), warps per program and pipeline depth; the last three are for `gemm` alone.
+
+    split: the epilogue takes the columns of a tile in so many pieces, 1, 2 or 4.
+    warp_specialize: some warps load and the others multiply, where the compiler can.
+    cheap: whether GELU does without erf; None means where the result has 16 bits.
+    """
 
     block_m: int = 0
     block_n: int = 0
@@ -22,6 +27,9 @@ class Config:
     group_m: int = 0
     num_warps: int = 4
     num_stages: int = 1
+    split: int = 2
+    warp_specialize: bool = False
+    cheap: bool | None = None
 
 
 def next_power_of_2(n: int) -> int:

@@ -54,6 +54,7 @@ def _gemm_kernel(
     TRANS_A: tl.constexpr, TRANS_B: tl.constexpr, ACTIVATION: tl.constexpr, P: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    SPLIT: tl.constexpr, CHEAP: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     pid_m, pid_n = tile.grouped_tile(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
@@ -63,18 +64,28 @@ def _gemm_kernel(
     a_desc = _describe(a_ptr, stride_a, M, K, BLOCK_M, BLOCK_K, TRANS_A)
     b_desc = _describe(b_ptr, stride_b, K, N, BLOCK_K, BLOCK_N, TRANS_B)
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
-    for start_k in range(0, K, BLOCK_K):
+    for start_k in tl.range(0, K, BLOCK_K, warp_specialize=WARP_SPECIALIZE):
         a = _load(a_desc, start_m, start_k, TRANS_A)
         b = _load(b_desc, start_k, start_n, TRANS_B)
         acc = tile.dot(a, b, acc, PRECISION)
 
-    # Half the columns at a time: a whole tile beside GELU's temporaries spills registers.
-    left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-    half_n = BLOCK_N // 2
-    _epilogue(left, pid_m, start_n, bias_ptr, pre_ptr, seed_ptr, out_ptr, second_ptr, M, N, SITE, ACTIVATION, P)
-    _epilogue(
-        right, pid_m, start_n + half_n, bias_ptr, pre_ptr, seed_ptr, out_ptr, second_ptr, M, N, SITE, ACTIVATION, P
-    )
+    # Some of the columns at a time: a whole tile beside GELU's temporaries spills registers.
+    pieces = (acc,)
+    if SPLIT >= 2:
+        pieces = _halves(acc)
+    if SPLIT == 4:
+        pieces = _halves(pieces[0]) + _halves(pieces[1])
+    for i in tl.static_range(SPLIT):
+        _epilogue(
+            pieces[i], pid_m, start_n + i * (BLOCK_N // SPLIT), bias_ptr, pre_ptr, seed_ptr, out_ptr, second_ptr,
+            M, N, SITE, ACTIVATION, P, CHEAP,
+        )  # fmt: skip
+
+
+@triton.jit
+def _halves(x):
+    """The left and the right half of the columns."""
+    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
 
 
 @triton.jit
@@ -82,9 +93,12 @@ def _epilogue(
     acc, pid_m, start_n,
     bias_ptr, pre_ptr, seed_ptr, out_ptr, second_ptr,
     M, N, SITE,
-    ACTIVATION: tl.constexpr, P: tl.constexpr,
+    ACTIVATION: tl.constexpr, P: tl.constexpr, CHEAP: tl.constexpr,
 ):  # fmt: skip
-    """Bias, activation and dropout for the rows of tile row pid_m and the columns from start_n, and the stores."""
+    """Bias, activation and dropout for the rows of tile row pid_m and the columns from start_n, and the stores.
+
+    CHEAP: whether GELU does without erf, see `tile.gelu_and_grad`; None: where the result has 16 bits.
+    """
     BLOCK_M: tl.constexpr = acc.shape[0]
     first_row = pid_m * BLOCK_M  # 64-bit; the offsets from there on are not, which halves their registers
     offs_m = tl.arange(0, BLOCK_M)
@@ -96,14 +110,14 @@ def _epilogue(
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(acc.dtype)[None, :]
     if ACTIVATION is not None:
-        CHEAP: tl.constexpr = out_ptr.dtype.element_ty.primitive_bitwidth == 16
+        NO_ERF: tl.constexpr = out_ptr.dtype.element_ty.primitive_bitwidth == 16 if CHEAP is None else CHEAP
         if pre_ptr is not None:
             pre = tl.load(pre_ptr + first_row * N + offs_out, mask=mask, other=0.0).to(acc.dtype)
-            second, factor = tile.gelu_and_grad(pre, ACTIVATION, CHEAP)
+            second, factor = tile.gelu_and_grad(pre, ACTIVATION, NO_ERF)
             acc *= factor
         else:
             second = acc
-            acc, _ = tile.gelu_and_grad(acc, ACTIVATION, CHEAP)
+            acc, _ = tile.gelu_and_grad(acc, ACTIVATION, NO_ERF)
         if seed_ptr is not None:
             keep = tile.keep(tl.load(seed_ptr), SITE, (first_row + offs_m)[:, None], offs_n[None, :], P).to(acc.dtype)
             acc *= keep
@@ -130,7 +144,7 @@ def _activation_kernel(
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
 
     x = tl.load(x_ptr + offs_m[:, None] * N + offs_n[None, :], mask=mask, other=0.0).to(ACC)
-    _epilogue(x, pid_m, start_n, None, pre_ptr, seed_ptr, out_ptr, None, M, N, SITE, ACTIVATION, P)
+    _epilogue(x, pid_m, start_n, None, pre_ptr, seed_ptr, out_ptr, None, M, N, SITE, ACTIVATION, P, None)
 
 
 def _operand(x: Tensor) -> Tensor:
@@ -181,7 +195,10 @@ def gemm(
     if K == 0:  # a descriptor has no empty dimension, but a product over nothing is one over a zero
         K, a, b = 1, a.new_zeros((1, M) if trans_a else (M, 1)), b.new_zeros((N, 1) if trans_b else (1, N))
     a, b = _operand(a), _operand(b)
-    host = configs.has_tma(arch)
+    # The host makes the descriptors, but for warps that split a tile: the compiler narrows only what the kernel makes.
+    host = configs.has_tma(arch) and not config.warp_specialize
+    if config.warp_specialize:
+        runtime.allow_descriptors(a.device)
     runtime.launch(
         _gemm_kernel, triton.cdiv(M, block_m) * triton.cdiv(N, block_n),
         a_ptr=TensorDescriptor.from_tensor(a, [block_k, block_m] if trans_a else [block_m, block_k]) if host else a,
@@ -192,6 +209,7 @@ def gemm(
         TRANS_A=trans_a, TRANS_B=trans_b, ACTIVATION=activation, P=dropout_p,
         PRECISION=precision, ACC=runtime.acc_type(a.dtype),
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=config.group_m,
+        SPLIT=config.split, CHEAP=config.cheap, WARP_SPECIALIZE=config.warp_specialize,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out, extra

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -66,6 +67,11 @@ def num_sms(device: torch.device) -> int:
     if _dry_run is not None:
         return _dry_run.num_sms
     return 3 if INTERPRETED else _num_sms(device.index or 0)
+
+
+def allow_descriptors(device: torch.device) -> None:
+    """Gives this thread's next launches the memory in which a GPU with TMA keeps descriptors that a kernel makes."""
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
 
 
 def acc_type(dtype: torch.dtype) -> tl.dtype:
@@ -332,6 +338,8 @@ def launch(kernel: Any, grid: int | tuple[int, ...], *, num_warps: int, num_stag
     grid = (grid,) if isinstance(grid, int) else grid
     if 0 in grid:
         return
+    if not INTERPRETED:
+        _fix_cache_keys()
     if grid[0] > 2**31 - 1 or any(g > 65_535 for g in grid[1:]):
         raise ValueError(f"{kernel.__name__}: a grid of {grid} exceeds what CUDA can launch")
     # Explicit, because Triton's default has changed between versions and it changes results.
@@ -342,6 +350,19 @@ def launch(kernel: Any, grid: int | tuple[int, ...], *, num_warps: int, num_stag
     device = next(a.device for a in map(_tensor_of, args.values()) if a is not None)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](**args, **options)
+
+
+@functools.cache
+def _fix_cache_keys() -> None:
+    """So that every process finds a kernel in Triton's cache under one key, whichever of them it needs first.
+
+    Triton computes a function's key when it is first asked for, and the order in which functions are asked shows in it.
+    """
+    package = __name__.rpartition(".")[0]
+    for name in sorted(name for name in sys.modules if name.startswith(f"{package}.")):
+        for value in vars(sys.modules[name]).values():
+            if isinstance(value, triton.JITFunction):
+                value.cache_key  # noqa: B018 (kept once it is known)
 
 
 def _tensor_of(arg: Any) -> torch.Tensor | None:

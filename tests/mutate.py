@@ -157,9 +157,16 @@ MUTANTS = [
     Mutant(
         "gemm: the last tile of K is dropped",
         "kernels/linear.py",
-        "for start_k in range(0, K, BLOCK_K):",
-        "for start_k in range(0, K - K % BLOCK_K, BLOCK_K):",
+        "for start_k in tl.range(0, K, BLOCK_K,",
+        "for start_k in tl.range(0, K - K % BLOCK_K, BLOCK_K,",
         (f"{LINEAR}::test_linear",),
+    ),
+    Mutant(
+        "gemm: quarters of the columns in the wrong order",
+        "kernels/linear.py",
+        "_halves(pieces[0]) + _halves(pieces[1])",
+        "_halves(pieces[1]) + _halves(pieces[0])",
+        (f"{LINEAR}::test_forms_of_the_gemm_agree",),
     ),
     Mutant(
         "gemm: accumulates in 16 bits",

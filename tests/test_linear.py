@@ -64,6 +64,40 @@ def test_every_tile_is_right(randn, monkeypatch, config):
     check_op(ours("gelu"), ref("gelu"), layer(randn, (139, 72), 200), torch.float16)
 
 
+@pytest.mark.parametrize("split", [1, 2, 4])
+@pytest.mark.parametrize("cheap", [False, True])
+def test_every_form_of_the_epilogue_is_right(randn, monkeypatch, split, cheap):
+    """Tiles that hang over every edge, also ones of which whole pieces lie beyond the last column."""
+    config = configs.Config(32, 128, 32, 2, split=split, cheap=cheap, warp_specialize=split == 4)
+    monkeypatch.setattr(configs, "gemm", lambda *_: config)
+    check_op(ours("gelu"), ref("gelu"), layer(randn, (37, 72), 168), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forms_of_the_gemm_agree(randn, monkeypatch, dtype):
+    """To the bit where only pieces and warps differ; the cheap GELU, also when fp32 asks for it, within its error."""
+    a, b, bias, pre = (randn(*s).to(dtype) for s in [(37, 72), (168, 72), (168,), (37, 168)])
+    products = [
+        lambda: gemm(a, b, bias, trans_b=True),
+        lambda: gemm(a, b, bias, "gelu", trans_b=True, second=True),
+        lambda: gemm(a, b, None, "gelu", pre, trans_b=True, second=True),
+    ]
+
+    def results(**form):
+        config = configs.Config(32, 128, 32, 2, **form)
+        monkeypatch.setattr(configs, "gemm", lambda *_: config)
+        return [t for product in products for t in product()]
+
+    default, erf, cheap = results(), results(cheap=False), results(cheap=True)
+    for form in ({"split": 1}, {"split": 4}, {"warp_specialize": True}):
+        assert all(map(torch.equal, results(**form), default)), form
+    # What the default derives from the type of the result, and that the two forms differ at all, but by little.
+    same, other = (erf, cheap) if dtype is torch.float32 else (cheap, erf)
+    assert all(map(torch.equal, same, default)) and not all(map(torch.equal, other, default))
+    for x, y in zip(erf, cheap, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-2 if dtype is torch.bfloat16 else 0.0, atol=2e-5)
+
+
 @pytest.mark.parametrize("arch", [80, 89, 90, 100])
 @pytest.mark.parametrize(
     "dtype_precision", [(torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee")]

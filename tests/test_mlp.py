@@ -73,6 +73,13 @@ def test_every_tile_is_right(randn, monkeypatch, dtype_precision):
         check_op(ours(), ref(), block(randn, (139, 40), 200, 24), dtype_precision[0])
 
 
+@pytest.mark.parametrize("split", [1, 4])
+def test_every_form_of_the_epilogue_is_right(randn, monkeypatch, drop, split):
+    config = configs.Config(32, 128, 32, 2, split=split, warp_specialize=split == 4, cheap=split == 4)
+    monkeypatch.setattr(configs, "gemm", lambda *_: config)
+    check_op(ours(**drop), ref(**drop), block(randn, (37, 40), 168, 24), torch.bfloat16)
+
+
 @pytest.mark.parametrize(("shape", "hidden", "out"), [SHAPES[0], SHAPES[3]])
 def test_dropout(randn, dtype, drop, shape, hidden, out):
     check_op(ours(**drop), ref(**drop), block(randn, shape, hidden, out), dtype)

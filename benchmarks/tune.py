@@ -1,0 +1,236 @@
+"""``make tune OP=mlp``: other configurations of an op's kernels than the pinned one, tried within a time budget.
+
+The candidates are compiled beforehand, in parallel, on the CPU. What spills or does not fit is dropped with a line. On
+a GPU each of the others has to pass the gate of `benchmarks.harness` and give the same bits twice, and is then timed in
+turn with the pinned one; the best few once more, for longer. Printed at the end: the line for ``kernels/configs.py``
+with the measurement behind it, or that the pinned one stays. Times go into ``tune_<target>.json`` as they are known.
+Without a GPU the table of what the candidates compile to is all. Where kernels are interpreted (``TRITON_INTERPRET=1``)
+it is a rehearsal on a tiny shape, into ``build/``. Nothing of the library tunes at run time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks import shapes
+from benchmarks.candidates import OPS, TARGETS, Target, candidates
+from benchmarks.gpu_stages.record import ROOT, Log
+from benchmarks.harness import Bench, Gate, milliseconds, percentiles, ready, release, tensors_of
+from benchmarks.shapes import Shape
+from benchmarks.variants import Kernels, compile_all, configured, gpu, positive, summary, why_not
+from vit.kernels import runtime
+from vit.kernels.configs import Config
+
+WORTH = 1.02  # how much faster a configuration has to be to replace the pinned one
+FINALISTS = 3
+
+
+def bench_of(target: Target, config: Config) -> Bench:
+    """The bench with one provider: our op, its kernels configured so."""
+    ours, impl = target.bench.providers["ours"], "triton" if runtime.INTERPRETED else target.impl
+    return dataclasses.replace(target.bench, providers={"ours": functools.partial(ours, impl=impl)}, compiles=None)
+
+
+def text_of(config: Config) -> str:
+    """As `kernels/configs.py` writes it; what is as by default is left out."""
+    given = ((f.name, getattr(config, f.name), f.default) for f in dataclasses.fields(config))
+    return f"Config({', '.join(f'{name}={value!r}' for name, value, default in given if value != default)})"
+
+
+# ---- compiling -------------------------------------------------------------------------------------------------------
+
+
+def compile_call(name: str, shape: Shape, dtype: torch.dtype, config: Config) -> None:
+    """Every launch of a forward and backward, and of a forward without gradients if that is what is timed.
+
+    A batch of 16 compiles as every other that is a multiple of it.
+    """
+    target = TARGETS[name]
+    small = dataclasses.replace(shape, batch=16) if shape.batch % 16 == 0 else shape
+    tensors = target.bench.inputs(small, lambda *sizes, scale=1.0: torch.empty(sizes, dtype=dtype))
+    with configured(target.function, config, target.role):
+        run = bench_of(target, config).run("ours", small, tensors)
+        outs = run.call()
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        torch.autograd.grad(outs, run.wanted, [torch.empty_like(o) for o in outs], allow_unused=True)
+        if target.mode == "fwd":
+            with torch.no_grad():
+                run.call()
+
+
+def compile_candidates(
+    name: str, shape: Shape, dtype: torch.dtype, found: list[Config], arch: int, jobs: int, seconds: float
+) -> dict[Config, Kernels]:
+    """What compiled within ``seconds``, and a line for each candidate, with the reason for the dropped ones."""
+    texts = {text_of(config): config for config in found}
+    calls = {text: functools.partial(compile_call, name, shape, dtype, config) for text, config in texts.items()}
+    print(f"{'registers':>9}{'spill B':>9}{'shared B':>10}  compiled for sm_{arch}, not measured: {name}, {shape}")
+    good, tried = {}, 0
+    for text, launched in compile_all(calls, arch, jobs=jobs, seconds=seconds):
+        kernels_ = [k for k in launched if k["kernel"].startswith((TARGETS[name].kernel, "?"))]
+        tried += 1
+        why, f = why_not(arch, kernels_), summary(kernels_)
+        figures = "".join(f"{f.get(k, '-'):>{w}}" for k, w in [("registers", 9), ("spill", 9), ("shared", 10)])
+        note = f"dropped: {why}" if why else "pinned" if texts[text] == found[0] else ""
+        print(f"{figures}  {text}  {note}".rstrip(), flush=True)
+        if why is None:
+            good[texts[text]] = kernels_
+    print(f"{tried} of {len(found)} candidates compiled in time, {tried - len(good)} of them dropped")
+    return good
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+class Trial:
+    """One target at one shape, and what the gate says of it."""
+
+    def __init__(self, target: Target, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+        self.target, self.shape, self.device = target, shape, device
+        self.tensors = tensors_of(target.bench, shape, dtype, device)
+        self.gate = Gate(target.bench, shape, self.tensors)
+
+    def wrong(self, config: Config) -> tuple[float, str | None]:
+        """(rms error, what is wrong): parity, or that a second call gives other bits."""
+        with self._configured(config):
+            run = bench_of(self.target, config).run("ours", self.shape, self.tensors)
+            error, wrong = self.gate.error(run)
+            first, again = self.gate.results(run), self.gate.results(run)
+        if wrong is None and not all(map(torch.equal, first, again)):
+            wrong = "a second call gives other bits"
+        return error, wrong
+
+    def ready(self, config: Config) -> Callable[[], Any]:
+        """What is timed; as a CUDA graph on a GPU, so that the CPU's time does not count."""
+        with self._configured(config):
+            run = bench_of(self.target, config).run("ours", self.shape, self.tensors)
+            fn = ready(run, self.gate.cotangents, self.target.mode, self.device, self.device.type == "cuda")
+
+        def call() -> Any:
+            with self._configured(config):
+                return fn()
+
+        return call
+
+    def _configured(self, config: Config) -> Any:
+        return configured(self.target.function, config, self.target.role)
+
+
+def tune(
+    name: str, trial: Trial, found: list[Config], compiled: dict[Config, Kernels], log: Log
+) -> tuple[Config, float, float]:
+    """(the best configuration, its milliseconds, those of the pinned one); the pinned one is the first of ``found``.
+
+    Raises:
+        RuntimeError: the pinned one fails the gate.
+    """
+    pinned, base, ratios = found[0], None, {}
+    about = {"bench": "tune", "op": name, "shape": str(trial.shape), "mode": trial.target.mode}
+    for config in found:
+        record = about | {"config": text_of(config), "pinned": config == pinned}
+        if base and log.seconds_left < 0:
+            log.add(ok=True, **record, skipped="budget")
+            continue
+        record |= summary(compiled.get(config, []))
+        try:
+            error_rms, wrong = trial.wrong(config)
+            record["error_rms"] = error_rms if math.isfinite(error_rms) else None
+            fn = None if wrong else trial.ready(config)
+        except Exception as error:  # too little memory, or more of some resource than there is
+            wrong = f"{type(error).__name__}: {error}"[:300]
+        if wrong:
+            log.add(ok=False, **record, error=f"{wrong}: not timed")
+            if config == pinned:
+                raise RuntimeError(f"{name}: the pinned configuration is not timed: {wrong}")
+            continue
+        base = base or fn
+        found_ms = milliseconds({"pinned": base, "this": fn}, trial.device, rounds=2, rep_ms=15)
+        pinned_ms, this = percentiles(found_ms["pinned"])["ms_p50"], percentiles(found_ms["this"])
+        ratios[config] = pinned_ms / this["ms_p50"]
+        log.add(ok=True, **record, **this, ratio=ratios[config])
+        del fn
+        release(trial.device)
+    best = sorted(ratios, key=ratios.__getitem__, reverse=True)[:FINALISTS]
+    fns = {config: trial.ready(config) for config in dict.fromkeys([pinned, *best])}
+    final = {config: percentiles(times) for config, times in milliseconds(fns, trial.device, rounds=5).items()}
+    ms = {config: found["ms_p50"] for config, found in final.items()}
+    winner = min(ms, key=ms.__getitem__)
+    if ms[pinned] < WORTH * ms[winner]:
+        winner = pinned
+    for config in final:
+        record = about | {"config": text_of(config), "pinned": config == pinned, "chosen": config == winner}
+        log.add(ok=True, **record, final=True, **final[config], ratio=ms[pinned] / ms[config])
+    return winner, ms[winner], ms[pinned]
+
+
+def line_for(name: str, trial: Trial, log: Log, winner: Config, ms: float, pinned_ms: float) -> str:
+    """What goes into `kernels/configs.py`: the measurement as a comment, then the configuration."""
+    about = log.about
+    measured = f"{ms:.4g} ms, before {pinned_ms:.4g} ms ({pinned_ms / ms:.2f}x)"
+    where = f"{about['gpu']}, Triton {about['triton']}, commit {about['commit']}"
+    return f"# {name}, {trial.shape} {trial.target.mode}: {measured}; {where}\nreturn {text_of(winner)}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.splitlines()[0])
+    parser.add_argument("op", choices=OPS, help="one target, or all targets of an op")
+    parser.add_argument("--shape", help=f"{shapes.MODELS['B/16']} (default) or another so written")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--budget", type=float, default=60, help="seconds for each target (default 60)")
+    parser.add_argument(
+        "--limit", type=positive, help="no more candidates than this, the nearest to the pinned one first"
+    )
+    parser.add_argument(
+        "--arch", type=int, choices=(80, 86, 89, 90, 100), default=90, help="to compile for, without a GPU"
+    )
+    parser.add_argument("--jobs", type=positive, default=len(os.sched_getaffinity(0)), help="compilers at a time")
+    args = parser.parse_args()
+    device, rehearsal = gpu(), runtime.INTERPRETED
+    try:
+        shape = shapes.parse(args.shape) if args.shape else shapes.SMALL if rehearsal else shapes.MODELS["B/16"]
+    except ValueError as error:
+        parser.error(str(error))
+    dtype = torch.float32 if rehearsal else getattr(torch, args.dtype)
+    arch = args.arch if device is None else runtime.arch(device)
+    card = "rehearsal" if rehearsal else torch.cuda.get_device_name() if device else ""
+    done = 0
+    for name in [n for n in TARGETS if n == args.op or n.rsplit("_", 1)[0] == args.op]:
+        target, deadline = TARGETS[name], time.monotonic() + args.budget
+        found, compiled = candidates(target.function, arch, shape, dtype, target.role)[: args.limit], {}
+        if not rehearsal:
+            seconds = args.budget / 2 if device else args.budget
+            compiled = compile_candidates(name, shape, dtype, found, arch, args.jobs, seconds)
+            found = [found[0], *(c for c in found[1:] if c in compiled)]
+        if device is None:
+            continue
+        out = ROOT / ("build/rehearsal" if rehearsal else f"benchmarks/results/{'-'.join(card.lower().split())}")
+        out.mkdir(parents=True, exist_ok=True)
+        about = {"gpu": card, "command": f"python -m benchmarks.tune {name} --shape {shape} --dtype {args.dtype}"}
+        log = Log(out / f"tune_{name}.json", about, rehearsal, deadline)
+        if device.type == "cuda":
+            signal.alarm(int(args.budget) + 60)  # a candidate that hangs ends the run; what was found is written
+        trial = Trial(target, shape, dtype, device)
+        try:
+            winner, ms, pinned_ms = tune(name, trial, found, compiled, log)
+        except RuntimeError as error:
+            print(error)
+            done = 1
+            continue
+        verdict = "the pinned configuration stays" if winner == found[0] else "for kernels/configs.py:"
+        print("rehearsal: times of an interpreter say nothing about a GPU" if rehearsal else verdict)
+        print(f"{line_for(name, trial, log, winner, ms, pinned_ms)}\nresults in {log.path}")
+    return done
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,278 @@
+"""`benchmarks.tune` and `benchmarks.experiment_gemm`: what they refuse, what they print; rehearsed without a GPU."""
+
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import experiment_gemm, tune
+from benchmarks.candidates import candidates
+from benchmarks.gpu_stages.record import Log
+from benchmarks.harness import Bench, Ceilings, Work
+from benchmarks.shapes import MODELS, SMALL, Shape
+from benchmarks.variants import configured
+from vit import kernels
+from vit.kernels import configs, reference
+from vit.kernels.configs import Config
+
+ROOT = Path(__file__).parent.parent
+B = MODELS["B/16"]
+
+
+def all_candidates(arch, dtype=torch.bfloat16):
+    return {name: candidates(t.function, arch, B, dtype, t.role) for name, t in tune.TARGETS.items()}
+
+
+# ---- candidates ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_candidates_begin_with_the_pinned_one(arch):
+    found = all_candidates(arch)
+    bf16 = torch.bfloat16
+    pinned = {
+        "mlp": configs.gemm(arch, bf16, "ieee"),
+        "linear": configs.gemm(arch, bf16, "ieee"),
+        "attention_fwd": configs.attention_fwd(arch, 197, 64, bf16),
+        "attention_bwd": configs.attention_bwd(arch, 197, 64, bf16),
+        "layer_norm": configs.layer_norm(arch, 768),
+        "patch_embed_fwd": configs.patch_embed(arch, "fwd", bf16, "ieee"),
+        "patch_embed_dw": configs.patch_embed(arch, "dw", bf16, "ieee"),
+        "patch_embed_dimage": configs.patch_embed(arch, "dimage", bf16, "ieee"),
+        "elementwise": configs.elementwise(arch, 768),
+    }
+    assert {name: of[0] for name, of in found.items()} == pinned
+    for name, of in found.items():
+        assert len(of) == len(set(of)) >= 8, name
+
+
+def test_candidates_are_what_can_run():
+    found = all_candidates(90)
+    assert Config(128, 256, 64, 8, 8, 3, 4) in found["mlp"]  # what kernels.md compiled without spills
+    assert Config(128, 256, 64, 8, 4, 3, 2, warp_specialize=True) in found["mlp"]
+    assert Config(128, 256, 64, 8, 4, 3, 2) not in found["mlp"]  # 256 accumulators a thread
+    assert not any(c.warp_specialize for c in all_candidates(80)["mlp"])
+    for c in found["mlp"]:
+        assert 2 * c.num_stages * (c.block_m + c.block_n) * c.block_k <= 232_448
+    assert {c.block_n for c in found["layer_norm"]} == {1024}  # a row is held whole
+
+
+def test_the_nearest_are_tried_first():
+    of = all_candidates(90)["attention_fwd"]
+    changed = [sum(a != b for a, b in zip(*map(dataclasses.astuple, (c, of[0])), strict=True)) for c in of]
+    assert changed == sorted(changed) and changed[:2] == [0, 1]
+
+
+def test_pinned_configuration_is_restored():
+    pinned, other = configs.gemm(90, torch.bfloat16, "ieee"), Config(64, 64, 64, 8)
+    with pytest.raises(KeyError), configured("gemm", other):
+        assert configs.gemm(90, torch.bfloat16, "ieee") == other
+        raise KeyError
+    assert configs.gemm(90, torch.bfloat16, "ieee") == pinned
+    roles = {role: configs.patch_embed(90, role, torch.bfloat16, "ieee") for role in ("fwd", "dw", "dimage")}
+    with configured("patch_embed", other, "dw"):
+        assert {r: configs.patch_embed(90, r, torch.bfloat16, "ieee") for r in roles} == roles | {"dw": other}
+
+
+@pytest.mark.parametrize("config", [Config(), Config(128, 256, 64, 8, 4, 3, 4, True, False), Config(1, 1024)])
+def test_printed_configuration_is_python(config):
+    assert eval(tune.text_of(config), {"Config": Config}) == config
+    assert eval(tune.text_of(config)) == config
+
+
+# ---- measuring, rehearsed --------------------------------------------------------------------------------------------
+
+FIRST, OTHER, THIRD = (Config(block_m=m, block_n=256, num_warps=4) for m in (2, 4, 8))
+
+
+def trial_of(device, ours):
+    """LayerNorm of 9 rows by ``ours(config now, x, weight, bias)``."""
+
+    def run(x, weight, bias, impl):
+        return ours(configs.layer_norm(0, 192), x, weight, bias)
+
+    inputs = lambda s, rand: {"x": rand(1, 9, 192), "weight": rand(192), "bias": rand(192)}  # noqa: E731
+    work = lambda s, e: {"fwd": Work(0, 1), "bwd": Work(0, 1)}  # noqa: E731
+    bench = Bench("layer_norm", "layer_norm", inputs, work, reference.layer_norm, {"ours": run}, compiles=None)
+    return tune.Trial(tune.Target("layer_norm", "_layer_norm", bench, "fwd"), SMALL, torch.float32, device)
+
+
+def layer_norm(_, x, weight, bias):
+    return kernels.layer_norm(x, weight, bias, impl="triton")
+
+
+def log_of(path, **about):
+    return Log(path, {"gpu": "rehearsal", "command": "python -m benchmarks.tune", **about}, rehearse=True)
+
+
+@pytest.fixture
+def fake_times(monkeypatch):
+    """Milliseconds by configuration instead of a clock."""
+
+    def of(**ms):
+        def milliseconds(fns, device, **_):
+            current = {}
+            for name, fn in fns.items():
+                seen.clear()
+                fn()
+                current[name] = [ms[f"m{seen[-1].block_m}"]] * 3
+            return current
+
+        monkeypatch.setattr(tune, "milliseconds", milliseconds)
+
+    seen = []
+    of.seen = seen
+    return of
+
+
+def test_fastest_that_is_right_is_chosen(device, tmp_path, fake_times):
+    def ours(config, *args):
+        fake_times.seen.append(config)
+        y = layer_norm(config, *args)
+        return y * 1.01 if config == THIRD else y
+
+    fake_times(m2=2.0, m4=1.0, m8=0.1)  # the fastest one is wrong
+    log = log_of(tmp_path / "tune.json")
+    trial = trial_of(device, ours)
+    winner, ms, before = tune.tune("layer_norm", trial, [FIRST, OTHER, THIRD], {}, log)
+    assert (winner, ms, before) == (OTHER, 1.0, 2.0)
+    records = json.loads((tmp_path / "tune.json").read_text())["records"]
+    wrong = [r for r in records if r["config"] == tune.text_of(THIRD)]
+    assert len(wrong) == 1 and "parity" in wrong[0]["error"] and "ms_p50" not in wrong[0] and not wrong[0]["ok"]
+    assert [r["config"] for r in records if r.get("chosen")] == [tune.text_of(OTHER)]
+    assert all(r["rehearsal"] for r in records)
+    comment, line = tune.line_for("layer_norm", trial, log, winner, ms, before).splitlines()
+    assert "1 ms, before 2 ms (2.00x)" in comment and "rehearsal" in comment and comment.startswith("# ")
+    namespace = {"Config": Config}
+    exec(f"def f():\n    {comment}\n    {line}", namespace)
+    assert namespace["f"]() == OTHER
+
+    fake_times(m2=1.01, m4=1.0, m8=0.1)  # within noise
+    assert tune.tune("layer_norm", trial, [FIRST, OTHER], {}, log)[0] == FIRST
+
+
+def test_other_bits_are_refused(device, tmp_path):
+    noise = itertools.count(1)
+    trial = trial_of(device, lambda config, *args: layer_norm(config, *args) + (config == OTHER) * next(noise) * 2**-23)
+    assert trial.wrong(FIRST)[1] is None and "other bits" in trial.wrong(OTHER)[1]
+
+
+def test_wrong_pinned_configuration_ends_it(device, tmp_path):
+    trial = trial_of(device, lambda config, *args: layer_norm(config, *args) + 1.0)
+    with pytest.raises(RuntimeError, match=r"pinned configuration is not timed: parity"):
+        tune.tune("layer_norm", trial, [FIRST, OTHER], {}, log_of(tmp_path / "tune.json"))
+
+
+@pytest.mark.parametrize("name", ["attention_bwd", "layer_norm"])
+def test_rehearsal_of_tuning(device, tmp_path, name):
+    """The real ops, interpreted, timed by the clock: the candidate reaches the kernel and is right."""
+    target, shape = tune.TARGETS[name], Shape("vit_tiny_patch16_224", 1, 32)
+    trial = tune.Trial(target, shape, torch.float32, device)
+    found = candidates(target.function, 0, shape, torch.float32, target.role)
+    used = next(c for c in found[1:] if c.block_m != found[0].block_m)
+    log = log_of(tmp_path / "tune.json")
+    winner, ms, pinned_ms = tune.tune(name, trial, [found[0], used], {}, log)
+    assert winner in (found[0], used) and 0 < ms <= pinned_ms
+    assert log.ok and {r["config"] for r in log.records} == {tune.text_of(c) for c in (found[0], used)}
+
+
+def test_rehearsal_of_the_experiment(device, tmp_path, monkeypatch):
+    run_form = experiment_gemm.run_form
+
+    def one_is_wrong(form, epilogue, **tensors):
+        return run_form(form, epilogue, **tensors) * (1.05 if (form, epilogue) == ("pinned", "erf") else 1.0)
+
+    monkeypatch.setattr(experiment_gemm, "run_form", one_is_wrong)
+    log, forms = log_of(tmp_path / "bench_gemm.json"), ["cublas", "128x256 w4 specialised split 2", "pinned"]
+    spilled = {"kernel": "_gemm_kernel", "registers": 168, "spill": 64, "shared": 1, "wgmma": 8, "tma": 3, "atomics": 0}
+    good = [spilled | {"spill": 0}]
+    compiled = {(form, e): good for form in forms for e in experiment_gemm.EPILOGUES}
+    compiled[forms[1], "cheap"] = [spilled]
+    monkeypatch.setattr(experiment_gemm, "why_not", lambda arch, k: "spills 64 bytes" if k[0]["spill"] else None)
+    shape = Shape("vit_tiny_patch16_224", 1, 32)
+    experiment_gemm.experiment(log, shape, device, torch.float16, ["fc2"], forms, compiled, 90, Ceilings(1.0, 1.0))
+    cells = {(r["op"], r["provider"]): r for r in log.records}
+    assert len(cells) == 9 and cells["fc2 bias", "pinned"]["ms_p50"] > 0
+    assert "parity" in str(cells["fc2 erf", "pinned"]) and "ms_p50" not in cells["fc2 erf", "pinned"]
+    assert cells["fc2 cheap", forms[1]]["skipped"] == "spills 64 bytes"
+    table = experiment_gemm.measured_table(log.records, compiled)
+    lines = {line[:31].strip(): line for line in table.splitlines()}
+    assert "1.00x" in lines["cublas"] and "parity" in lines["pinned"] and "spills 64 bytes" in lines[forms[1]]
+    assert "168 / 168 / 168 (64 B spilled)" in lines[forms[1]]
+
+
+def test_table_of_the_experiment():
+    about = {"bench": "gemm", "tflops": 400.0}
+    records = [
+        about | {"op": "fc1 erf", "provider": "cublas", "ms_p50": 0.6},
+        about | {"op": "fc1 erf", "provider": "pinned", "ms_p50": 0.4},
+    ]
+    table = experiment_gemm.measured_table(records, None)
+    assert "600.0   400.0  1.00x" in table and "400.0   400.0  1.50x" in table
+
+
+# ---- compiling, in processes of its own ------------------------------------------------------------------------------
+
+COMMAND = """
+import importlib, os, sys
+from benchmarks import tune
+from benchmarks.variants import compile_all
+from vit.kernels.configs import Config
+
+def key():
+    raise KeyError(importlib.import_module("vit.kernels.linear")._gemm_kernel.cache_key)
+
+if __name__ == "__main__":
+    said = {name: k[0]["error"] for name, k in compile_all({"dies": os.abort, "key": key}, 90, jobs=1, seconds=60)}
+    assert said["dies"] == "crashes the compiler"
+    try:
+        key()
+    except KeyError as here:
+        assert str(here) in said["key"], "another process would not find this kernel in the cache"
+    some = [Config(4, 1024), Config(8, 1024, num_warps=1), Config(4, 1024, num_warps=3), Config(2, 1024)]
+    tune.candidates = lambda *_: some
+    sys.argv = ["tune", "layer_norm", "--jobs", "2"]
+    sys.exit(tune.main())
+"""
+
+
+def test_command_without_a_gpu(tmp_path):
+    """A table; what spills, does not compile or crashes the compiler is dropped."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    script = tmp_path / "command.py"
+    script.write_text(COMMAND)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(script)], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    heading, *lines, last = done.stdout.splitlines()
+    assert "compiled for sm_90, not measured" in heading and " ms" not in done.stdout
+    said = dict(line.split("  Config(", 1)[1].split(")  ") if ")  " in line else (line, "") for line in lines)
+    assert said["block_m=4, block_n=1024"] == "pinned"
+    assert said["block_m=8, block_n=1024, num_warps=1"].startswith("dropped: spills ")
+    assert said["block_m=4, block_n=1024, num_warps=3"].startswith("dropped: does not compile")
+    assert last == "4 of 4 candidates compiled in time, 2 of them dropped"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["gem"],
+        ["mlp", "--shape", "vit_base/b2"],
+        ["mlp", "--arch", "70"],
+        ["mlp", "--dtype", "int8"],
+        ["mlp", "--limit", "0"],
+        [],
+    ],
+)
+def test_wrong_arguments(monkeypatch, capsys, arguments):
+    monkeypatch.setattr(sys, "argv", ["tune", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        tune.main()
+    assert ended.value.code == 2 and "error:" in capsys.readouterr().err.splitlines()[-1]
