@@ -206,8 +206,7 @@ def main(words: list[str] | None = None) -> int:
         results.append(result)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        commit = record._output("git", "-C", str(record.ROOT), "rev-parse", "--short", "HEAD")
-        said = {"label": LABEL, "torch": torch.__version__, "commit": commit, "utc": record.utc()}
+        said = {"label": LABEL, "torch": torch.__version__, "commit": record.git_commit(), "utc": record.utc()}
         args.json.write_text(json.dumps({"about": said, "records": results}, indent=1) + "\n")
     return 1 if any("error" in x for result in results for x in result["kernels"]) else 0
 

@@ -57,7 +57,7 @@ class Log:
             "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
             "torch": torch.__version__,
             "triton": triton.__version__,
-            "commit": _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"),
+            "commit": git_commit(),
             "utc": utc(),
         }
         self.records: list[dict[str, Any]] = []
@@ -111,6 +111,10 @@ def amend(path: Path, record: dict[str, Any]) -> None:
 
 def utc() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def git_commit() -> str | None:
+    return _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
 
 
 def _output(*command: str) -> str | None:

@@ -1,0 +1,268 @@
+"""The plots of ``make report``, as PNG files beside the records; the same records give the same bytes."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from benchmarks.records import Point, Record, ceilings, number
+from benchmarks.report import DTYPES, dtypes_of, label, model_shapes
+from benchmarks.shapes import LATENCY, parse
+
+MODES = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
+#: Ours are dark and come first; the others in this order, each always in its colour and marker.
+COLOURS = {
+    "ours": "#b2182b", "triton": "#ef8a62", "reference": "#969696", "eager": "#636363", "timm": "#2c7fb8",
+    "hf": "#41b6c4", "compile": "#253494", "compile-max": "#081d58", "cublas": "#76b900", "sdpa-flash": "#54278f",
+    "sdpa-cudnn": "#8856a7", "sdpa-efficient": "#bc9fd6", "liger": "#d9a400", "flash-attn": "#006d2c",
+    "xformers": "#66c2a4",
+}  # fmt: skip
+MARKERS = dict(zip(COLOURS, "oD1+xsv^d<>pPX*", strict=True))
+OP_COLOURS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#1f78b4", "#66a61e", "#e6ab02", "#a6761d", "#444444")
+STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
+
+
+def draw(records: list[Record], folder: Path) -> list[str]:
+    """Draws what the records suffice for, into ``folder``; a line for each file, or for what is left out and why."""
+    told = []
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        for dtype in dtypes_of(records):
+            for plot in (roofline, models, ops, sides):
+                path = folder / f"{plot.__name__}{'' if dtype == 'bfloat16' else '-' + dtype}.png"
+                figure = plot(records, dtype)
+                if isinstance(figure, str):
+                    told.append(f"{path.name} left out: {figure}")
+                else:
+                    told.append(f"{path}: {_save(_labelled(figure, records, dtype), path)}")
+    return told
+
+
+def roofline(records: list[Record], dtype: str) -> Figure | str:
+    """Intensity against speed of every op and provider under the run's own ceilings; ours filled."""
+    rate, speed = ceilings(records, dtype)
+    found = [r for r in _of(records, dtype) if r.timed and r.tflops and r.gbps and _provider(r.point) != "floor"]
+    if not rate or not speed:
+        return f"no ceilings of {dtype} in these files"
+    if not found:
+        return "no op has both tflops and gbps"
+    present = [mode for mode in MODES if any(r.point.mode == mode for r in found)]
+    names = list(dict.fromkeys(r.point.op for r in found))
+    colours = {op: OP_COLOURS[i % len(OP_COLOURS)] for i, op in enumerate(names)}
+    figure = Figure(figsize=(4.6 * len(present) + 2.2, 5.2), layout="constrained")
+    axes = figure.subplots(1, len(present), sharex=True, sharey=True, squeeze=False)[0]
+    for ax, mode in zip(axes, present, strict=True):
+        for r in sorted((r for r in found if r.point.mode == mode), key=lambda r: r.ours):
+            style = {"s": 40, "zorder": 3} if r.ours else {"s": 26, "linewidths": 0.9, "zorder": 2}
+            colour, marker = colours[r.point.op], MARKERS.get(_provider(r.point), "h")
+            hollow = not r.ours and marker not in "1+x"
+            style |= {"facecolors": "none", "edgecolors": colour} if hollow else {"color": colour}
+            ax.scatter(1e3 * r.tflops / r.gbps, r.tflops, marker=marker, **style)
+        low, high = ax.get_xlim() if ax.get_xscale() == "log" else (1, 1)
+        ax.set(xscale="log", yscale="log", title=MODES[mode], xlabel="intensity, FLOP/byte")
+    x = [1e3 * r.tflops / r.gbps for r in found]
+    ridge = 1e3 * rate / speed
+    low, high = min(*x, ridge) / 2, max(*x, ridge) * 3
+    for ax in axes:
+        ax.plot([low, ridge, high], [low * speed / 1e3, rate, rate], color="black", linewidth=1.2, zorder=1)
+        ax.set(xlim=(low, high), ylim=(min(r.tflops for r in found) / 2, rate * 1.8))
+        ax.text(high, rate * 1.06, f"{number(rate)} TFLOP/s ", ha="right", va="bottom", fontsize=8)
+        ax.text(ridge * 0.8, rate * 1.06, f"{number(speed)} GB/s", ha="right", va="bottom", fontsize=8)
+        ax.grid(which="major", color="#e5e5e5")
+    axes[0].set_ylabel("TFLOP/s")
+    keys = [Line2D([], [], marker="s", linestyle="", color=colours[op], label=op) for op in names]
+    for name in _providers(found):
+        filled = {} if name in ("ours", "triton") else {"markerfacecolor": "none"}
+        style = {"marker": MARKERS.get(name, "h"), "linestyle": "", "color": "black", "label": name}
+        keys.append(Line2D([], [], **style, **filled))
+    figure.legend(handles=keys, loc="outside right upper", frameon=False)
+    return figure
+
+
+def models(records: list[Record], dtype: str) -> Figure | str:
+    """Images a second of whole models, a panel each with its own scale; the dashed line is the floor's speed."""
+    found = [r for r in _of(records, dtype) if r.point[:2] == ("vit", "vit")]
+    shapes = [s for s in model_shapes(records, dtype) if any(r.timed for r in found if r.point.shape == s)]
+    if not shapes:
+        return "no whole model was timed"
+    modes = [mode for mode in ("fwd", "full") if any(r.point.mode == mode for r in found)]
+    providers = [p for p in _providers(found) if p != "floor"]
+    size = (2.1 * len(shapes) + 2.4, 2.7 * len(modes) + 0.6)
+    figure = Figure(figsize=size, layout="constrained")
+    for ax, (mode, shape) in zip(
+        figure.subplots(len(modes), len(shapes), squeeze=False).flat,
+        [(mode, shape) for mode in modes for shape in shapes], strict=True,
+    ):  # fmt: skip
+        here = {_provider(r.point): r for r in found if r.point.mode == mode and r.point.shape == shape}
+        _bars(ax, providers, here, lambda r: r.img_s, written=True)
+        floors = [r.img_s if name == "floor" else r.img_s * r.sol_fraction
+                  for name, r in here.items() if r.timed and (name == "floor" or r.sol_fraction)]  # fmt: skip
+        floors = [r.img_s / r.sol_fraction for r in here.values() if r.timed and r.sol_fraction] or floors
+        if floors:
+            ax.axhline(floors[0], color="black", linestyle="--", linewidth=1)
+            ax.set_ylim(0, floors[0] * 1.12)
+        ax.set_xticks([])
+        ax.yaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+        if mode == modes[0]:
+            ax.set_title(label(shape), fontsize=9)
+        if shape == shapes[0]:
+            ax.set_ylabel(f"{MODES[mode]}, img/s")
+    _legend(figure, providers, found, floor=True)
+    return figure
+
+
+def ops(records: list[Record], dtype: str) -> Figure | str:
+    """Share of the floor of every op: a row for each op, a column for each mode, a group of bars for each shape."""
+    found = [r for r in _of(records, dtype) if r.point.bench not in ("vit", "gemm")]
+    names = list(dict.fromkeys(r.point.op for r in found if r.timed and r.sol_fraction))
+    if not names:
+        return "no op has a share of the floor"
+    modes = [mode for mode in MODES if any(r.point.mode == mode for r in found)]
+    providers = [p for p in _providers(found) if p != "floor"]
+    shapes = {op: list(dict.fromkeys(r.point.shape for r in found if r.point.op == op)) for op in names}
+    most = max(map(len, shapes.values()))
+    size = (max(3.4, 1.1 * most) * len(modes) + 2.2, 1.9 * len(names) + 0.6)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(names), len(modes), squeeze=False, sharey=True)
+    for ax, (op, mode) in zip(grid.flat, [(op, mode) for op in names for mode in modes], strict=True):
+        for group, shape in enumerate(shapes[op]):
+            here = {_provider(r.point): r for r in found if r.point[1:5] == (op, shape, dtype, mode)}
+            _bars(
+                ax,
+                providers,
+                here,
+                lambda r: r.sol_fraction and 100 * r.sol_fraction,
+                start=group * (len(providers) + 1.5),
+            )
+        ticks = [group * (len(providers) + 1.5) + (len(providers) - 1) / 2 for group in range(len(shapes[op]))]
+        ax.set_xticks(ticks, [label(s).replace(", batch ", "\nbatch ") for s in shapes[op]], fontsize=7.5)
+        ax.axhline(100, color="black", linestyle="--", linewidth=1)
+        ax.set_ylim(0, 108)
+        if op == names[0]:
+            ax.set_title(MODES[mode])
+        if mode == modes[0]:
+            ax.set_ylabel(f"{op}\n% of floor")
+    _legend(figure, providers, found, floor=True)
+    return figure
+
+
+def sides(records: list[Record], dtype: str) -> Figure | str:
+    """Best speed over the batches, and the largest batch that fits, against the image's side: ViT paper, Fig. 12."""
+    family = _family(LATENCY.model)
+    found = [r for r in _of(records, dtype) if r.point.bench == "vit" and _family(r.point.shape) == family]
+    found = [r for r in found if r.missing is None and _provider(r.point) != "floor"]
+    measures = {"img/s": lambda r: r.img_s if r.point.op == "vit" else None, "largest batch": lambda r: r.largest_batch}
+    if len({_side(r) for r in found}) < 2:
+        return "fewer than two image sizes of one model"
+    modes = [mode for mode in MODES if any(r.point.mode == mode for r in found)]
+    providers = _providers(found)
+    columns = [name for name, value in measures.items() if any(value(r) for r in found)]
+    figure = Figure(figsize=(4.2 * len(columns) + 1.8, 2.9 * len(modes) + 0.6), layout="constrained")
+    grid = figure.subplots(len(modes), len(columns), squeeze=False, sharex=True)
+    for ax, (mode, column) in zip(grid.flat, [(m, c) for m in modes for c in columns], strict=True):
+        for name in reversed(providers):
+            mine = [r for r in found if r.point.mode == mode and _provider(r.point) == name]
+            best: dict[int, float] = {}
+            for r in mine:
+                if value := measures[column](r):
+                    best[_side(r)] = max(value, best.get(_side(r), 0))
+            style = {"color": _colour(name), "marker": MARKERS.get(name, "h"), "linewidth": 2 if name == "ours" else 1}
+            ax.plot(*zip(*sorted(best.items()), strict=True), **style) if best else None
+        ax.set_yscale("log")
+        ax.set_xticks(sorted({_side(r) for r in found}))
+        ax.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
+        ax.grid(color="#e5e5e5")
+        ax.set_ylabel(f"{MODES[mode]}, {column}")
+        if mode == modes[-1]:
+            ax.set_xlabel(f"side of the image, pixels ({label(str(LATENCY)).split(',')[0]})")
+    keys = [Line2D([], [], color=_colour(p), marker=MARKERS.get(p, "h"), label=p) for p in providers]
+    figure.legend(handles=keys, loc="outside right upper", frameon=False)
+    return figure
+
+
+def _bars(
+    ax: Axes, providers: list[str], here: dict[str, Record], value, start: float = 0, written: bool = False
+) -> None:
+    """A bar for each provider at its fixed place; a cross where it failed, a dash where it was skipped."""
+    for place, name in enumerate(providers, start=0):
+        r = here.get(name)
+        if r is None:
+            continue
+        if r.missing is not None:
+            mark, colour = ("×", "#b2182b") if r.error is not None else ("–", "#333333")
+            ax.text(start + place, 0, mark, ha="center", va="bottom", color=colour, fontsize=10, fontweight="bold")
+        elif (height := value(r)) is not None:
+            ax.bar(start + place, height, width=0.9, color=_colour(name))
+            if written:
+                text = number(height, 2 if r.predicted else 3)
+                ax.text(start + place, height, " " + text, ha="center", va="bottom", fontsize=7, rotation=90)
+
+
+def _legend(figure: Figure, providers: list[str], found: list[Record], floor: bool) -> None:
+    keys = [Line2D([], [], marker="s", linestyle="", markersize=8, color=_colour(p), label=p) for p in providers]
+    keys += [Line2D([], [], color="black", linestyle="--", linewidth=1, label="floor")] if floor else []
+    for mark, colour, word, there in (
+        ("×", "#b2182b", "failed", any(r.error is not None for r in found)),
+        ("–", "#333333", "skipped", any(r.skipped is not None for r in found)),
+    ):
+        if there:
+            keys.append(Line2D([], [], marker=f"${mark}$", linestyle="", markersize=7, color=colour, label=word))
+    figure.legend(handles=keys, loc="outside right upper", frameon=False)
+
+
+def _of(records: Iterable[Record], dtype: str) -> list[Record]:
+    return [r for r in records if r.point.dtype == dtype and r.point.bench != "ceiling"]
+
+
+def _provider(point: Point) -> str:
+    return point.provider.removesuffix(" (predicted)")
+
+
+def _providers(records: list[Record]) -> list[str]:
+    found = {_provider(r.point) for r in records}
+    return [p for p in COLOURS if p in found] + sorted(p for p in found if p and p not in COLOURS)
+
+
+def _colour(provider: str) -> str:
+    return COLOURS.get(provider, "#c7b299")
+
+
+def _family(shape: str) -> str:
+    """The model without its image size."""
+    return re.sub(r"_\d+$", "", re.split("[@/]", shape)[0])
+
+
+def _side(r: Record) -> int:
+    return parse(r.point.shape).config.img_size[0]
+
+
+def _labelled(figure: Figure, records: list[Record], dtype: str) -> Figure:
+    about = records[0].about
+    title = f"{about['gpu']}, {DTYPES.get(dtype, dtype)}"
+    if any(r.predicted for r in records):
+        title = f"PREDICTION, not measured: {title}"
+        figure.text(
+            0.45, 0.5, "PREDICTION", fontsize=60, color="#b2182b", alpha=0.13, rotation=25, ha="center", va="center"
+        )
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> str:
+    """Without a date or a version in it, and only if it changed."""
+    FigureCanvasAgg(figure)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=110, metadata={"Software": None})
+    if path.exists() and path.read_bytes() == image.getvalue():
+        return "unchanged"
+    path.write_bytes(image.getvalue())
+    return "written"

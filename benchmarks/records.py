@@ -1,0 +1,220 @@
+"""Result files, read: every ``bench_*.json`` of a folder as records that are checked and know where they come from.
+
+A file is ``{"about": {gpu, driver, torch, triton, commit, command, utc}, "records": [...]}``, as
+`benchmarks.gpu_stages.record` writes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ABOUT = ("gpu", "driver", "torch", "triton", "commit", "command", "utc")
+
+
+class ResultError(Exception):
+    """A file that cannot be used, or a wrong argument; the message is one line."""
+
+
+class Point(NamedTuple):
+    """What was to be timed. ``mode`` is fwd, bwd or full (forward + backward)."""
+
+    bench: str
+    op: str
+    shape: str
+    dtype: str
+    mode: str
+    provider: str
+
+    def __str__(self) -> str:
+        return " ".join(part for part in (self.op, *self[2:]) if part)
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One point and what was found: times, a largest batch, a ceiling, or why there is nothing.
+
+    Units: milliseconds, TFLOP/s, GB/s (10⁹ bytes), images a second, MiB. ``sol_fraction`` is floor / ``ms_p50``.
+    ``about`` is that of its file, with the keys of `ABOUT`; ``predicted``: computed, never measured.
+    """
+
+    point: Point
+    about: dict[str, str | None]  # gpu is never None
+    path: Path
+    ms_p20: float | None = None
+    ms_p50: float | None = None
+    ms_p80: float | None = None
+    tflops: float | None = None
+    gbps: float | None = None
+    img_s: float | None = None
+    sol_fraction: float | None = None
+    peak_mem_mb: float | None = None
+    largest_batch: float | None = None
+    skipped: str | None = None
+    error: str | None = None
+    predicted: bool = False
+
+    @property
+    def timed(self) -> bool:
+        return self.ms_p50 is not None
+
+    @property
+    def ours(self) -> bool:
+        return is_ours(self.point.provider)
+
+    @property
+    def missing(self) -> str | None:
+        """Why there is no time, in a few words; None if nothing is missing."""
+        if self.error is not None:
+            return "failed parity" if "parity" in self.error.lower() else f"failed: {_brief(self.error)}"
+        return None if self.skipped is None else f"skipped: {_brief(self.skipped)}"
+
+    @property
+    def sample(self) -> bool:
+        """Made up for the tests."""
+        return "sample" in self.about["gpu"].lower()
+
+    @property
+    def measured(self) -> bool:
+        """On a GPU: not predicted, and no rehearsal on a CPU."""
+        return not self.predicted and self.about["gpu"].lower() not in ("rehearsal", "cpu")
+
+
+_NUMBERS = [f.name for f in dataclasses.fields(Record) if f.type == "float | None"]
+
+
+def is_ours(provider: str) -> bool:
+    """Our kernels, in whatever form: ``ours``, ``ours (predicted)``, ``triton``."""
+    return provider == "triton" or provider.startswith("ours")
+
+
+def load(path: Path) -> list[Record]:
+    """The records of a file, or of every ``bench_*.json`` in a folder; of a point that occurs twice the newest.
+
+    Raises:
+        ResultError: nothing is there, a file is damaged, or the files of one folder are of two devices.
+    """
+    files = sorted(path.glob("bench_*.json")) if path.is_dir() else [path]
+    if not files:
+        raise ResultError(f"{path} has no bench_*.json")
+    records = [r for file in files for r in _read(file)]
+    gpus = sorted({str(r.about["gpu"]) for r in records})
+    if len(gpus) > 1:
+        raise ResultError(f"{path} has files of different devices: {', '.join(gpus)}")
+    newest: dict[Point, Record] = {}
+    for r in sorted(records, key=lambda r: r.about["utc"] or ""):  # stable: in one file the later one is newer
+        newest[r.point] = r
+    return [r for r in records if newest[r.point] is r]  # in the files' order
+
+
+def ceilings(records: Iterable[Record], dtype: str) -> tuple[float | None, float | None]:
+    """The card's matrix rate in this dtype, TFLOP/s, and its copy bandwidth, GB/s, as measured; None: not there."""
+    found = [r for r in records if r.point.bench == "ceiling" and r.missing is None]
+    rates = [r.tflops for r in found if r.point.op == "matmul" and r.point.dtype == dtype]
+    speeds = [r.gbps for r in found if r.point.op == "copy"]
+    return rates[-1] if rates else None, speeds[-1] if speeds else None
+
+
+def not_timed(records: Iterable[Record], full: bool = False) -> list[str]:
+    """Every point that was skipped or failed, a line for each provider and reason; ``full``: with the whole message."""
+    groups: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for r in records:
+        if r.missing is not None:
+            reason = r.missing + (f" ({_line(r.error or r.skipped)})" if full else "")
+            where = " ".join(filter(None, (r.point.op, r.point.shape, r.point.dtype)))
+            group = groups.setdefault((r.point.provider or r.point.bench, reason), {})
+            group.setdefault(where, []).append(r.point.mode)
+    lines = []
+    for (provider, reason), places in groups.items():
+        told = [f"{where} {'/'.join(modes)}".strip() for where, modes in places.items()]
+        lines.append(f"{provider} {reason}: {', '.join(filter(None, told))}".removesuffix(": "))
+    return lines
+
+
+def number(x: float, digits: int = 3) -> str:
+    """Rounded to so many significant digits, with separators of thousands: 13,600; 1.40."""
+    x = float(f"{x:.{digits - 1}e}")
+    decimals = digits - 1 - math.floor(math.log10(abs(x))) if x else 0
+    return f"{x:,.{max(decimals, 0)}f}"
+
+
+def _read(path: Path) -> list[Record]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ResultError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ResultError(f"{path} is not whole JSON ({error}); was its run cut short while it wrote?") from None
+    return parse(found, path)
+
+
+def parse(found: Any, path: Path) -> list[Record]:
+    """The records of a file's content; ``path`` is named in messages.
+
+    Raises:
+        ResultError: something in it is not as it should be.
+    """
+    if not isinstance(found, dict) or not isinstance(found.get("about"), dict):
+        raise ResultError(f'{path} is not a result file: no "about"')
+    if not isinstance(found.get("records"), list):
+        raise ResultError(f'{path} is not a result file: no list "records"')
+    about = {key: found["about"].get(key) for key in ABOUT}
+    if wrong := [key for key, value in about.items() if not isinstance(value, str | None)]:
+        raise ResultError(f"{path}: about.{wrong[0]} is not text")
+    if not about["gpu"]:
+        raise ResultError(f"{path}: about.gpu, the device, is missing")
+    return [_record(r, about, path, i) for i, r in enumerate(found["records"])]
+
+
+def _record(r: Any, about: dict[str, str | None], path: Path, index: int) -> Record:
+    def wrong(message: str) -> ResultError:
+        return ResultError(f"{path}: record {index + 1}: {message}")
+
+    if not isinstance(r, dict):
+        raise wrong("is not an object")
+    names = {key: r.get(key) or "" for key in Point._fields}
+    if bad := [key for key in (*names, "skipped", "error") if not isinstance(r.get(key), str | None)]:
+        raise wrong(f"{bad[0]} is not text")
+    values = {key: r.get(key) for key in _NUMBERS}
+    for key, value in values.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < value < math.inf):
+            raise wrong(f"{key} is {value!r}, not a positive number")
+    failed = r.get("ok") is False
+    if failed or r.get("skipped"):
+        # What ended a whole run has no point of its own: then the file's name says what it was about.
+        names["bench"] = names["bench"] or path.stem.removeprefix("bench_")
+        values = dict.fromkeys(_NUMBERS)
+        why = {"error": r.get("error") or "parity"} if failed else {"skipped": r["skipped"]}
+        return Record(Point(**names), about, path, **why)
+    if missing := [key for key in ("bench", "op") if not names[key]]:
+        raise wrong(f"{missing[0]} is missing")
+    results = ("ms_p50", "largest_batch") if names["bench"] != "ceiling" else ("tflops", "gbps")
+    if all(values[key] is None for key in results):
+        raise wrong(f"has neither {' nor '.join(results)}, nor a reason (skipped, or ok: false)")
+    low, mid, high = (values[key] for key in ("ms_p20", "ms_p50", "ms_p80"))
+    if mid is not None and not (low or mid) <= mid <= (high or mid):
+        raise wrong("ms_p20, ms_p50, ms_p80 are not in order")
+    if (names["bench"], names["op"]) == ("vit", "vit") and values["img_s"] is None:
+        raise wrong("img_s is missing")
+    predicted = r.get("predicted") is True
+    if r.get("rehearsal") is True:
+        about = about | {"gpu": "rehearsal"}
+    return Record(Point(**names), about, path, **values, predicted=predicted)
+
+
+def _line(text: str) -> str:
+    """The telling line of a message: the last of a traceback."""
+    return (text.strip().splitlines() or [""])[-1].strip()
+
+
+def _brief(text: str) -> str:
+    """What stands before the first colon, bracket or full stop: ``out of memory``."""
+    line = _line(text)
+    for mark in (":", "(", ". ", ";"):
+        line = line.split(mark)[0]
+    return line.strip()[:60]
