@@ -33,7 +33,7 @@ FUSIONS = {
     "ln_fold": Fusion("LayerNorm folded into qkv and fc1", False, ("fwd",)),
     "ln_dgrad": Fusion("LayerNorm backward inside dgrad", False, ("full",)),
     "bias": Fusion("bias gradients from passes that read the data", False, ("full",)),
-    "cls_only": Fusion("last block for the class token only", False),
+    "cls_only": Fusion("last block for the class token alone (less work than the floor)", False),
 }
 BUILT = frozenset(name for name, fusion in FUSIONS.items() if fusion.built)
 ALL = frozenset(FUSIONS)

@@ -171,12 +171,12 @@ def table(result: dict[str, Any]) -> str:
             together = sum(x["count"] * x["floor_us"] for x in small)
             rows.append(f"    {sum(x['count'] for x in small)} smaller operations, {together:.1f} us together")
         rows.append(
-            f"\n{'':11s} {'whole model, ' + title:68s} {'u/layer':>7s} {'ms':>8s} {'img/s':>8s}  of compute floor"
+            f"\n{'':11s} {'whole model, ' + title:70s} {'u/layer':>7s} {'ms':>8s} {'img/s':>8s}  of compute floor"
         )
         for x in (entry for entry in result["models"] if entry["mode"] == mode):
             units = f"{x['units_per_layer']:7.1f}" if x["units_per_layer"] else " " * 7
             rows.append(
-                f"{'built' if x['built'] else 'not built':11s} {x['what']:68s} {units} {x['ms']:8.2f} "
+                f"{'built' if x['built'] else 'not built':11s} {x['what']:70s} {units} {x['ms']:8.2f} "
                 f"{x['img_s']:8.0f}  {x['share_of_compute_floor']:.0%}"
             )
     return "\n".join(rows)

@@ -171,8 +171,10 @@ class _Recorder(HostCode):
         self.launches.append(Launch(name, self.phase, flops, moved(reads, changed or outputs), _shapes(given)))
 
     def launched(self, kernel, grid, args, options):
-        tensors = [getattr(a, "base", a) for a in args.values()]
+        if kernel.__name__ not in FLOPS:
+            raise KeyError(f"{kernel.__name__} has no count of its FLOPs; add one to FLOPS in benchmarks/trace.py")
         flops = FLOPS[kernel.__name__](args)
+        tensors = [getattr(a, "base", a) for a in args.values()]  # a tensor descriptor carries its tensor
         tensors = [t for t in tensors if isinstance(t, Tensor)]
         counts = flops, moved(tensors), _shapes(tensors)
         self.launches.append(Launch(kernel.__name__, self.phase, *counts, grid, kernel, args, options))
