@@ -21,6 +21,7 @@ setup(
     extras_require={
         "demo": ["Pillow"],
         "hub": ["huggingface_hub", "safetensors"],
+        "report": ["matplotlib"],
         "test": [
             "Pillow",
             "hypothesis",

@@ -51,6 +51,11 @@ class Work:
     def floor_ms(self, ceilings: Ceilings) -> float:
         return max(self.flops / ceilings.tflops / 1e9, self.bytes / ceilings.gbps / 1e6)
 
+    def rates(self, ms: float, ceilings: Ceilings) -> dict[str, float]:
+        """What a record says of work that took ``ms``."""
+        found = {"tflops": self.flops / ms / 1e9} if self.flops else {}
+        return found | {"gbps": self.bytes / ms / 1e6, "sol_fraction": self.floor_ms(ceilings) / ms}
+
 
 @dataclasses.dataclass
 class Run:
@@ -315,13 +320,7 @@ def measure(point: Point, log: Log, ceilings: Ceilings, device: torch.device) ->
         for name, times in milliseconds(fns, device, rep_ms=60 if bench.replay else 300).items():
             found = percentiles(times)
             ms = found["ms_p50"]
-            record = {
-                "tflops": work[mode].flops / ms / 1e9,
-                "gbps": work[mode].bytes / ms / 1e6,
-                "sol_fraction": work[mode].floor_ms(ceilings) / ms,
-                "error_rms": errors[name],
-                "timed": how[name],
-            }
+            record = work[mode].rates(ms, ceilings) | {"error_rms": errors[name], "timed": how[name]}
             if bench.name == "vit":
                 record["img_s"] = 1e3 * shape.batch / ms
             if mode == "full" and how[name] == "launches" and device.type == "cuda":

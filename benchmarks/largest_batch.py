@@ -21,16 +21,18 @@ def search(log: Log, side: int, dtype: torch.dtype, device: torch.device) -> Non
     """A record each for ours and the reference, forward + backward of B/16; at most a batch of 2 on a CPU."""
     for name in ("ours", "reference"):
         shape = Shape(MODELS["B/16"].model, 1, side)
-        about = {"bench": "vit", "op": "largest_batch", "dtype": name_of(dtype), "mode": "full", "provider": name}
+        about = {"bench": "vit", "op": "largest_batch", "shape": str(shape), "dtype": name_of(dtype)}
+        about |= {"mode": "full", "provider": name}
         at_most = AT_MOST if device.type == "cuda" else 2
 
         def fits(batch: int, shape: Shape = shape, name: str = name) -> bool:
             return step_fits(name, dataclasses.replace(shape, batch=batch), dtype, device)
 
         if log.seconds_left < 20:
-            log.add(ok=True, **about, shape=f"{shape.model}@{side}", skipped="budget")
+            log.add(ok=True, **about, skipped="budget")
         else:
-            log.add(ok=True, **about, shape=f"{shape.model}@{side}", largest_batch=largest(fits, at_most))
+            found = largest(fits, at_most)
+            log.add(ok=True, **about, **({"largest_batch": found} if found else {"skipped": "memory: not one image"}))
 
 
 def largest(fits: Callable[[int], bool], at_most: int, within: float = 0.03) -> int:

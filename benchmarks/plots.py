@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.records import Point, Record, ceilings, number
 from benchmarks.report import DTYPES, dtypes_of, label, model_shapes
@@ -23,9 +24,10 @@ COLOURS = {
     "ours": "#b2182b", "triton": "#ef8a62", "reference": "#969696", "eager": "#636363", "timm": "#2c7fb8",
     "hf": "#41b6c4", "compile": "#253494", "compile-max": "#081d58", "cublas": "#76b900", "sdpa-flash": "#54278f",
     "sdpa-cudnn": "#8856a7", "sdpa-efficient": "#bc9fd6", "liger": "#d9a400", "flash-attn": "#006d2c",
-    "xformers": "#66c2a4",
+    "xformers": "#66c2a4", "accelerated": "#f4a582", "reference-cudnn": "#bdbdbd", "compile-cudnn": "#4a6fb5",
+    "compile-max-cudnn": "#3f51b5",
 }  # fmt: skip
-MARKERS = dict(zip(COLOURS, "oD1+xsv^d<>pPX*", strict=True))
+MARKERS = dict(zip(COLOURS, "oD1+xsv^d<>pPX*H234", strict=True))
 OP_COLOURS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#1f78b4", "#66a61e", "#e6ab02", "#a6761d", "#444444")
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
 
@@ -48,9 +50,12 @@ def draw(records: list[Record], folder: Path) -> list[str]:
 
 
 def roofline(records: list[Record], dtype: str) -> Figure | str:
-    """Intensity against speed of every op and provider under the run's own ceilings; ours filled."""
+    """Intensity against speed of every op and provider under the run's own ceilings; ours filled.
+
+    Without whole models: no count says how many bytes they cannot do without.
+    """
     rate, speed = ceilings(records, dtype)
-    found = [r for r in _of(records, dtype) if r.timed and r.tflops and r.gbps and _provider(r.point) != "floor"]
+    found = [r for r in _of(records, dtype) if r.timed and r.tflops and r.gbps and r.point.bench != "vit"]
     if not rate or not speed:
         return f"no ceilings of {dtype} in these files"
     if not found:
@@ -69,6 +74,7 @@ def roofline(records: list[Record], dtype: str) -> Figure | str:
             ax.scatter(1e3 * r.tflops / r.gbps, r.tflops, marker=marker, **style)
         low, high = ax.get_xlim() if ax.get_xscale() == "log" else (1, 1)
         ax.set(xscale="log", yscale="log", title=MODES[mode], xlabel="intensity, FLOP/byte")
+        _plain_ticks(ax)
     x = [1e3 * r.tflops / r.gbps for r in found]
     ridge = 1e3 * rate / speed
     low, high = min(*x, ridge) / 2, max(*x, ridge) * 3
@@ -102,7 +108,7 @@ def models(records: list[Record], dtype: str) -> Figure | str:
         figure.subplots(len(modes), len(shapes), squeeze=False).flat,
         [(mode, shape) for mode in modes for shape in shapes], strict=True,
     ):  # fmt: skip
-        here = {_provider(r.point): r for r in found if r.point.mode == mode and r.point.shape == shape}
+        here = {_provider(r.point): r for r in found if r.point.mode in (mode, "") and r.point.shape == shape}
         _bars(ax, providers, here, lambda r: r.img_s, written=True)
         floors = [r.img_s if name == "floor" else r.img_s * r.sol_fraction
                   for name, r in here.items() if r.timed and (name == "floor" or r.sol_fraction)]  # fmt: skip
@@ -110,8 +116,11 @@ def models(records: list[Record], dtype: str) -> Figure | str:
         if floors:
             ax.axhline(floors[0], color="black", linestyle="--", linewidth=1)
             ax.set_ylim(0, floors[0] * 1.12)
+        ax.set_xlim(-0.6, len(providers) - 0.4)
         ax.set_xticks([])
         ax.yaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+        if not any(r.timed for r in here.values()):
+            ax.set_yticks([])
         if mode == modes[0]:
             ax.set_title(label(shape), fontsize=9)
         if shape == shapes[0]:
@@ -135,7 +144,8 @@ def ops(records: list[Record], dtype: str) -> Figure | str:
     grid = figure.subplots(len(names), len(modes), squeeze=False, sharey=True)
     for ax, (op, mode) in zip(grid.flat, [(op, mode) for op in names for mode in modes], strict=True):
         for group, shape in enumerate(shapes[op]):
-            here = {_provider(r.point): r for r in found if r.point[1:5] == (op, shape, dtype, mode)}
+            places = ((op, shape, dtype, mode), (op, shape, dtype, ""))  # who was not admitted has no mode
+            here = {_provider(r.point): r for r in found if r.point[1:5] in places}
             _bars(
                 ax,
                 providers,
@@ -156,34 +166,32 @@ def ops(records: list[Record], dtype: str) -> Figure | str:
 
 
 def sides(records: list[Record], dtype: str) -> Figure | str:
-    """Best speed over the batches, and the largest batch that fits, against the image's side: ViT paper, Fig. 12."""
+    """Best forward speed over the batches, and the largest batch of a training step: ViT paper, Fig. 12."""
     family = _family(LATENCY.model)
     found = [r for r in _of(records, dtype) if r.point.bench == "vit" and _family(r.point.shape) == family]
     found = [r for r in found if r.missing is None and _provider(r.point) != "floor"]
-    measures = {"img/s": lambda r: r.img_s if r.point.op == "vit" else None, "largest batch": lambda r: r.largest_batch}
-    if len({_side(r) for r in found}) < 2:
+    panels = {
+        "forward, img/s": lambda r: r.img_s if r.point[1::3] == ("vit", "fwd") else None,
+        "forward + backward, largest batch": lambda r: r.largest_batch if r.point.mode == "full" else None,
+    }
+    panels = {name: value for name, value in panels.items() if len({_side(r) for r in found if value(r)}) > 1}
+    if not panels:
         return "fewer than two image sizes of one model"
-    modes = [mode for mode in MODES if any(r.point.mode == mode for r in found)]
-    providers = _providers(found)
-    columns = [name for name, value in measures.items() if any(value(r) for r in found)]
-    figure = Figure(figsize=(4.2 * len(columns) + 1.8, 2.9 * len(modes) + 0.6), layout="constrained")
-    grid = figure.subplots(len(modes), len(columns), squeeze=False, sharex=True)
-    for ax, (mode, column) in zip(grid.flat, [(m, c) for m in modes for c in columns], strict=True):
+    providers = [p for p in _providers(found) if any(_provider(r.point) == p and "@" in r.point.shape for r in found)]
+    figure = Figure(figsize=(4.4 * len(panels) + 1.8, 3.6), layout="constrained")
+    for ax, (title, value) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for name in reversed(providers):
-            mine = [r for r in found if r.point.mode == mode and _provider(r.point) == name]
             best: dict[int, float] = {}
-            for r in mine:
-                if value := measures[column](r):
-                    best[_side(r)] = max(value, best.get(_side(r), 0))
+            for r in (r for r in found if _provider(r.point) == name and value(r)):
+                best[_side(r)] = max(value(r), best.get(_side(r), 0))
             style = {"color": _colour(name), "marker": MARKERS.get(name, "h"), "linewidth": 2 if name == "ours" else 1}
             ax.plot(*zip(*sorted(best.items()), strict=True), **style) if best else None
         ax.set_yscale("log")
+        _plain_ticks(ax)
         ax.set_xticks(sorted({_side(r) for r in found}))
-        ax.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
         ax.grid(color="#e5e5e5")
-        ax.set_ylabel(f"{MODES[mode]}, {column}")
-        if mode == modes[-1]:
-            ax.set_xlabel(f"side of the image, pixels ({label(str(LATENCY)).split(',')[0]})")
+        ax.set_ylabel(title)
+        ax.set_xlabel(f"side of the image, pixels ({label(str(LATENCY)).split(',')[0]})")
     keys = [Line2D([], [], color=_colour(p), marker=MARKERS.get(p, "h"), label=p) for p in providers]
     figure.legend(handles=keys, loc="outside right upper", frameon=False)
     return figure
@@ -205,6 +213,13 @@ def _bars(
             if written:
                 text = number(height, 2 if r.predicted else 3)
                 ax.text(start + place, height, " " + text, ha="center", va="bottom", fontsize=7, rotation=90)
+
+
+def _plain_ticks(ax: Axes) -> None:
+    """On a logarithmic axis 1, 2 and 5 of each decade, written out."""
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}" if y >= 1 else f"{y:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _legend(figure: Figure, providers: list[str], found: list[Record], floor: bool) -> None:

@@ -24,7 +24,7 @@ from benchmarks.trace import trace
 FILE = ROOT / "benchmarks/prediction/prediction.json"
 CARD = DEVICES[90]
 MEMORY_GIB = 78  # what an H100 of 80 GB leaves to a process
-WHO = {"ours": "ours (predicted)", "reference": "reference (predicted)"}
+WHO = {"ours": "ours (predicted)", "reference": "eager (predicted)", "eager": "eager (predicted)"}
 
 
 def records(shapes: list[Shape], sides: tuple[int, ...], ops: bool = True) -> Iterator[dict[str, Any]]:
@@ -34,17 +34,17 @@ def records(shapes: list[Shape], sides: tuple[int, ...], ops: bool = True) -> It
     yield _record("ceiling", "copy", "", provider="card", gbps=rates.gbps)
     for shape in shapes:
         for mode in ("fwd", "full"):
-            for provider in WHO:
+            for provider in ("ours", "reference"):
                 yield of_model(provider, shape, mode, rates)
     for bench in [b for name in plan.SECONDS if name != "vit" for b in plan.benches(name)] if ops else ():
         for shape in shapes:
             yield from of_op(bench, shape, rates)
     for side in sides:
         shape = Shape(MODELS["B/16"].model, 64, side)
-        for provider in WHO:
+        for provider in ("ours", "reference"):
             yield of_model(provider, shape, "fwd", rates)
             batch = largest_batch(factory(provider, shape), MEMORY_GIB * 2**30, train=True)
-            where = f"{shape.model}@{side}"
+            where = str(Shape(shape.model, 1, side))
             yield _record("vit", "largest_batch", where, mode="full", provider=WHO[provider], largest_batch=batch)
 
 
@@ -63,7 +63,8 @@ def of_op(bench: Bench, shape: Shape, rates: Ceilings) -> Iterator[dict[str, Any
     """Forward without gradients, and forward + backward; nobody calls a backward alone."""
     tensors = bench.inputs(shape, lambda *sizes, scale=1.0: torch.empty(sizes, dtype=torch.bfloat16, device="meta"))
     names = list(tensors)
-    for provider, function in {"ours": bench.providers["ours"], "reference": bench.reference}.items():
+    eager = bench.providers[next(name for name in ("eager", "cublas") if name in bench.providers)]
+    for provider, function in {"ours": bench.providers["ours"], "eager": eager}.items():
 
         def call(*values: torch.Tensor, function: Callable[..., Any] = function) -> Any:
             return function(**dict(zip(names, values, strict=True)))
@@ -83,9 +84,8 @@ def floor_ms(function: Callable[..., Any], inputs: list[torch.Tensor], train: bo
 def _timed(
     bench: str, op: str, shape: Shape, mode: str, provider: str, work: Work, ms: float, rates: Ceilings
 ) -> dict[str, Any]:
-    found = {"ms_p20": ms, "ms_p50": ms, "ms_p80": ms, "sol_fraction": work.floor_ms(rates) / ms}
-    speeds = {"tflops": work.flops / ms / 1e9, "gbps": work.bytes / ms / 1e6}
-    return _record(bench, op, str(shape), mode=mode, provider=WHO[provider], **found, **speeds)
+    found = {"ms_p20": ms, "ms_p50": ms, "ms_p80": ms} | work.rates(ms, rates)
+    return _record(bench, op, str(shape), mode=mode, provider=WHO[provider], **found)
 
 
 def _record(bench: str, op: str, shape: str, **found: Any) -> dict[str, Any]:

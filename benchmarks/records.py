@@ -88,8 +88,8 @@ _NUMBERS = [f.name for f in dataclasses.fields(Record) if f.type == "float | Non
 
 
 def is_ours(provider: str) -> bool:
-    """Our kernels, in whatever form: ``ours``, ``ours (predicted)``, ``triton``."""
-    return provider == "triton" or provider.startswith("ours")
+    """Our kernels, in whatever form: ``ours (predicted)``, ``triton``, another library's model ``accelerated``."""
+    return provider in ("triton", "graph", "accelerated") or provider.startswith("ours")
 
 
 def load(path: Path) -> list[Record]:

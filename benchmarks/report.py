@@ -83,6 +83,7 @@ def section(records: list[Record], base: Path) -> str:
     if len(sources) > 1:
         sources = [f"Run {i}: {source}" for i, source in enumerate(sources, 1)]
     lines.append(" ".join(sources) + _floors(records))
+    lines += [f"\n{told}" for dtype in dtypes_of(records) if (told := _latency(records, dtype))]
     if reasons := not_timed(models):
         lines += ["", f"Not timed: {'; '.join(reasons)}."]
     return "\n".join(lines)
@@ -101,7 +102,8 @@ def readme_text(devices: list[list[Record]], prediction: list[Record], base: Pat
             f"{prediction[0].path} does not tell its ceilings: two records of bench ceiling, matmul and copy"
         )
     how = f"at the ceilings {number(rate)} TFLOP/s and {number(speed)} GB/s of {gpu}, to two digits"
-    return f"{_NONE} Prediction, from counts of bytes and FLOPs {how}:\n\n{section(prediction, base)}"
+    what = "Prediction, what counted bytes and FLOPs allow at most"
+    return f"{_NONE} {what} {how}:\n\n{section(prediction, base)}"
 
 
 def insert(readme: str, text: str) -> str:
@@ -192,6 +194,13 @@ def _memory(row: list[Record], digits: int) -> str:
         ratio = f": {number(ours.peak_mem_mb / peer.peak_mem_mb, digits)}×" if ours else ""
         told.append(f"{_name(peer)} {number(peer.peak_mem_mb / 1024, digits)}{ratio}")
     return "; ".join(told)
+
+
+def _latency(records: list[Record], dtype: str) -> str:
+    """A line of what one image takes, the fastest first."""
+    found = [r for r in records if r.point[:2] == ("vit", "latency") and r.point.dtype == dtype and r.timed]
+    told = [f"{_name(r)} {number(r.ms_p50)} ms" for r in sorted(found, key=lambda r: r.ms_p50)]
+    return f"Forward of {label(found[0].point.shape)}, {DTYPES.get(dtype, dtype)}: {', '.join(told)}." if found else ""
 
 
 def _name(r: Record) -> str:
