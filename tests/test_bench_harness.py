@@ -1,8 +1,11 @@
 """`make bench`, without a GPU: the counts against independent ones, the gate, and that what is wrong is said."""
 
+import contextlib
 import dataclasses
+import gc
 import json
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -294,3 +297,70 @@ def test_the_largest_batch_is_found(fit):
     tried = []
     found = largest(lambda batch: tried.append(batch) or batch <= fit, 2**16)
     assert found <= fit <= 1.03 * found + 1 and len(tried) < 25
+
+
+# ---- on a GPU, with stand-ins ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """What `harness.ready` asks of CUDA, written down in a list; a tensor is on the CPU."""
+    told = []
+
+    class Stream:
+        def __init__(self, device):
+            self.wait_stream = lambda other: told.append(f"side waits for {other}")
+
+    class Graph:
+        def replay(self):
+            told.append("replay")
+
+    @contextlib.contextmanager
+    def inside(what, **_):
+        told.append(f"{what} begins")
+        yield
+        told.append(f"{what} ends")
+
+    cuda = {
+        "Stream": Stream, "CUDAGraph": Graph, "current_stream": lambda device: "current",
+        "stream": lambda stream: inside("side stream"), "synchronize": lambda device: told.append("synchronize"),
+        "graph": lambda graph, stream: inside("capture"),
+    }  # fmt: skip
+    for name, stand_in in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    return told
+
+
+@pytest.mark.parametrize("mode", harness.MODES)
+def test_what_a_graph_reads_lives_as_long_as_its_replay(gpu, mode):
+    """A replay reads addresses: nobody else may get the memory of what a forward saved, or of a cotangent."""
+    alive = []
+
+    class Saves(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            saved = x.clone()
+            alive.append(weakref.ref(saved))
+            ctx.saved = saved
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dx):
+            gpu.append("backward")
+            return dx * ctx.saved
+
+    def cotangents(outs):
+        found = [torch.ones_like(o) for o in outs]
+        alive.extend(map(weakref.ref, found))
+        return found
+
+    x = torch.randn(3, requires_grad=True)
+    replay = harness.ready(harness.Run(lambda: Saves.apply(x), [x], [x]), cotangents, mode, CPU, True)
+    gc.collect()
+    held = [ref() is not None for ref in alive]
+    assert held == {"fwd": [False] * 4, "bwd": [True, True], "full": [False, True] + [False] * 4}[mode]
+    calls = [step for step in gpu if step != "backward"]
+    order = ["side waits for current", "side stream begins", "side stream ends", "synchronize", "capture begins"]
+    assert calls == [*order, "capture ends"] and gpu.count("backward") == (0 if mode == "fwd" else 4)
+    replay()
+    assert gpu[-1] == "replay"
