@@ -99,7 +99,6 @@ class Bench:
     def provider(self, name: str) -> Callable[..., Any]:
         if name in self.providers:
             return self.providers[name]
-        torch._dynamo.reset()  # else the shapes before this one count as recompilations
         torch._functorch.config.donated_buffer = False  # else the backward cannot be walked twice
         return torch.compile(self.providers[self.compiles], mode=COMPILED[name], dynamic=False)
 
@@ -152,9 +151,9 @@ class Gate:
         return [c.to(o.dtype).expand(o.shape).clone() for c, o in zip(self.per_sample, outs, strict=True)]
 
     def results(self, run: Run) -> list[Tensor]:
+        if not run.checked:  # nor is anything timed with gradients, which would be compiled for them alone
+            return [o[: self.samples].detach() for o in as_tuple(_without_grad(run.call))]
         outs = as_tuple(run.call())
-        if not run.checked:
-            return [o[: self.samples].detach() for o in outs]
         cotangents = self.cotangents(outs)
         for c in cotangents:
             c[self.samples or len(c) :] = 0
@@ -213,7 +212,7 @@ def ready(run: Run, cotangents: Cotangents, mode: str, device: torch.device, rep
     """What is timed, called once: with ``replay`` as a CUDA graph, whose replay takes no time of the CPU.
 
     Raises:
-        RuntimeError: it cannot be captured. torch.OutOfMemoryError: too little memory.
+        RuntimeError: it cannot be captured, usually. torch.OutOfMemoryError: too little memory.
     """
     if not replay:
         fn = mode_of(run, cotangents, mode)
@@ -284,15 +283,25 @@ class Point:
 
 
 def measure(point: Point, log: Log, ceilings: Ceilings, device: torch.device) -> None:
-    """One record for every provider and mode, as soon as it is known."""
-    bench, shape, dtype = point.bench, point.shape, point.dtype
-    about = {"bench": bench.name, "op": bench.op, "shape": str(shape), "dtype": name_of(dtype)}
+    """One record for every provider and mode, as soon as it is known; what goes wrong is one, too."""
+    bench, shape = point.bench, point.shape
+    about = {"bench": bench.name, "op": bench.op, "shape": str(shape), "dtype": name_of(point.dtype)}
     try:
-        tensors = tensors_of(bench, shape, dtype, device)
-        gate = Gate(bench, shape, tensors)
+        _measure(point, log, ceilings, device, about)
     except torch.OutOfMemoryError as error:
         log.add(ok=True, **about, skipped=f"memory: {error}"[:300])
-        return release(device)
+    except Exception as error:  # the points after this one are wanted all the same
+        log.add(ok=False, **about, error=f"{type(error).__name__}: {error}"[:600])
+    if any(name.startswith("compile") for name in point.providers or bench.names):
+        # Else these shapes make the next ones recompilations, and the CUDA graphs of compiled code keep their memory.
+        torch._dynamo.reset()
+    release(device)
+
+
+def _measure(point: Point, log: Log, ceilings: Ceilings, device: torch.device, about: dict[str, str]) -> None:
+    bench, shape, dtype = point.bench, point.shape, point.dtype
+    tensors = tensors_of(bench, shape, dtype, device)
+    gate = Gate(bench, shape, tensors)
     runs: dict[str, Run] = {}
     errors: dict[str, float] = {}
     for name in point.providers or bench.names:
@@ -313,21 +322,22 @@ def measure(point: Point, log: Log, ceilings: Ceilings, device: torch.device) ->
                 except torch.OutOfMemoryError as error:
                     log.add(ok=True, **about, mode=mode, provider=name, skipped=f"memory: {error}"[:300])
                     break
-                except RuntimeError as error:  # a capture that failed is no verdict: it is timed as it is
+                except Exception as error:  # a capture that failed is no verdict: it is timed as it is
                     if not replay:
                         log.add(**about, mode=mode, provider=name, **_failure(name, error, device))
-        for name, times in milliseconds(fns, device, rep_ms=60 if bench.replay else 300).items():
+        how_long = {"rounds": 3, "rep_ms": 60} if bench.replay else {"rounds": 2, "rep_ms": 400}
+        for name, times in milliseconds(fns, device, **how_long).items():
             found = percentiles(times)
             ms = found["ms_p50"]
             record = work[mode].rates(ms, ceilings) | {"error_rms": errors[name], "timed": how[name]}
             if bench.name == "vit":
                 record["img_s"] = 1e3 * shape.batch / ms
-            if mode == "full" and how[name] == "launches" and device.type == "cuda":
+            # The memory of compiled code's own CUDA graphs does not show in a replay.
+            plain = how[name] == "launches" and not name.startswith("compile-max")
+            if mode == "full" and plain and device.type == "cuda":
                 record |= memory(runs[name], fns[name], tensors, device)
             log.add(ok=True, **about, mode=mode, provider=name, **found, **record)
         del fns
-    del runs, tensors, gate
-    release(device)
 
 
 def admit(

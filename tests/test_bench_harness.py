@@ -364,3 +364,53 @@ def test_what_a_graph_reads_lives_as_long_as_its_replay(gpu, mode):
     assert calls == [*order, "capture ends"] and gpu.count("backward") == (0 if mode == "fwd" else 4)
     replay()
     assert gpu[-1] == "replay"
+
+
+def test_a_compiled_model_has_the_attention_of_its_name(monkeypatch):
+    """Beside another of the same class: one that was traced for the other would be used for both."""
+    from torch._dynamo.testing import AotEagerAndRecordGraphs
+    from torch.nn.attention import SDPBackend
+
+    monkeypatch.setattr(bench_vit.SDPBackend, "CUDNN_ATTENTION", SDPBackend.MATH)  # which a CPU has
+    backend, compiler = AotEagerAndRecordGraphs(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compiler(model, backend=backend))
+    bench, shape = bench_vit.BENCHES[0], Shape(SMALL.model, 1, 32)
+    vars(shape)["config"] = dataclasses.replace(shape.config, depth=1)
+    tensors = tensors_of(bench, shape, torch.float32, CPU)
+    for mode in ("fwd", "full"):
+        for name in ("compile", "compile-cudnn", "compile"):
+            run = bench.run(name, shape, tensors)
+            harness.mode_of(run, lambda outs: [torch.ones_like(o) for o in outs], mode)()
+    torch._dynamo.reset()
+    assert ["flash" in graph.code for graph in backend.fw_graphs] == [True, False] * 2
+
+
+def test_an_error_ends_its_point_alone(tmp_path):
+    """Triton's own errors are no RuntimeErrors, and some show only without gradients, behind the gate."""
+
+    def ours(x, weight, bias):
+        if not torch.is_grad_enabled():
+            raise Exception("out of resource: shared memory")
+        return bench_layer_norm.eager(x, weight, bias)
+
+    def no_inputs(shape, rand):
+        raise Exception("no such input")
+
+    log = Log(tmp_path / "bench_layer_norm.json", {"gpu": "none"})
+    bench = dataclasses.replace(BENCH, providers={"ours": ours, "eager": bench_layer_norm.eager})
+    measure(Point(bench, SMALL, torch.float32, ("fwd", "bwd"), ("ours", "eager")), log, Ceilings(1, 10), CPU)
+    found = {(r["provider"], r["mode"]): r.get("error") for r in log.records}
+    assert found.keys() == {(p, m) for p in ("ours", "eager") for m in ("fwd", "bwd")}
+    assert "shared memory" in found["ours", "fwd"] and not any(v for k, v in found.items() if k != ("ours", "fwd"))
+    measure(Point(dataclasses.replace(bench, inputs=no_inputs), SMALL), log, Ceilings(1, 10), CPU)
+    assert not log.records[-1]["ok"] and "no such input" in log.records[-1]["error"]
+
+
+def test_without_gradients_to_check_none_are_asked_for():
+    """A compiled model would be compiled once more, for gradients that nobody wants."""
+    bench = bench_vit.BENCHES[1]
+    tensors = tensors_of(bench, SMALL, torch.float32, CPU)
+    asked = []
+    run = harness.Run(lambda: asked.append(torch.is_grad_enabled()) or torch.ones(1, 1000), [], [])
+    Gate(bench, SMALL, tensors).error(run)
+    assert asked == [False]
