@@ -324,7 +324,7 @@ def _measure(point: Point, log: Log, ceilings: Ceilings, device: torch.device, a
                     break
                 except Exception as error:  # a capture that failed is no verdict: it is timed as it is
                     if not replay:
-                        log.add(**about, mode=mode, provider=name, **_failure(name, error, device))
+                        log.add(**about, mode=mode, provider=name, **failure(name, error, device))
         how_long = {"rounds": 3, "rep_ms": 60} if bench.replay else {"rounds": 2, "rep_ms": 400}
         for name, times in milliseconds(fns, device, **how_long).items():
             found = percentiles(times)
@@ -352,14 +352,14 @@ def admit(
     except ImportError as error:
         return {"ok": True, "skipped": f"not installed: {error}"[:200]}, None
     except Exception as error:
-        return _failure(name, error, next(iter(tensors.values())).device), None
+        return failure(name, error, next(iter(tensors.values())).device), None
     if wrong:
         said = {"error": f"{wrong}: not timed"} if name in OURS else {"skipped": f"{wrong}: not timed"}
         return {"ok": name not in OURS, "error_rms": error if math.isfinite(error) else None} | said, None
     return {"error_rms": error}, run
 
 
-def _failure(name: str, error: Exception, device: torch.device) -> dict[str, Any]:
+def failure(name: str, error: Exception, device: torch.device) -> dict[str, Any]:
     """Ours must run, our kernels on a GPU; what else does not is left out."""
     said = f"{type(error).__name__}: {error}"[:600]
     must = name == "ours" or (name == "triton" and device.type == "cuda")

@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import json
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -274,6 +275,23 @@ def test_the_most_wanted_comes_first():
         assert all("ours" in p.providers for p in whole)  # whoever is compared is measured beside ours
 
 
+def test_nothing_is_begun_that_would_be_stopped(tmp_path, monkeypatch):
+    """A compiled provider has a point of its own, so that it takes no other's result along, and time enough or none."""
+    for name in plan.SECONDS:
+        for point in plan.points(name, plan.Wanted(), rehearse=False):
+            compiled = [p for p in point.providers if p.startswith("compile")]
+            assert len(compiled) <= 1 and plan.least(point) >= (10 if compiled else 4)
+    begun = []
+    monkeypatch.setattr(plan, "measure", lambda point, *_: begun.append(point))
+    monkeypatch.setattr(plan, "measure_ceilings", lambda *_: None)
+    monkeypatch.setattr(plan.cases, "device", lambda rehearse: CPU)
+    log = Log(tmp_path / "bench_vit.json", {"gpu": "none"}, deadline=time.monotonic() + 30)
+    plan.run(log, False, "vit", plan.Wanted(quick=True))
+    gc.unfreeze()
+    assert len(begun) == 7 and {r["provider"] for r in log.records} == {"compile"}
+    assert [r["skipped"] for r in log.records] == ["budget"]
+
+
 def test_one_point_can_be_picked():
     wanted = plan.Wanted(ops=("qkv",), shapes=("vit_base_patch16_224/b8",), providers=("cublas",), modes=("bwd",))
     assert wanted.some and list(plan.stages(wanted)) == ["bench_linear"]
@@ -281,6 +299,12 @@ def test_one_point_can_be_picked():
     assert (point.bench.op, str(point.shape), point.providers, point.modes) == (
         "qkv", "vit_base_patch16_224/b8", ("cublas",), ("bwd",),
     )  # fmt: skip
+    wanted = plan.Wanted(ops=("mlp",), shapes=("vit_base_patch16_224/b8",), providers=("cublas", "compile"))
+    assert [p.providers for p in plan.points("mlp", wanted, rehearse=False)] == [("cublas",), ("compile",)]
+    wanted = plan.Wanted(ops=("mlp",), shapes=("vit_base_patch16_224/b8",))
+    assert [p.providers for p in plan.points("mlp", wanted, rehearse=False)] == [
+        ("ours", "triton", "cublas"), ("ours", "compile"), ("ours", "compile-max"),
+    ]  # fmt: skip
     for wrong in ({"ops": ("mpl",)}, {"shapes": ("b8",)}, {"providers": ("hers",)}, {"modes": ("forward",)}):
         with pytest.raises(ValueError, match=r"there are|not understood"):
             plan.stages(plan.Wanted(**wrong))
@@ -297,6 +321,7 @@ def test_the_largest_batch_is_found(fit):
     tried = []
     found = largest(lambda batch: tried.append(batch) or batch <= fit, 2**16)
     assert found <= fit <= 1.03 * found + 1 and len(tried) < 25
+    assert fit < 1000 or all(batch % 16 == 0 for batch in tried)
 
 
 # ---- on a GPU, with stand-ins ----------------------------------------------------------------------------------------
