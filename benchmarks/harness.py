@@ -99,7 +99,9 @@ class Bench:
     def provider(self, name: str) -> Callable[..., Any]:
         if name in self.providers:
             return self.providers[name]
-        torch._functorch.config.donated_buffer = False  # else the backward cannot be walked twice
+        from torch._functorch import config
+
+        config.donated_buffer = False  # else the backward cannot be walked twice
         return torch.compile(self.providers[self.compiles], mode=COMPILED[name], dynamic=False)
 
     def run(self, name: str, shape: Shape, tensors: dict[str, Tensor]) -> Run:

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import bench_layer_norm, bench_vit, harness, plan  # noqa: E402
+from benchmarks.gpu_stages import record  # noqa: E402
 from benchmarks.gpu_stages.record import Log  # noqa: E402
 from benchmarks.harness import Ceilings, Gate, Point, Work, measure, tensors_of  # noqa: E402
 from benchmarks.largest_batch import largest  # noqa: E402
@@ -439,3 +440,21 @@ def test_without_gradients_to_check_none_are_asked_for():
     run = harness.Run(lambda: asked.append(torch.is_grad_enabled()) or torch.ones(1, 1000), [], [])
     Gate(bench, SMALL, tensors).error(run)
     assert asked == [False]
+
+
+def test_a_copy_without_a_checkout_is_told_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    assert record.git_commit() is None
+    monkeypatch.setenv("COMMIT", "abc1234")
+    assert record.git_commit() == "abc1234"
+
+
+def test_what_was_compiled_is_forgotten_behind_its_point(tmp_path, monkeypatch):
+    """Its CUDA graphs keep their memory, and the points behind it would count as recompilations."""
+    told = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: told.append("reset"))
+    monkeypatch.setattr(torch, "compile", lambda fn, **_: told.append("compile") or fn)
+    log = Log(tmp_path / "bench_layer_norm.json", {"gpu": "none"})
+    for providers in (("ours",), ("compile", "compile-max")):
+        measure(Point(BENCH, SMALL, torch.float32, ("fwd",), providers), log, Ceilings(1, 10), CPU)
+    assert told == ["compile", "compile", "reset"]  # and not between them: the first would be compiled twice
