@@ -220,16 +220,19 @@ def ready(run: Run, cotangents: Cotangents, mode: str, device: torch.device, rep
         fn = mode_of(run, cotangents, mode)
         fn()
         return fn
-    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream(device))
+    stream, graph, current = torch.cuda.Stream(device), torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):  # the forward of "bwd", too: autograd walks back on the stream that it came on
         fn = mode_of(run, cotangents, mode)
         for _ in range(3):  # compiles and makes cuBLAS allocate, neither of which can be captured
             fn()
     torch.cuda.synchronize(device)
     gc.collect()
-    with torch.cuda.graph(graph, stream=stream):
-        results = fn()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            results = fn()
+    finally:
+        torch.cuda.set_stream(current)  # after a capture that failed PyTorch does not return to it
 
     def replayed(kept: Any = (fn, results)) -> None:  # a replay reads what fn holds, too: what a forward saved, say
         graph.replay()

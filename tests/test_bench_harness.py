@@ -351,6 +351,7 @@ def gpu(monkeypatch):
         "Stream": Stream, "CUDAGraph": Graph, "current_stream": lambda device: "current",
         "stream": lambda stream: inside("side stream"), "synchronize": lambda device: told.append("synchronize"),
         "graph": lambda graph, stream: inside("capture"),
+        "set_stream": lambda stream: told.append(f"back on {stream}"),
     }  # fmt: skip
     for name, stand_in in cuda.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
@@ -387,7 +388,7 @@ def test_what_a_graph_reads_lives_as_long_as_its_replay(gpu, mode):
     assert held == {"fwd": [False] * 4, "bwd": [True, True], "full": [False, True] + [False] * 4}[mode]
     calls = [step for step in gpu if step != "backward"]
     order = ["side waits for current", "side stream begins", "side stream ends", "synchronize", "capture begins"]
-    assert calls == [*order, "capture ends"] and gpu.count("backward") == (0 if mode == "fwd" else 4)
+    assert calls == [*order, "capture ends", "back on current"] and gpu.count("backward") == (0 if mode == "fwd" else 4)
     replay()
     assert gpu[-1] == "replay"
 
@@ -458,3 +459,19 @@ def test_what_was_compiled_is_forgotten_behind_its_point(tmp_path, monkeypatch):
     for providers in (("ours",), ("compile", "compile-max")):
         measure(Point(BENCH, SMALL, torch.float32, ("fwd",), providers), log, Ceilings(1, 10), CPU)
     assert told == ["compile", "compile", "reset"]  # and not between them: the first would be compiled twice
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(gpu):
+    """PyTorch's own context does not, where its end raises; the launches are timed on the stream of the events."""
+
+    def fails():
+        if "capture begins" in gpu:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        harness.ready(harness.Run(fails, [], []), lambda outs: [], "fwd", CPU, True)
+    assert gpu[-1] == "back on current"
+
+
+def test_the_stages_share_the_whole_budget():
+    assert sum(whole for _, whole in plan.SECONDS.values()) <= 600 and sum(q for q, _ in plan.SECONDS.values()) <= 240
