@@ -66,7 +66,7 @@ bench-smoke: $(READY)
 	$(PY) -m pytest benchmarks --benchmark-only --benchmark-columns=median -q
 	$(PY) -m benchmarks.roofline --shape vit_tiny_patch16_224/b64 --arch 90
 	$(PY) -m benchmarks.memory --shape vit_tiny_patch16_224/b64
-	$(PY) -m benchmarks.experiment_gemm --budget 8
+	$(PY) -m benchmarks.experiment_gemm
 	$(PY) -m benchmarks.tune layer_norm --limit 2
 	$(PY) -m benchmarks.profile --top 10
 	$(PY) -m benchmarks.report --check
