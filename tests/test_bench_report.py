@@ -124,6 +124,16 @@ def test_damaged_files_are_named(tmp_path, readme, capsys, content, said):
     assert compare.main([str(BEFORE), str(tmp_path)]) == 2
 
 
+def test_records_may_say_themselves_where_they_are_from(tmp_path, readme):
+    found = json.loads((BEFORE / "bench_vit.json").read_text())
+    flat = [r | found["about"] for r in found["records"]]
+    (tmp_path / "bench_vit.json").write_text(json.dumps(flat))
+    assert made(tmp_path, readme) == 0
+    text = readme.read_text()
+    made(BEFORE, readme)
+    assert text.split("[bench_vit.json]")[0] == readme.read_text().split("[bench_vit.json]")[0] and "16,000" in text
+
+
 # ---- the prediction --------------------------------------------------------------------------------------------------
 
 
