@@ -1,8 +1,8 @@
 """``python -m benchmarks.compare A B``: what changed from A to B beyond noise; each is a result file or a folder.
 
 A time has changed if the intervals from the 20th to the 80th percentile of the two runs do not touch and the medians
-differ by more than 2 %. A record without percentiles has an interval of its median alone. A largest batch,
-which is counted and not timed, has changed if it differs by more than 2 %. A point that was timed in A and failed in B counts as slower.
+differ by more than 2 %. A record without percentiles has an interval of its median alone. A largest batch
+has changed if it differs by more than 2 %. A point that was timed in A and failed in B counts as slower.
 """
 
 from __future__ import annotations

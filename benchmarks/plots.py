@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator
 
 from benchmarks.records import Point, Record, ceilings, number
 from benchmarks.report import DTYPES, dtypes_of, label, model_shapes
@@ -67,7 +68,6 @@ def roofline(records: list[Record], dtype: str) -> Figure | str:
             hollow = not r.ours and marker not in "1+x"
             style |= {"facecolors": "none", "edgecolors": colour} if hollow else {"color": colour}
             ax.scatter(1e3 * r.tflops / r.gbps, r.tflops, marker=marker, **style)
-        low, high = ax.get_xlim() if ax.get_xscale() == "log" else (1, 1)
         ax.set(xscale="log", yscale="log", title=MODES[mode], xlabel="intensity, FLOP/byte")
     x = [1e3 * r.tflops / r.gbps for r in found]
     ridge = 1e3 * rate / speed
@@ -91,8 +91,8 @@ def roofline(records: list[Record], dtype: str) -> Figure | str:
 def models(records: list[Record], dtype: str) -> Figure | str:
     """Images a second of whole models, a panel each with its own scale; the dashed line is the floor's speed."""
     found = [r for r in _of(records, dtype) if r.point[:2] == ("vit", "vit")]
-    shapes = [s for s in model_shapes(records, dtype) if any(r.timed for r in found if r.point.shape == s)]
-    if not shapes:
+    shapes = model_shapes(records, dtype)
+    if not any(r.timed and r.point.shape in shapes for r in found):
         return "no whole model was timed"
     modes = [mode for mode in ("fwd", "full") if any(r.point.mode == mode for r in found)]
     providers = [p for p in _providers(found) if p != "floor"]
@@ -104,13 +104,12 @@ def models(records: list[Record], dtype: str) -> Figure | str:
     ):  # fmt: skip
         here = {_provider(r.point): r for r in found if r.point.mode == mode and r.point.shape == shape}
         _bars(ax, providers, here, lambda r: r.img_s, written=True)
-        floors = [r.img_s if name == "floor" else r.img_s * r.sol_fraction
-                  for name, r in here.items() if r.timed and (name == "floor" or r.sol_fraction)]  # fmt: skip
-        floors = [r.img_s / r.sol_fraction for r in here.values() if r.timed and r.sol_fraction] or floors
+        floors = [r.img_s / r.sol_fraction for r in here.values() if r.timed and r.sol_fraction]
+        floors += [r.img_s for name, r in here.items() if name == "floor"]
         if floors:
             ax.axhline(floors[0], color="black", linestyle="--", linewidth=1)
             ax.set_ylim(0, floors[0] * 1.12)
-        ax.set_xticks([])
+        ax.set(xticks=[], xlim=(-0.7, len(providers) - 0.3))
         ax.yaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
         if mode == modes[0]:
             ax.set_title(label(shape), fontsize=9)
@@ -123,8 +122,8 @@ def models(records: list[Record], dtype: str) -> Figure | str:
 def ops(records: list[Record], dtype: str) -> Figure | str:
     """Share of the floor of every op: a row for each op, a column for each mode, a group of bars for each shape."""
     found = [r for r in _of(records, dtype) if r.point.bench not in ("vit", "gemm")]
-    names = list(dict.fromkeys(r.point.op for r in found if r.timed and r.sol_fraction))
-    if not names:
+    names = list(dict.fromkeys(r.point.op for r in found if r.point.op))
+    if not any(r.timed and r.sol_fraction for r in found):
         return "no op has a share of the floor"
     modes = [mode for mode in MODES if any(r.point.mode == mode for r in found)]
     providers = [p for p in _providers(found) if p != "floor"]
@@ -134,17 +133,14 @@ def ops(records: list[Record], dtype: str) -> Figure | str:
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(names), len(modes), squeeze=False, sharey=True)
     for ax, (op, mode) in zip(grid.flat, [(op, mode) for op in names for mode in modes], strict=True):
+        mine = [p for p in providers if any(r.point.op == op and _provider(r.point) == p for r in found)]
+        step = len(mine) + 1.5
         for group, shape in enumerate(shapes[op]):
             here = {_provider(r.point): r for r in found if r.point[1:5] == (op, shape, dtype, mode)}
-            _bars(
-                ax,
-                providers,
-                here,
-                lambda r: r.sol_fraction and 100 * r.sol_fraction,
-                start=group * (len(providers) + 1.5),
-            )
-        ticks = [group * (len(providers) + 1.5) + (len(providers) - 1) / 2 for group in range(len(shapes[op]))]
+            _bars(ax, mine, here, lambda r: r.sol_fraction and 100 * r.sol_fraction, start=group * step)
+        ticks = [group * step + (len(mine) - 1) / 2 for group in range(len(shapes[op]))]
         ax.set_xticks(ticks, [label(s).replace(", batch ", "\nbatch ") for s in shapes[op]], fontsize=7.5)
+        ax.set_xlim(-1.2, len(shapes[op]) * step - 1.3)
         ax.axhline(100, color="black", linestyle="--", linewidth=1)
         ax.set_ylim(0, 108)
         if op == names[0]:
@@ -159,9 +155,9 @@ def sides(records: list[Record], dtype: str) -> Figure | str:
     """Best speed over the batches, and the largest batch that fits, against the image's side: ViT paper, Fig. 12."""
     family = _family(LATENCY.model)
     found = [r for r in _of(records, dtype) if r.point.bench == "vit" and _family(r.point.shape) == family]
-    found = [r for r in found if r.missing is None and _provider(r.point) != "floor"]
+    found = [r for r in found if r.point.shape and _provider(r.point) != "floor"]
     measures = {"img/s": lambda r: r.img_s if r.point.op == "vit" else None, "largest batch": lambda r: r.largest_batch}
-    if len({_side(r) for r in found}) < 2:
+    if len({_side(r) for r in found if r.missing is None}) < 2:
         return "fewer than two image sizes of one model"
     modes = [mode for mode in MODES if any(r.point.mode == mode for r in found)]
     providers = _providers(found)
@@ -177,7 +173,21 @@ def sides(records: list[Record], dtype: str) -> Figure | str:
                     best[_side(r)] = max(value, best.get(_side(r), 0))
             style = {"color": _colour(name), "marker": MARKERS.get(name, "h"), "linewidth": 2 if name == "ours" else 1}
             ax.plot(*zip(*sorted(best.items()), strict=True), **style) if best else None
+        op = "vit" if column == "img/s" else "largest_batch"
+        for r in (r for r in found if r.missing is not None and r.point.mode == mode and r.point.op == op):
+            place = 0.02 + 0.05 * providers.index(_provider(r.point))
+            ax.text(
+                _side(r),
+                place,
+                *_mark(r)[:1],
+                color=_colour(_provider(r.point)),
+                transform=ax.get_xaxis_transform(),
+                ha="center",
+                fontweight="bold",
+            )
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_minor_locator(NullLocator())
         ax.set_xticks(sorted({_side(r) for r in found}))
         ax.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
         ax.grid(color="#e5e5e5")
@@ -185,6 +195,7 @@ def sides(records: list[Record], dtype: str) -> Figure | str:
         if mode == modes[-1]:
             ax.set_xlabel(f"side of the image, pixels ({label(str(LATENCY)).split(',')[0]})")
     keys = [Line2D([], [], color=_colour(p), marker=MARKERS.get(p, "h"), label=p) for p in providers]
+    keys += _missing_keys(found)
     figure.legend(handles=keys, loc="outside right upper", frameon=False)
     return figure
 
@@ -198,7 +209,7 @@ def _bars(
         if r is None:
             continue
         if r.missing is not None:
-            mark, colour = ("×", "#b2182b") if r.error is not None else ("–", "#333333")
+            mark, colour = _mark(r)
             ax.text(start + place, 0, mark, ha="center", va="bottom", color=colour, fontsize=10, fontweight="bold")
         elif (height := value(r)) is not None:
             ax.bar(start + place, height, width=0.9, color=_colour(name))
@@ -210,13 +221,19 @@ def _bars(
 def _legend(figure: Figure, providers: list[str], found: list[Record], floor: bool) -> None:
     keys = [Line2D([], [], marker="s", linestyle="", markersize=8, color=_colour(p), label=p) for p in providers]
     keys += [Line2D([], [], color="black", linestyle="--", linewidth=1, label="floor")] if floor else []
-    for mark, colour, word, there in (
-        ("×", "#b2182b", "failed", any(r.error is not None for r in found)),
-        ("–", "#333333", "skipped", any(r.skipped is not None for r in found)),
-    ):
-        if there:
-            keys.append(Line2D([], [], marker=f"${mark}$", linestyle="", markersize=7, color=colour, label=word))
+    keys += _missing_keys(found)
     figure.legend(handles=keys, loc="outside right upper", frameon=False)
+
+
+def _mark(r: Record) -> tuple[str, str]:
+    return ("×", "#b2182b") if r.error is not None else ("–", "#333333")
+
+
+def _missing_keys(found: list[Record]) -> list[Line2D]:
+    marks = {"failed" if r.error is not None else "skipped": _mark(r) for r in found if r.missing is not None}
+    style = {"linestyle": "", "markersize": 7}
+    return [Line2D([], [], marker=f"${mark}$", color=colour, label=word, **style)
+            for word, (mark, colour) in sorted(marks.items())]  # fmt: skip
 
 
 def _of(records: Iterable[Record], dtype: str) -> list[Record]:
