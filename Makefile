@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 endif
 PIP = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint test-peers gpu lock lock-3.6 mutate peers clean
+.PHONY: demo test lint test-peers gpu report lock lock-3.6 mutate peers clean
 
 demo: $(READY)
 	$(PY) -m vit demo
@@ -26,6 +26,11 @@ lint: $(READY)
 
 gpu: $(READY)
 	$(PY) -m benchmarks.gpu
+
+# From the result files alone. A machine without a network makes the table, and says that the plots are left out.
+report: $(READY)
+	-$(PIP) matplotlib
+	$(PY) -m benchmarks.report $(ARGS)
 
 lock: $(READY)
 	$(PY) tests/lock.py --update

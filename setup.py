@@ -21,6 +21,7 @@ setup(
     extras_require={
         "demo": ["Pillow"],
         "hub": ["huggingface_hub", "safetensors"],
+        "report": ["matplotlib"],
         "test": ["Pillow", "hypothesis", "pytest", "pytest-xdist", "ruff", "safetensors", "setuptools", "wheel"],
         "weights": ["safetensors"],
     },

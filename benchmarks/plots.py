@@ -84,7 +84,7 @@ def roofline(records: list[Record], dtype: str) -> Figure | str:
         filled = {} if name in ("ours", "triton") else {"markerfacecolor": "none"}
         style = {"marker": MARKERS.get(name, "h"), "linestyle": "", "color": "black", "label": name}
         keys.append(Line2D([], [], **style, **filled))
-    figure.legend(handles=keys, loc="outside right upper", frameon=False)
+    figure.legend(handles=keys, loc="outside right center", frameon=False)
     return figure
 
 
@@ -174,17 +174,10 @@ def sides(records: list[Record], dtype: str) -> Figure | str:
             style = {"color": _colour(name), "marker": MARKERS.get(name, "h"), "linewidth": 2 if name == "ours" else 1}
             ax.plot(*zip(*sorted(best.items()), strict=True), **style) if best else None
         op = "vit" if column == "img/s" else "largest_batch"
-        for r in (r for r in found if r.missing is not None and r.point.mode == mode and r.point.op == op):
-            place = 0.02 + 0.05 * providers.index(_provider(r.point))
-            ax.text(
-                _side(r),
-                place,
-                *_mark(r)[:1],
-                color=_colour(_provider(r.point)),
-                transform=ax.get_xaxis_transform(),
-                ha="center",
-                fontweight="bold",
-            )
+        lost = [r for r in found if r.missing is not None and r.point.mode == mode and r.point.op == op]
+        for i, r in enumerate(lost):
+            style = {"color": _colour(_provider(r.point)), "fontsize": 11, "fontweight": "bold", "ha": "center"}
+            ax.text(_side(r), 0.01 + 0.05 * i, _mark(r)[0], transform=ax.get_xaxis_transform(), **style)
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_minor_locator(NullLocator())
@@ -196,7 +189,7 @@ def sides(records: list[Record], dtype: str) -> Figure | str:
             ax.set_xlabel(f"side of the image, pixels ({label(str(LATENCY)).split(',')[0]})")
     keys = [Line2D([], [], color=_colour(p), marker=MARKERS.get(p, "h"), label=p) for p in providers]
     keys += _missing_keys(found)
-    figure.legend(handles=keys, loc="outside right upper", frameon=False)
+    figure.legend(handles=keys, loc="outside right center", frameon=False)
     return figure
 
 
@@ -222,7 +215,7 @@ def _legend(figure: Figure, providers: list[str], found: list[Record], floor: bo
     keys = [Line2D([], [], marker="s", linestyle="", markersize=8, color=_colour(p), label=p) for p in providers]
     keys += [Line2D([], [], color="black", linestyle="--", linewidth=1, label="floor")] if floor else []
     keys += _missing_keys(found)
-    figure.legend(handles=keys, loc="outside right upper", frameon=False)
+    figure.legend(handles=keys, loc="outside right center", frameon=False)
 
 
 def _mark(r: Record) -> tuple[str, str]:
@@ -266,10 +259,9 @@ def _labelled(figure: Figure, records: list[Record], dtype: str) -> Figure:
     about = records[0].about
     title = f"{about['gpu']}, {DTYPES.get(dtype, dtype)}"
     if any(r.predicted for r in records):
-        title = f"PREDICTION, not measured: {title}"
-        figure.text(
-            0.45, 0.5, "PREDICTION", fontsize=60, color="#b2182b", alpha=0.13, rotation=25, ha="center", va="center"
-        )
+        title = f"PREDICTION, not measured\n{title}"
+        style = {"fontsize": 60, "color": "black", "alpha": 0.15, "rotation": 25, "ha": "center", "va": "center"}
+        figure.text(0.45, 0.5, "PREDICTION", **style)
     figure.suptitle(title, fontsize=11)
     return figure
 
