@@ -174,10 +174,14 @@ def sides(records: list[Record], dtype: str) -> Figure | str:
             style = {"color": _colour(name), "marker": MARKERS.get(name, "h"), "linewidth": 2 if name == "ours" else 1}
             ax.plot(*zip(*sorted(best.items()), strict=True), **style) if best else None
         op = "vit" if column == "img/s" else "largest_batch"
-        lost = [r for r in found if r.missing is not None and r.point.mode == mode and r.point.op == op]
-        for i, r in enumerate(lost):
-            style = {"color": _colour(_provider(r.point)), "fontsize": 11, "fontweight": "bold", "ha": "center"}
-            ax.text(_side(r), 0.01 + 0.05 * i, _mark(r)[0], transform=ax.get_xaxis_transform(), **style)
+        here = [r for r in found if r.point.mode == mode and r.point.op == op]
+        there = {(_side(r), _provider(r.point)) for r in here if r.missing is None}  # at another batch, maybe
+        lost = {(_side(r), _provider(r.point)): _mark(r)[0] for r in here if r.missing is not None}
+        lost = {place: mark for place, mark in lost.items() if place not in there}
+        for i, ((side, name), mark) in enumerate(lost.items()):
+            style = {"color": _colour(name), "fontsize": 11, "fontweight": "bold", "ha": "center"}
+            ax.text(side, 0.01 + 0.05 * i, mark, transform=ax.get_xaxis_transform(), **style)
+        ax.margins(y=0.15 if lost else 0.05)
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_minor_locator(NullLocator())
