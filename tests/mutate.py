@@ -39,7 +39,7 @@ LN, LINEAR, MLP = "tests/test_layer_norm.py", "tests/test_linear.py", "tests/tes
 DROPOUT, MIRROR = "tests/test_attention_dropout.py", "tests/test_attention_mirror.py"
 ATTENTION, PATCH, VIT = "tests/test_attention.py", "tests/test_patch_embed.py", "tests/test_vit.py"
 WEIGHTS, FILES = "tests/test_weights.py", "tests/test_weights_files.py"
-HARNESS, COUNTS, REPORT = (f"tests/test_bench_{name}.py" for name in ("harness", "counts", "report"))
+HARNESS, COUNTS = "tests/test_bench_harness.py", "tests/test_bench_counts.py"
 
 MUTANTS = [
     Mutant(
@@ -594,14 +594,14 @@ MUTANTS = [
         "benchmarks/report.py",
         "best = max(peers, key=lambda r: r.img_s, default=None)",
         "best = min(peers, key=lambda r: r.img_s, default=None)",
-        (f"{REPORT}::test_table",),
+        ("tests/test_bench_prediction.py::test_table",),
     ),
     Mutant(
         "benchmarks: noise is compared with 0.2 %",
         "benchmarks/compare.py",
         "THRESHOLD = 1.02",
         "THRESHOLD = 1.002",
-        (f"{REPORT}::test_compare",),
+        ("tests/test_bench_report.py::test_rule_of_noise",),
     ),
 ]
 
