@@ -99,8 +99,9 @@ class Bench:
     def provider(self, name: str) -> Callable[..., Any]:
         if name in self.providers:
             return self.providers[name]
-        torch._dynamo.reset()  # else the shapes before this one count as recompilations
-        torch._functorch.config.donated_buffer = False  # else the backward cannot be walked twice
+        from torch._functorch import config
+
+        config.donated_buffer = False  # else the backward cannot be walked twice
         return torch.compile(self.providers[self.compiles], mode=COMPILED[name], dynamic=False)
 
     def run(self, name: str, shape: Shape, tensors: dict[str, Tensor]) -> Run:
@@ -152,9 +153,9 @@ class Gate:
         return [c.to(o.dtype).expand(o.shape).clone() for c, o in zip(self.per_sample, outs, strict=True)]
 
     def results(self, run: Run) -> list[Tensor]:
+        if not run.checked:  # nor is anything timed with gradients, which would be compiled for them alone
+            return [o[: self.samples].detach() for o in as_tuple(_without_grad(run.call))]
         outs = as_tuple(run.call())
-        if not run.checked:
-            return [o[: self.samples].detach() for o in outs]
         cotangents = self.cotangents(outs)
         for c in cotangents:
             c[self.samples or len(c) :] = 0
@@ -213,7 +214,7 @@ def ready(run: Run, cotangents: Cotangents, mode: str, device: torch.device, rep
     """What is timed, called once: with ``replay`` as a CUDA graph, whose replay takes no time of the CPU.
 
     Raises:
-        RuntimeError: it cannot be captured. torch.OutOfMemoryError: too little memory.
+        RuntimeError: it cannot be captured, usually. torch.OutOfMemoryError: too little memory.
     """
     if not replay:
         fn = mode_of(run, cotangents, mode)
@@ -228,11 +229,10 @@ def ready(run: Run, cotangents: Cotangents, mode: str, device: torch.device, rep
     torch.cuda.synchronize(device)
     gc.collect()
     with torch.cuda.graph(graph, stream=stream):
-        kept = fn()
+        results = fn()
 
-    def replayed() -> Any:
+    def replayed(kept: Any = (fn, results)) -> None:  # a replay reads what fn holds, too: what a forward saved, say
         graph.replay()
-        return kept
 
     return replayed
 
@@ -285,15 +285,25 @@ class Point:
 
 
 def measure(point: Point, log: Log, ceilings: Ceilings, device: torch.device) -> None:
-    """One record for every provider and mode, as soon as it is known."""
-    bench, shape, dtype = point.bench, point.shape, point.dtype
-    about = {"bench": bench.name, "op": bench.op, "shape": str(shape), "dtype": name_of(dtype)}
+    """One record for every provider and mode, as soon as it is known; what goes wrong is one, too."""
+    bench, shape = point.bench, point.shape
+    about = {"bench": bench.name, "op": bench.op, "shape": str(shape), "dtype": name_of(point.dtype)}
     try:
-        tensors = tensors_of(bench, shape, dtype, device)
-        gate = Gate(bench, shape, tensors)
+        _measure(point, log, ceilings, device, about)
     except torch.OutOfMemoryError as error:
         log.add(ok=True, **about, skipped=f"memory: {error}"[:300])
-        return release(device)
+    except Exception as error:  # the points after this one are wanted all the same
+        log.add(ok=False, **about, error=f"{type(error).__name__}: {error}"[:600])
+    if any(name.startswith("compile") for name in point.providers or bench.names):
+        # Else these shapes make the next ones recompilations, and the CUDA graphs of compiled code keep their memory.
+        torch._dynamo.reset()
+    release(device)
+
+
+def _measure(point: Point, log: Log, ceilings: Ceilings, device: torch.device, about: dict[str, str]) -> None:
+    bench, shape, dtype = point.bench, point.shape, point.dtype
+    tensors = tensors_of(bench, shape, dtype, device)
+    gate = Gate(bench, shape, tensors)
     runs: dict[str, Run] = {}
     errors: dict[str, float] = {}
     for name in point.providers or bench.names:
@@ -314,21 +324,22 @@ def measure(point: Point, log: Log, ceilings: Ceilings, device: torch.device) ->
                 except torch.OutOfMemoryError as error:
                     log.add(ok=True, **about, mode=mode, provider=name, skipped=f"memory: {error}"[:300])
                     break
-                except RuntimeError as error:  # a capture that failed is no verdict: it is timed as it is
+                except Exception as error:  # a capture that failed is no verdict: it is timed as it is
                     if not replay:
-                        log.add(**about, mode=mode, provider=name, **_failure(name, error, device))
-        for name, times in milliseconds(fns, device, rep_ms=60 if bench.replay else 300).items():
+                        log.add(**about, mode=mode, provider=name, **failure(name, error, device))
+        how_long = {"rounds": 3, "rep_ms": 60} if bench.replay else {"rounds": 2, "rep_ms": 400}
+        for name, times in milliseconds(fns, device, **how_long).items():
             found = percentiles(times)
             ms = found["ms_p50"]
             record = work[mode].rates(ms, ceilings) | {"error_rms": errors[name], "timed": how[name]}
             if bench.name == "vit":
                 record["img_s"] = 1e3 * shape.batch / ms
-            if mode == "full" and how[name] == "launches" and device.type == "cuda":
+            # The memory of compiled code's own CUDA graphs does not show in a replay.
+            plain = how[name] == "launches" and not name.startswith("compile-max")
+            if mode == "full" and plain and device.type == "cuda":
                 record |= memory(runs[name], fns[name], tensors, device)
             log.add(ok=True, **about, mode=mode, provider=name, **found, **record)
         del fns
-    del runs, tensors, gate
-    release(device)
 
 
 def admit(
@@ -343,14 +354,14 @@ def admit(
     except ImportError as error:
         return {"ok": True, "skipped": f"not installed: {error}"[:200]}, None
     except Exception as error:
-        return _failure(name, error, next(iter(tensors.values())).device), None
+        return failure(name, error, next(iter(tensors.values())).device), None
     if wrong:
         said = {"error": f"{wrong}: not timed"} if name in OURS else {"skipped": f"{wrong}: not timed"}
         return {"ok": name not in OURS, "error_rms": error if math.isfinite(error) else None} | said, None
     return {"error_rms": error}, run
 
 
-def _failure(name: str, error: Exception, device: torch.device) -> dict[str, Any]:
+def failure(name: str, error: Exception, device: torch.device) -> dict[str, Any]:
     """Ours must run, our kernels on a GPU; what else does not is left out."""
     said = f"{type(error).__name__}: {error}"[:600]
     must = name == "ours" or (name == "triton" and device.type == "cuda")

@@ -10,7 +10,7 @@ import torch
 from benchmarks.bench_vit import BENCHES
 from benchmarks.gpu_stages.cases import name_of
 from benchmarks.gpu_stages.record import Log
-from benchmarks.harness import mode_of, release, tensors_of
+from benchmarks.harness import failure, mode_of, release, tensors_of
 from benchmarks.shapes import MODELS, Shape
 
 MODEL = BENCHES[0]
@@ -31,19 +31,31 @@ def search(log: Log, side: int, dtype: torch.dtype, device: torch.device) -> Non
         if log.seconds_left < 20:
             log.add(ok=True, **about, skipped="budget")
         else:
-            found = largest(fits, at_most)
-            log.add(ok=True, **about, **({"largest_batch": found} if found else {"skipped": "memory: not one image"}))
+            try:
+                found = largest(fits, at_most)
+            except Exception as error:  # PyTorch may have no kernel for a batch that would fit
+                log.add(**about, **failure(name, error, device))
+            else:
+                log.add(
+                    ok=True, **about, **({"largest_batch": found} if found else {"skipped": "memory: not one image"})
+                )
+            release(device)
 
 
 def largest(fits: Callable[[int], bool], at_most: int, within: float = 0.03) -> int:
-    """The largest batch that fits, to 3 %: doubled until one does not, then halfway between. 0 if not even 1 does."""
-    good, bad = 0, 1
+    """The largest batch that fits, to 3 %: doubled until one does not, then halfway between. 0 if not even 1 does.
+
+    Multiples of 16 as far as that is close enough: for other batches Triton compiles every kernel once more.
+    """
+    good, bad = 0, min(16, at_most)
     while bad <= at_most and fits(bad):
         good, bad = bad, 2 * bad
     if bad > at_most:
         return good
     while bad - good > max(1, within * good):
         middle = (good + bad) // 2
+        if middle // 16 * 16 > good:
+            middle = middle // 16 * 16
         good, bad = (middle, bad) if fits(middle) else (good, middle)
     return good
 

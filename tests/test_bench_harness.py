@@ -1,8 +1,12 @@
 """`make bench`, without a GPU: the counts against independent ones, the gate, and that what is wrong is said."""
 
+import contextlib
 import dataclasses
+import gc
 import json
 import sys
+import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 import peers  # noqa: E402
 
 from benchmarks import bench_layer_norm, bench_vit, harness, plan  # noqa: E402
+from benchmarks.gpu_stages import record  # noqa: E402
 from benchmarks.gpu_stages.record import Log  # noqa: E402
 from benchmarks.harness import Ceilings, Gate, Point, Work, measure, tensors_of  # noqa: E402
 from benchmarks.largest_batch import largest  # noqa: E402
@@ -284,6 +289,23 @@ def test_the_most_wanted_comes_first():
         assert all("ours" in p.providers for p in whole)  # whoever is compared is measured beside ours
 
 
+def test_nothing_is_begun_that_would_be_stopped(tmp_path, monkeypatch):
+    """A compiled provider has a point of its own, so that it takes no other's result along, and time enough or none."""
+    for name in plan.SECONDS:
+        for point in plan.points(name, plan.Wanted(), rehearse=False):
+            compiled = [p for p in point.providers if p.startswith("compile")]
+            assert len(compiled) <= 1 and plan.least(point) >= (10 if compiled else 4)
+    begun = []
+    monkeypatch.setattr(plan, "measure", lambda point, *_: begun.append(point))
+    monkeypatch.setattr(plan, "measure_ceilings", lambda *_: None)
+    monkeypatch.setattr(plan.cases, "device", lambda rehearse: CPU)
+    log = Log(tmp_path / "bench_vit.json", {"gpu": "none"}, deadline=time.monotonic() + 30)
+    plan.run(log, False, "vit", plan.Wanted(quick=True))
+    gc.unfreeze()
+    assert len(begun) == 7 and {r["provider"] for r in log.records} == {"compile"}
+    assert [r["skipped"] for r in log.records] == ["budget"]
+
+
 def test_one_point_can_be_picked():
     wanted = plan.Wanted(ops=("qkv",), shapes=("vit_base_patch16_224/b8",), providers=("cublas",), modes=("bwd",))
     assert wanted.some and list(plan.stages(wanted)) == ["bench_linear"]
@@ -291,6 +313,12 @@ def test_one_point_can_be_picked():
     assert (point.bench.op, str(point.shape), point.providers, point.modes) == (
         "qkv", "vit_base_patch16_224/b8", ("cublas",), ("bwd",),
     )  # fmt: skip
+    wanted = plan.Wanted(ops=("mlp",), shapes=("vit_base_patch16_224/b8",), providers=("cublas", "compile"))
+    assert [p.providers for p in plan.points("mlp", wanted, rehearse=False)] == [("cublas",), ("compile",)]
+    wanted = plan.Wanted(ops=("mlp",), shapes=("vit_base_patch16_224/b8",))
+    assert [p.providers for p in plan.points("mlp", wanted, rehearse=False)] == [
+        ("ours", "triton", "cublas"), ("ours", "compile"), ("ours", "compile-max"),
+    ]  # fmt: skip
     for wrong in ({"ops": ("mpl",)}, {"shapes": ("b8",)}, {"providers": ("hers",)}, {"modes": ("forward",)}):
         with pytest.raises(ValueError, match=r"there are|not understood"):
             plan.stages(plan.Wanted(**wrong))
@@ -307,3 +335,139 @@ def test_the_largest_batch_is_found(fit):
     tried = []
     found = largest(lambda batch: tried.append(batch) or batch <= fit, 2**16)
     assert found <= fit <= 1.03 * found + 1 and len(tried) < 25
+    assert fit < 1000 or all(batch % 16 == 0 for batch in tried)
+
+
+# ---- on a GPU, with stand-ins ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """What `harness.ready` asks of CUDA, written down in a list; a tensor is on the CPU."""
+    told = []
+
+    class Stream:
+        def __init__(self, device):
+            self.wait_stream = lambda other: told.append(f"side waits for {other}")
+
+    class Graph:
+        def replay(self):
+            told.append("replay")
+
+    @contextlib.contextmanager
+    def inside(what, **_):
+        told.append(f"{what} begins")
+        yield
+        told.append(f"{what} ends")
+
+    cuda = {
+        "Stream": Stream, "CUDAGraph": Graph, "current_stream": lambda device: "current",
+        "stream": lambda stream: inside("side stream"), "synchronize": lambda device: told.append("synchronize"),
+        "graph": lambda graph, stream: inside("capture"),
+    }  # fmt: skip
+    for name, stand_in in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    return told
+
+
+@pytest.mark.parametrize("mode", harness.MODES)
+def test_what_a_graph_reads_lives_as_long_as_its_replay(gpu, mode):
+    """A replay reads addresses: nobody else may get the memory of what a forward saved, or of a cotangent."""
+    alive = []
+
+    class Saves(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            saved = x.clone()
+            alive.append(weakref.ref(saved))
+            ctx.saved = saved
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dx):
+            gpu.append("backward")
+            return dx * ctx.saved
+
+    def cotangents(outs):
+        found = [torch.ones_like(o) for o in outs]
+        alive.extend(map(weakref.ref, found))
+        return found
+
+    x = torch.randn(3, requires_grad=True)
+    replay = harness.ready(harness.Run(lambda: Saves.apply(x), [x], [x]), cotangents, mode, CPU, True)
+    gc.collect()
+    held = [ref() is not None for ref in alive]
+    assert held == {"fwd": [False] * 4, "bwd": [True, True], "full": [False, True] + [False] * 4}[mode]
+    calls = [step for step in gpu if step != "backward"]
+    order = ["side waits for current", "side stream begins", "side stream ends", "synchronize", "capture begins"]
+    assert calls == [*order, "capture ends"] and gpu.count("backward") == (0 if mode == "fwd" else 4)
+    replay()
+    assert gpu[-1] == "replay"
+
+
+def test_a_compiled_model_has_the_attention_of_its_name(monkeypatch):
+    """Beside another of the same class: one that was traced for the other would be used for both."""
+    from torch._dynamo.testing import AotEagerAndRecordGraphs
+    from torch.nn.attention import SDPBackend
+
+    monkeypatch.setattr(bench_vit.SDPBackend, "CUDNN_ATTENTION", SDPBackend.MATH)  # which a CPU has
+    backend, compiler = AotEagerAndRecordGraphs(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compiler(model, backend=backend))
+    bench, shape = bench_vit.BENCHES[0], Shape(SMALL.model, 1, 32)
+    vars(shape)["config"] = dataclasses.replace(shape.config, depth=1)
+    tensors = tensors_of(bench, shape, torch.float32, CPU)
+    for mode in ("fwd", "full"):
+        for name in ("compile", "compile-cudnn", "compile"):
+            run = bench.run(name, shape, tensors)
+            harness.mode_of(run, lambda outs: [torch.ones_like(o) for o in outs], mode)()
+    torch._dynamo.reset()
+    assert ["flash" in graph.code for graph in backend.fw_graphs] == [True, False] * 2
+
+
+def test_an_error_ends_its_point_alone(tmp_path):
+    """Triton's own errors are no RuntimeErrors, and some show only without gradients, behind the gate."""
+
+    def ours(x, weight, bias):
+        if not torch.is_grad_enabled():
+            raise Exception("out of resource: shared memory")
+        return bench_layer_norm.eager(x, weight, bias)
+
+    def no_inputs(shape, rand):
+        raise Exception("no such input")
+
+    log = Log(tmp_path / "bench_layer_norm.json", {"gpu": "none"})
+    bench = dataclasses.replace(BENCH, providers={"ours": ours, "eager": bench_layer_norm.eager})
+    measure(Point(bench, SMALL, torch.float32, ("fwd", "bwd"), ("ours", "eager")), log, Ceilings(1, 10), CPU)
+    found = {(r["provider"], r["mode"]): r.get("error") for r in log.records}
+    assert found.keys() == {(p, m) for p in ("ours", "eager") for m in ("fwd", "bwd")}
+    assert "shared memory" in found["ours", "fwd"] and not any(v for k, v in found.items() if k != ("ours", "fwd"))
+    measure(Point(dataclasses.replace(bench, inputs=no_inputs), SMALL), log, Ceilings(1, 10), CPU)
+    assert not log.records[-1]["ok"] and "no such input" in log.records[-1]["error"]
+
+
+def test_without_gradients_to_check_none_are_asked_for():
+    """A compiled model would be compiled once more, for gradients that nobody wants."""
+    bench = bench_vit.BENCHES[1]
+    tensors = tensors_of(bench, SMALL, torch.float32, CPU)
+    asked = []
+    run = harness.Run(lambda: asked.append(torch.is_grad_enabled()) or torch.ones(1, 1000), [], [])
+    Gate(bench, SMALL, tensors).error(run)
+    assert asked == [False]
+
+
+def test_a_copy_without_a_checkout_is_told_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    assert record.git_commit() is None
+    monkeypatch.setenv("COMMIT", "abc1234")
+    assert record.git_commit() == "abc1234"
+
+
+def test_what_was_compiled_is_forgotten_behind_its_point(tmp_path, monkeypatch):
+    """Its CUDA graphs keep their memory, and the points behind it would count as recompilations."""
+    told = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: told.append("reset"))
+    monkeypatch.setattr(torch, "compile", lambda fn, **_: told.append("compile") or fn)
+    log = Log(tmp_path / "bench_layer_norm.json", {"gpu": "none"})
+    for providers in (("ours",), ("compile", "compile-max")):
+        measure(Point(BENCH, SMALL, torch.float32, ("fwd",), providers), log, Ceilings(1, 10), CPU)
+    assert told == ["compile", "compile", "reset"]  # and not between them: the first would be compiled twice

@@ -114,11 +114,12 @@ def utc() -> str:
 
 
 def git_commit() -> str | None:
-    return _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
+    """That of the checkout; of a copy without one, what the variable COMMIT says."""
+    return _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD") or os.environ.get("COMMIT")
 
 
 def _output(*command: str) -> str | None:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip() or None
-    except OSError:
+    except (OSError, subprocess.SubprocessError):
         return None
