@@ -44,7 +44,7 @@ def compare(a: Path, b: Path, across_devices: bool = False) -> tuple[str, int]:
     here, there = ({p for p, r in records.items() if _is_result(r)} for records in (old, new))
     changed = sorted((ratio, p) for p in here & there if (ratio := change(old[p], new[p])) is not None)
     for ratio, p in reversed(changed):  # how much more time; the slowest first
-        lines.append(f"{'slower' if ratio > 1 else 'faster'} {ratio:.3f}×  {p}  {_values(old[p], new[p])}")
+        lines.append(f"{_word(ratio, old[p])} {ratio:.3f}×  {p}  {_values(old[p], new[p])}")
     lost = sorted(p for p in here if p in new and new[p].missing)
     failed = [p for p in lost if new[p].error is not None]
     lines += [f"{new[p].missing} in B  {p}" for p in (*failed, *(p for p in lost if p not in failed))]
@@ -73,6 +73,10 @@ def change(old: Record, new: Record) -> float | None:
 def _is_result(r: Record) -> bool:
     """What is compared as a point; the card's ceilings have a line of their own."""
     return r.missing is None and r.point.bench != "ceiling"
+
+
+def _word(ratio: float, r: Record) -> str:
+    return ("slower" if ratio > 1 else "faster") if r.timed else ("smaller" if ratio > 1 else "larger")
 
 
 def _values(old: Record, new: Record) -> str:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullLocator
 
 from benchmarks.records import Point, Record, ceilings, number
 from benchmarks.report import DTYPES, dtypes_of, label, model_shapes
@@ -56,6 +56,7 @@ def roofline(records: list[Record], dtype: str) -> Figure | str:
     """
     rate, speed = ceilings(records, dtype)
     found = [r for r in _of(records, dtype) if r.timed and r.tflops and r.gbps and r.point.bench != "vit"]
+    found = [r for r in found if _provider(r.point) != "floor"]
     if not rate or not speed:
         return f"no ceilings of {dtype} in these files"
     if not found:
@@ -72,7 +73,6 @@ def roofline(records: list[Record], dtype: str) -> Figure | str:
             hollow = not r.ours and marker not in "1+x"
             style |= {"facecolors": "none", "edgecolors": colour} if hollow else {"color": colour}
             ax.scatter(1e3 * r.tflops / r.gbps, r.tflops, marker=marker, **style)
-        low, high = ax.get_xlim() if ax.get_xscale() == "log" else (1, 1)
         ax.set(xscale="log", yscale="log", title=MODES[mode], xlabel="intensity, FLOP/byte")
         _plain_ticks(ax)
     x = [1e3 * r.tflops / r.gbps for r in found]
@@ -90,15 +90,15 @@ def roofline(records: list[Record], dtype: str) -> Figure | str:
         filled = {} if name in ("ours", "triton") else {"markerfacecolor": "none"}
         style = {"marker": MARKERS.get(name, "h"), "linestyle": "", "color": "black", "label": name}
         keys.append(Line2D([], [], **style, **filled))
-    figure.legend(handles=keys, loc="outside right upper", frameon=False)
+    figure.legend(handles=keys, loc="outside right center", frameon=False)
     return figure
 
 
 def models(records: list[Record], dtype: str) -> Figure | str:
     """Images a second of whole models, a panel each with its own scale; the dashed line is the floor's speed."""
     found = [r for r in _of(records, dtype) if r.point[:2] == ("vit", "vit")]
-    shapes = [s for s in model_shapes(records, dtype) if any(r.timed for r in found if r.point.shape == s)]
-    if not shapes:
+    shapes = model_shapes(records, dtype)
+    if not any(r.timed and r.point.shape in shapes for r in found):
         return "no whole model was timed"
     modes = [mode for mode in ("fwd", "full") if any(r.point.mode == mode for r in found)]
     providers = [p for p in _providers(found) if p != "floor"]
@@ -110,17 +110,13 @@ def models(records: list[Record], dtype: str) -> Figure | str:
     ):  # fmt: skip
         here = {_provider(r.point): r for r in found if r.point.mode in (mode, "") and r.point.shape == shape}
         _bars(ax, providers, here, lambda r: r.img_s, written=True)
-        floors = [r.img_s if name == "floor" else r.img_s * r.sol_fraction
-                  for name, r in here.items() if r.timed and (name == "floor" or r.sol_fraction)]  # fmt: skip
-        floors = [r.img_s / r.sol_fraction for r in here.values() if r.timed and r.sol_fraction] or floors
+        floors = [r.img_s / r.sol_fraction for r in here.values() if r.timed and r.sol_fraction]
+        floors += [r.img_s for name, r in here.items() if name == "floor"]
         if floors:
             ax.axhline(floors[0], color="black", linestyle="--", linewidth=1)
             ax.set_ylim(0, floors[0] * 1.12)
-        ax.set_xlim(-0.6, len(providers) - 0.4)
-        ax.set_xticks([])
+        ax.set(xticks=[], xlim=(-0.7, len(providers) - 0.3))
         ax.yaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-        if not any(r.timed for r in here.values()):
-            ax.set_yticks([])
         if mode == modes[0]:
             ax.set_title(label(shape), fontsize=9)
         if shape == shapes[0]:
@@ -132,8 +128,8 @@ def models(records: list[Record], dtype: str) -> Figure | str:
 def ops(records: list[Record], dtype: str) -> Figure | str:
     """Share of the floor of every op: a row for each op, a column for each mode, a group of bars for each shape."""
     found = [r for r in _of(records, dtype) if r.point.bench not in ("vit", "gemm")]
-    names = list(dict.fromkeys(r.point.op for r in found if r.timed and r.sol_fraction))
-    if not names:
+    names = list(dict.fromkeys(r.point.op for r in found if r.point.op))
+    if not any(r.timed and r.sol_fraction for r in found):
         return "no op has a share of the floor"
     modes = [mode for mode in MODES if any(r.point.mode == mode for r in found)]
     providers = [p for p in _providers(found) if p != "floor"]
@@ -143,18 +139,15 @@ def ops(records: list[Record], dtype: str) -> Figure | str:
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(names), len(modes), squeeze=False, sharey=True)
     for ax, (op, mode) in zip(grid.flat, [(op, mode) for op in names for mode in modes], strict=True):
+        mine = [p for p in providers if any(r.point.op == op and _provider(r.point) == p for r in found)]
+        step = len(mine) + 1.5
         for group, shape in enumerate(shapes[op]):
             places = ((op, shape, dtype, mode), (op, shape, dtype, ""))  # who was not admitted has no mode
             here = {_provider(r.point): r for r in found if r.point[1:5] in places}
-            _bars(
-                ax,
-                providers,
-                here,
-                lambda r: r.sol_fraction and 100 * r.sol_fraction,
-                start=group * (len(providers) + 1.5),
-            )
-        ticks = [group * (len(providers) + 1.5) + (len(providers) - 1) / 2 for group in range(len(shapes[op]))]
+            _bars(ax, mine, here, lambda r: r.sol_fraction and 100 * r.sol_fraction, start=group * step)
+        ticks = [group * step + (len(mine) - 1) / 2 for group in range(len(shapes[op]))]
         ax.set_xticks(ticks, [label(s).replace(", batch ", "\nbatch ") for s in shapes[op]], fontsize=7.5)
+        ax.set_xlim(-1.2, len(shapes[op]) * step - 1.3)
         ax.axhline(100, color="black", linestyle="--", linewidth=1)
         ax.set_ylim(0, 108)
         if op == names[0]:
@@ -169,32 +162,58 @@ def sides(records: list[Record], dtype: str) -> Figure | str:
     """Best forward speed over the batches, and the largest batch of a training step: ViT paper, Fig. 12."""
     family = _family(LATENCY.model)
     found = [r for r in _of(records, dtype) if r.point.bench == "vit" and _family(r.point.shape) == family]
-    found = [r for r in found if r.missing is None and _provider(r.point) != "floor"]
-    panels = {
-        "forward, img/s": lambda r: r.img_s if r.point[1::3] == ("vit", "fwd") else None,
-        "forward + backward, largest batch": lambda r: r.largest_batch if r.point.mode == "full" else None,
-    }
-    panels = {name: value for name, value in panels.items() if len({_side(r) for r in found if value(r)}) > 1}
+    found = [r for r in found if _provider(r.point) != "floor"]
+    panels = {}
+    for title, op, mode, field in (
+        ("forward, img/s", "vit", "fwd", "img_s"),
+        ("forward + backward, largest batch", "largest_batch", "full", "largest_batch"),
+    ):
+        mine = [r for r in found if r.point.op == op and r.point.mode in (mode, "")]
+        if len({_side(r) for r in mine if getattr(r, field)}) > 1:
+            panels[title] = mine, field
     if not panels:
         return "fewer than two image sizes of one model"
     providers = [p for p in _providers(found) if any(_provider(r.point) == p and "@" in r.point.shape for r in found)]
     figure = Figure(figsize=(4.4 * len(panels) + 1.8, 3.6), layout="constrained")
-    for ax, (title, value) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for name in reversed(providers):
-            best: dict[int, float] = {}
-            for r in (r for r in found if _provider(r.point) == name and value(r)):
-                best[_side(r)] = max(value(r), best.get(_side(r), 0))
-            style = {"color": _colour(name), "marker": MARKERS.get(name, "h"), "linewidth": 2 if name == "ours" else 1}
-            ax.plot(*zip(*sorted(best.items()), strict=True), **style) if best else None
-        ax.set_yscale("log")
-        _plain_ticks(ax)
-        ax.set_xticks(sorted({_side(r) for r in found}))
-        ax.grid(color="#e5e5e5")
-        ax.set_ylabel(title)
-        ax.set_xlabel(f"side of the image, pixels ({label(str(LATENCY)).split(',')[0]})")
+    for ax, (title, (mine, field)) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        _lines(ax, providers, mine, field)
+        ax.set(ylabel=title, xlabel=f"side of the image, pixels ({label(str(LATENCY)).split(',')[0]})")
+        ax.set_xticks(sorted({_side(r) for r in found if "@" in r.point.shape}))
     keys = [Line2D([], [], color=_colour(p), marker=MARKERS.get(p, "h"), label=p) for p in providers]
-    figure.legend(handles=keys, loc="outside right upper", frameon=False)
+    keys += _missing_keys([r for mine, _ in panels.values() for r in mine if _provider(r.point) in providers])
+    figure.legend(handles=keys, loc="outside right center", frameon=False)
     return figure
+
+
+def _lines(ax: Axes, providers: list[str], records: list[Record], field: str) -> None:
+    """A line for each provider over the image's side, and a mark at the bottom where nothing was found."""
+    lost = {}
+    for name in reversed(providers):
+        best: dict[int, float] = {}
+        for r in (r for r in records if _provider(r.point) == name):
+            if value := getattr(r, field):
+                best[_side(r)] = max(value, best.get(_side(r), 0))
+            elif r.missing is not None:
+                lost[_side(r), name] = _mark(r)[0]
+        lost = {place: mark for place, mark in lost.items() if place[1] != name or place[0] not in best}
+        style = {"color": _colour(name), "marker": MARKERS.get(name, "h"), "linewidth": 2 if name == "ours" else 1}
+        ax.plot(*zip(*sorted(best.items()), strict=True), **style) if best else None
+    for i, ((side, name), mark) in enumerate(lost.items()):
+        style = {"color": _colour(name), "fontsize": 11, "fontweight": "bold", "ha": "center"}
+        ax.text(side, 0.01 + 0.05 * i, mark, transform=ax.get_xaxis_transform(), **style)
+    ax.margins(y=0.15 if lost else 0.05)
+    ax.set_yscale("log")
+    _plain_ticks(ax)
+    ax.grid(color="#e5e5e5")
+
+
+def _plain_ticks(ax: Axes) -> None:
+    """On a logarithmic axis 1, 2 and 5 of each decade, written out."""
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}" if y >= 1 else f"{y:g}")
+    ax.yaxis.set_minor_locator(NullLocator())
 
 
 def _bars(
@@ -206,7 +225,7 @@ def _bars(
         if r is None:
             continue
         if r.missing is not None:
-            mark, colour = ("×", "#b2182b") if r.error is not None else ("–", "#333333")
+            mark, colour = _mark(r)
             ax.text(start + place, 0, mark, ha="center", va="bottom", color=colour, fontsize=10, fontweight="bold")
         elif (height := value(r)) is not None:
             ax.bar(start + place, height, width=0.9, color=_colour(name))
@@ -215,23 +234,22 @@ def _bars(
                 ax.text(start + place, height, " " + text, ha="center", va="bottom", fontsize=7, rotation=90)
 
 
-def _plain_ticks(ax: Axes) -> None:
-    """On a logarithmic axis 1, 2 and 5 of each decade, written out."""
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}" if y >= 1 else f"{y:g}")
-    ax.yaxis.set_minor_formatter(NullFormatter())
-
-
 def _legend(figure: Figure, providers: list[str], found: list[Record], floor: bool) -> None:
     keys = [Line2D([], [], marker="s", linestyle="", markersize=8, color=_colour(p), label=p) for p in providers]
     keys += [Line2D([], [], color="black", linestyle="--", linewidth=1, label="floor")] if floor else []
-    for mark, colour, word, there in (
-        ("×", "#b2182b", "failed", any(r.error is not None for r in found)),
-        ("–", "#333333", "skipped", any(r.skipped is not None for r in found)),
-    ):
-        if there:
-            keys.append(Line2D([], [], marker=f"${mark}$", linestyle="", markersize=7, color=colour, label=word))
-    figure.legend(handles=keys, loc="outside right upper", frameon=False)
+    keys += _missing_keys(found)
+    figure.legend(handles=keys, loc="outside right center", frameon=False)
+
+
+def _mark(r: Record) -> tuple[str, str]:
+    return ("×", "#b2182b") if r.error is not None else ("–", "#333333")
+
+
+def _missing_keys(found: list[Record]) -> list[Line2D]:
+    marks = {"failed" if r.error is not None else "skipped": _mark(r) for r in found if r.missing is not None}
+    style = {"linestyle": "", "markersize": 7}
+    return [Line2D([], [], marker=f"${mark}$", color=colour, label=word, **style)
+            for word, (mark, colour) in sorted(marks.items())]  # fmt: skip
 
 
 def _of(records: Iterable[Record], dtype: str) -> list[Record]:
@@ -264,10 +282,9 @@ def _labelled(figure: Figure, records: list[Record], dtype: str) -> Figure:
     about = records[0].about
     title = f"{about['gpu']}, {DTYPES.get(dtype, dtype)}"
     if any(r.predicted for r in records):
-        title = f"PREDICTION, not measured: {title}"
-        figure.text(
-            0.45, 0.5, "PREDICTION", fontsize=60, color="#b2182b", alpha=0.13, rotation=25, ha="center", va="center"
-        )
+        title = f"PREDICTION, not measured\n{title}"
+        style = {"fontsize": 60, "color": "black", "alpha": 0.15, "rotation": 25, "ha": "center", "va": "center"}
+        figure.text(0.45, 0.5, "PREDICTION", **style)
     figure.suptitle(title, fontsize=11)
     return figure
 

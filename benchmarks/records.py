@@ -1,7 +1,8 @@
 """Result files, read: every ``bench_*.json`` of a folder as records that are checked and know where they come from.
 
 A file is ``{"about": {gpu, driver, torch, triton, commit, command, utc}, "records": [...]}``, as
-`benchmarks.gpu_stages.record` writes it.
+`benchmarks.gpu_stages.record` writes it. A record may carry what differs from ``about`` itself, and a list of records
+that carry all of it is a file, too.
 """
 
 from __future__ import annotations
@@ -158,16 +159,23 @@ def parse(found: Any, path: Path) -> list[Record]:
     Raises:
         ResultError: something in it is not as it should be.
     """
+    if isinstance(found, list):  # records that carry all of it themselves
+        found = {"about": {}, "records": found}
     if not isinstance(found, dict) or not isinstance(found.get("about"), dict):
         raise ResultError(f'{path} is not a result file: no "about"')
     if not isinstance(found.get("records"), list):
         raise ResultError(f'{path} is not a result file: no list "records"')
-    about = {key: found["about"].get(key) for key in ABOUT}
-    if wrong := [key for key, value in about.items() if not isinstance(value, str | None)]:
-        raise ResultError(f"{path}: about.{wrong[0]} is not text")
-    if not about["gpu"]:
+    about = _about(found["about"], path)
+    if not about["gpu"] and not found["records"]:
         raise ResultError(f"{path}: about.gpu, the device, is missing")
     return [_record(r, about, path, i) for i, r in enumerate(found["records"])]
+
+
+def _about(found: dict[str, Any], path: Path) -> dict[str, str | None]:
+    about = {key: found.get(key) for key in ABOUT}
+    if wrong := [key for key, value in about.items() if not isinstance(value, str | None)]:
+        raise ResultError(f"{path}: about.{wrong[0]} is not text")
+    return about
 
 
 def _record(r: Any, about: dict[str, str | None], path: Path, index: int) -> Record:
@@ -176,6 +184,9 @@ def _record(r: Any, about: dict[str, str | None], path: Path, index: int) -> Rec
 
     if not isinstance(r, dict):
         raise wrong("is not an object")
+    about = about | {key: value for key, value in _about(r, path).items() if value}
+    if not about["gpu"]:
+        raise wrong("about.gpu, the device, is missing")
     names = {key: r.get(key) or "" for key in Point._fields}
     if bad := [key for key in (*names, "skipped", "error") if not isinstance(r.get(key), str | None)]:
         raise wrong(f"{bad[0]} is not text")

@@ -69,6 +69,7 @@ LAYERS = {
     "test_bench_harness": "benchmarks",
     "test_bench_counts": "benchmarks",
     "test_bench_report": "benchmarks",
+    "test_bench_prediction": "benchmarks",
     "test_bench_tune": "benchmarks",
     "test_bench_roofline": "benchmarks",
     "test_bench_memory": "benchmarks",

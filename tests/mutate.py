@@ -39,6 +39,7 @@ LN, LINEAR, MLP = "tests/test_layer_norm.py", "tests/test_linear.py", "tests/tes
 DROPOUT, MIRROR = "tests/test_attention_dropout.py", "tests/test_attention_mirror.py"
 ATTENTION, PATCH, VIT = "tests/test_attention.py", "tests/test_patch_embed.py", "tests/test_vit.py"
 WEIGHTS, FILES = "tests/test_weights.py", "tests/test_weights_files.py"
+HARNESS, COUNTS = "tests/test_bench_harness.py", "tests/test_bench_counts.py"
 
 MUTANTS = [
     Mutant(
@@ -560,6 +561,48 @@ MUTANTS = [
         "            pass",
         (f"{FILES}::test_wrong_arguments",),
     ),
+    Mutant(
+        "benchmarks: attention's backward without the product that it does again",
+        "benchmarks/bench_attention.py",
+        "Work(5 * product",
+        "Work(4 * product",
+        (f"{HARNESS}::test_flops_are_those_that_pytorch_counts",),
+    ),
+    Mutant(
+        "benchmarks: the gate looks at outputs alone",
+        "benchmarks/harness.py",
+        "return [t.detach() for t in (*(o[: self.samples] for o in outs), *grads)]",
+        "return [o[: self.samples].detach() for o in outs]",
+        (f"{HARNESS}::test_who_is_wrong_is_not_timed_and_says_so",),
+    ),
+    Mutant(
+        "benchmarks: a gate ten times as wide",
+        "benchmarks/harness.py",
+        "GATE = 2.0",
+        "GATE = 20.0",
+        (f"{HARNESS}::test_who_is_wrong_is_not_timed_and_says_so",),
+    ),
+    Mutant(
+        "benchmarks: an operand that is given twice is counted twice",
+        "benchmarks/trace.py",
+        "tuple(sorted(sizes)), t.dtype)] = count",
+        "tuple(sorted(sizes)), t.dtype, len(regions))] = count",
+        (COUNTS,),
+    ),
+    Mutant(
+        "benchmarks: the slowest peer is called the best",
+        "benchmarks/report.py",
+        "best = max(peers, key=lambda r: r.img_s, default=None)",
+        "best = min(peers, key=lambda r: r.img_s, default=None)",
+        ("tests/test_bench_prediction.py::test_table",),
+    ),
+    Mutant(
+        "benchmarks: noise is compared with 0.2 %",
+        "benchmarks/compare.py",
+        "THRESHOLD = 1.02",
+        "THRESHOLD = 1.002",
+        ("tests/test_bench_report.py::test_rule_of_noise",),
+    ),
 ]
 
 
@@ -570,6 +613,8 @@ def sources(mutant: Mutant, folder: Path) -> None:
     shutil.copytree(ROOT / "vit", folder / "vit", ignore=ignore)
     shutil.copytree(ROOT / "kernels", folder / "vit" / "kernels", ignore=ignore)
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=ignore)
+    if mutant.file.startswith("benchmarks/"):
+        shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=ignore)
     path = folder / mutant.file.replace("kernels/", "vit/kernels/", 1)
     text = path.read_text()
     assert text.count(mutant.old) == 1, f"{mutant.name}: {mutant.old!r} stands {text.count(mutant.old)} times"

@@ -93,6 +93,7 @@ def test_bytes_of_one_launch_by_hand():
 def test_regions_are_counted_once():
     x = meta(8, 16, 4)
     assert trace.moved([x, x, x.view(8, 64)[:, :64].view(8, 16, 4)]) == x.nbytes
+    assert trace.moved([x[0], x[0], x[1]]) == x.nbytes // 4  # views that are only a part of it
     assert trace.moved(x.unbind(2)) == x.nbytes and trace.moved([x[:2], x[1:]]) == x.nbytes  # never beyond its storage
     assert trace.moved([meta(1, 4).expand(100, 4)]) == 4 * 2 and trace.moved([meta(0, 4)]) == 0
     assert trace.moved([x], [x]) == 2 * x.nbytes

@@ -17,6 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import peers  # noqa: E402
+
 from benchmarks import bench_layer_norm, bench_vit, harness, plan  # noqa: E402
 from benchmarks.gpu_stages import record  # noqa: E402
 from benchmarks.gpu_stages.record import Log  # noqa: E402
@@ -209,6 +211,17 @@ def test_the_gate_looks_at_samples_alone():
     assert gate.error(bench.run("reference", shape, tensors))[1] is None
     tensors["image"][1] *= 1.01
     assert gate.error(bench.run("reference", shape, tensors))[1] is not None
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", ["timm", "hf", "accelerated"])
+def test_models_of_other_libraries_pass_the_gate(name):
+    """They have our weights, under their own names and in their own layout."""
+    peers.import_transformers() if name == "hf" else peers.import_timm()
+    bench = bench_vit.BENCHES[0]
+    tensors = tensors_of(bench, SMALL, torch.float32, CPU)
+    error, wrong = Gate(bench, SMALL, tensors).error(bench.run(name, SMALL, tensors))
+    assert wrong is None and 0 < error < 1e-5
 
 
 def test_the_example_of_contributing_runs(tmp_path):

@@ -1,9 +1,14 @@
-"""`make report` and `--compare`, on made-up records: what they say, and that a sample never becomes a figure."""
+"""`make report` and `--compare`, on samples: made-up records in `tests/samples/`, whose device says so.
 
-import importlib.util
+What is expected is written out here, worked out by hand from the times in the samples.
+"""
+
 import json
 import shutil
+import struct
+import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -11,231 +16,356 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import compare, prediction, report  # noqa: E402
-from benchmarks.records import ResultError, load  # noqa: E402
-from benchmarks.shapes import SMALL  # noqa: E402
+from benchmarks import compare, records, report  # noqa: E402
 
 SAMPLES = ROOT / "tests/samples"
-BEFORE, AFTER = SAMPLES / "before", SAMPLES / "after"
-PREDICTION = ROOT / "benchmarks/prediction/prediction.json"
-needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is an extra")
+NONE = Path("none.json")
+README = "# Title\n\n<!-- speed -->\nold\n<!-- /speed -->\n\nThe end.\n"
 
 
 @pytest.fixture
-def readme(tmp_path):
-    path = tmp_path / "README.md"
-    path.write_text("# Name\n\n<!-- speed -->\nold\n<!-- /speed -->\nrest\n")
-    return path
+def folder(tmp_path):
+    """README.md, and results/sample/ with the first run's files."""
+    shutil.copytree(SAMPLES / "before", tmp_path / "results/sample")
+    (tmp_path / "README.md").write_text(README)
+    return tmp_path
 
 
-def made(results, readme, **options):
-    return report.report(results, readme, Path("none"), samples=True, **({"plots": False} | options))
+def made(folder, prediction=NONE, **kw) -> str:
+    """README after a report without plots."""
+    kw = {"plots": False, "samples": True} | kw
+    assert report.report(folder / "results", folder / "README.md", prediction, **kw) == 0
+    return (folder / "README.md").read_text()
 
 
-def test_samples_say_that_they_are():
-    files = sorted(SAMPLES.glob("*/*.json"))
-    assert len(files) == 3
-    assert all(json.loads(f.read_text())["about"]["gpu"] == "SAMPLE, not a measurement" for f in files)
+def edit(path: Path, change) -> None:
+    found = json.loads(path.read_text())
+    change(found)
+    path.write_text(json.dumps(found))
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
 
+# B/16: 256 images in 16.0 ms are 16,000 a second, 256 in 20.0 ms 12,800: 1.25 times; 256 / 51.2 ms = 5,000 and
+# 256 / 64 ms = 4,000: 1.25 times. 10,240 MiB are 10 GiB, 16,384 are 16: 0.625 times. L/16: 128 / 32 ms, 128 / 40 ms.
+TABLE = """\
+# Title
 
-def test_table(readme):
-    """Every figure by hand: 256 images in 16.0 ms are 16,000 a second, in 50 ms 5,120; 10,240 MiB are 10 GiB."""
-    assert made(BEFORE, readme) == 0
-    before, _, rest = readme.read_text().partition("<!-- speed -->")
-    text, _, after = rest.partition("<!-- /speed -->")
-    assert before == "# Name\n\n" and after == "\nrest\n"
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
-    assert rows[0][0] == "model" and "predict" not in text.lower()
-    assert rows[1] == [
-        "B/16, batch 256, bf16",
-        "16,000", "70 %", "compile 14,200: 1.12×",  # 256 / 18 ms; 18 / 16
-        "5,120", "65 %", "compile 4,270: 1.20×",  # 256 / 60 ms; 60 / 50
-        "10.0; compile 16.0: 0.625×",  # the peer that needs least
-    ]  # fmt: skip
-    # 64 images in 32 ms; ours has no time because it failed, and nobody's backward was measured.
-    assert rows[2] == ["H/14, batch 64, bf16", "failed parity", "–", "reference 2,000", "failed parity", "–", "–", "–"]
-    for told in ("driver 1.0", "torch 2.0", "triton 3.0", "commit aaaaaaa", "`python -m benchmarks`", "2001-01-01"):
-        assert told in text
-    assert "at 800 TFLOP/s and 3,000 GB/s, as this card was measured to do" in text
-    assert "Forward of B/16, batch 1, bf16: graph 0.400 ms, compile-reduce 0.600 ms, ours 2.50 ms." in text
-    assert "timm skipped: not installed" in text and "hf skipped: parity" in text and "ours failed parity" in text
+<!-- speed -->
+| model | forward, img/s | share of floor | best peer, img/s | forward + backward, img/s | share of floor | best peer, \
+img/s | training memory, GiB |
+|---|---:|---:|---:|---:|---:|---:|---:|
+| B/16, batch 256, bf16 | 16,000 | 70 % | compile 12,800: 1.25× | 5,000 | 66 % | compile 4,000: 1.25× | 10.0; compile \
+16.0: 0.625× |
+| L/16, batch 128, bf16 | 4,000 | 62 % | timm 3,200: 1.25× | failed parity | – | – | – |
+| H/14, batch 64, bf16 | skipped: budget | – | – | skipped: budget | – | – | – |
+
+SAMPLE, not a measurement, driver 600.00, torch 2.13.0, triton 3.7.1, commit aaaaaaa, `python -m benchmarks`, \
+2026-01-02, [bench_vit.json](results/sample/bench_vit.json). Floor: at 800 TFLOP/s and 3,000 GB/s, as this card was \
+measured to do.
+
+Not timed: ours failed parity: vit vit_large_patch16_224/b128 bfloat16 full; timm skipped: out of memory: vit \
+vit_large_patch16_224/b128 bfloat16 full; ours skipped: budget: vit vit_huge_patch14_224/b64 bfloat16 fwd/full; hf \
+skipped: not installed: vit vit_base_patch16_224/b256 bfloat16 fwd/full.
+<!-- /speed -->
+
+The end.
+"""
 
 
-def test_the_report_changes_nothing_twice(readme, capsys):
-    assert made(BEFORE, readme, check=True) == 1 and readme.read_text().splitlines()[3] == "old"
-    assert made(BEFORE, readme) == 0
-    once = readme.read_bytes()
-    assert made(BEFORE, readme) == 0 and readme.read_bytes() == once
-    assert made(BEFORE, readme, check=True) == 0
-    readme.write_bytes(once.replace(b"16,000", b"16,100"))  # a number typed by hand
-    assert made(BEFORE, readme, check=True) == 1
-    assert "is stale: run `make report`" in capsys.readouterr().out
+def test_table(folder, capsys):
+    assert made(folder) == TABLE
+    told = capsys.readouterr().out
+    assert "not timed: sdpa-cudnn failed parity (parity: rms 0.2): attention" in told
+    assert "not timed: timm skipped: out of memory (out of memory: 9 GiB more)" in told
+    assert made(folder) == TABLE and "README.md: unchanged" in capsys.readouterr().out
+
+
+def test_check(folder, capsys):
+    args = (folder / "results", folder / "README.md", NONE)
+    assert report.report(*args, check=True, samples=True) == 1
+    assert (folder / "README.md").read_text() == README and "stale" in capsys.readouterr().out
+    made(folder)
+    assert report.report(*args, check=True, samples=True) == 0
+    edit(folder / "results/sample/bench_vit.json", lambda found: found["records"][0].update(img_s=17000.0))
+    assert report.report(*args, check=True, samples=True) == 1
+
+
+def test_the_newest_of_a_point_and_both_runs_named(folder):
+    shutil.copy(SAMPLES / "after/bench_vit.json", folder / "results/sample/bench_again.json")
+    text = made(folder)
+    # 256 / 20 ms; the later run has no memory and no share of floor; L/16 forward is of both runs (ours of the first)
+    assert "| B/16, batch 256, bf16 (run 1, 2) | 12,800 | – | compile 12,800: 1.00× | 6,250 |" in text
+    assert "| L/16, batch 128, bf16 (run 1, 2) | 4,000 | 62 % | timm 3,200: 1.25× |" in text
+    assert "| H/14, batch 64, bf16 (run 1, 2) | 1,600 | – | – | skipped: budget |" in text
+    assert "Run 1: SAMPLE" in text and "commit aaaaaaa" in text and "Run 2: SAMPLE" in text and "commit bbbbbbb" in text
+
+
+def test_a_table_for_each_device_and_dtype(folder):
+    shutil.copytree(SAMPLES / "after", folder / "results/second")
+    for path in (folder / "results/second").iterdir():
+        edit(path, lambda found: found["about"].update(gpu="second SAMPLE"))
+        edit(path, lambda found: [r.update(dtype="float16") for r in found["records"]])
+    text = made(folder)
+    assert text.index("**SAMPLE, not a measurement**") < text.index("| B/16, batch 256, bf16 | 16,000")
+    assert text.index("**second SAMPLE**") < text.index("| B/16, batch 256, fp16 | 12,800")
 
 
 @pytest.mark.parametrize(
-    "text", ["no markers", "<!-- speed -->", "<!-- /speed --><!-- speed -->", "<!-- speed -->" * 2 + "<!-- /speed -->"]
-)
-def test_markers_must_be_there_once(readme, text):
-    readme.write_text(text)
-    with pytest.raises(ResultError, match="the README must have one <!-- speed -->"):
-        made(BEFORE, readme)
-    assert readme.read_text() == text
-
-
-def test_what_is_no_measurement_is_refused(tmp_path, readme, capsys):
-    arguments = ["--readme", str(readme), "--no-plots"]
-    assert report.main(["--results", str(BEFORE), *arguments]) == 2
-    assert "is a sample (SAMPLE, not a measurement): samples never go into a report" in capsys.readouterr().err
-    folder = tmp_path / "results/some-gpu"
-    folder.mkdir(parents=True)
-    for change, said in (
-        ({"gpu": "rehearsal"}, "was not measured on a GPU (rehearsal)"),
-        ({"gpu": "Some GPU", "predicted": True}, "was not measured on a GPU (predicted)"),
-    ):
-        found = json.loads((BEFORE / "bench_vit.json").read_text())
-        found["about"]["gpu"] = change["gpu"]
-        found["records"] = [r | change for r in found["records"]]
-        (folder / "bench_vit.json").write_text(json.dumps(found))
-        assert report.main(["--results", str(tmp_path / "results"), *arguments]) == 2
-        assert said in capsys.readouterr().err
-    assert "old" in readme.read_text()
+    "value, digits, text",
+    [(13_649, 3, "13,600"), (999.6, 3, "1,000"), (1.0, 3, "1.00"), (0.34561, 2, "0.35"), (22_717, 2, "23,000"),
+     (9.996, 3, "10.0"), (62.4, 2, "62"), (1.25, 2, "1.2")],
+)  # fmt: skip
+def test_number(value, digits, text):
+    assert records.number(value, digits) == text
 
 
 @pytest.mark.parametrize(
-    "content, said",
+    "text, told",
+    [("no markers", "has 0 and 0"), ("<!-- speed -->", "has 1 and 0"), (README + README, "has 2 and 2"),
+     ("<!-- /speed --> <!-- speed -->", "wrong order")],
+)  # fmt: skip
+def test_markers_missing_or_doubled(folder, text, told):
+    (folder / "README.md").write_text(text)
+    with pytest.raises(records.ResultError, match=told):
+        made(folder)
+    assert (folder / "README.md").read_text() == text
+
+
+# ---- without a GPU ---------------------------------------------------------------------------------------------------
+
+
+def test_prediction_is_labelled(folder, capsys):
+    shutil.rmtree(folder / "results")
+    text = made(folder, SAMPLES / "prediction.json")
+    assert "No GPU has written results into" in capsys.readouterr().out
+    _, above, head, _, base, large, *_ = [line for line in text.splitlines() if line and not line.startswith("# ")]
+    assert above == (
+        "Not measured yet: no GPU has run the kernels. Prediction, what counted bytes and FLOPs allow at most at "
+        "the ceilings 800 TFLOP/s and 3,000 GB/s of SAMPLE, not a measurement, to two digits:"
+    )
+    assert head.startswith("| PREDICTION, not measured | forward, img/s (predicted) |") and head.count("predicted") == 5
+    # 256 / 15.4 ms = 16,623; 11.55 / 15.4 = 0.75; eager 256 / 30.8 ms = 8,312; 256 / 51.2 ms; 34 / 51.2 = 0.664
+    assert (
+        base == "| B/16, batch 256, bf16 | 17,000 | 75 % | eager 8,300: 2.0× | 5,000 | 66 % | eager 2,600: 2.0× | – |"
+    )
+    # 128 / 27 ms = 4,741; 20 / 27 = 0.741; 128 / 41 ms = 3,122; 41 / 27 = 1.52
+    assert large == "| L/16, batch 128, bf16 | 4,700 | 74 % | eager 3,100: 1.5× | – | – | – | – |"
+    assert "commit aaaaaaa, `python -m benchmarks.roofline --json FILE`, 2026-01-02, [prediction.json](" in text
+    assert "driver" not in text and "as this card was measured" not in text
+
+
+def test_a_measurement_replaces_the_prediction(folder):
+    assert made(folder, SAMPLES / "prediction.json") == TABLE
+
+
+def test_nothing_at_all(folder):
+    shutil.rmtree(folder / "results")
+    assert made(folder) == README.replace("old", "Not measured yet: no GPU has run the kernels.")
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+def run(*args) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_command_refuses_samples(folder):
+    code, told = run("benchmarks.report", "--results", folder / "results", "--readme", folder / "README.md")
+    assert code == 2 and len(told.splitlines()) == 1 and "samples never go into a report" in told
+    assert (folder / "README.md").read_text() == README
+    args = ["--results", str(folder / "results"), "--readme", str(folder / "README.md")]
+    shutil.rmtree(folder / "results")
+    (folder / "results").mkdir()
+    assert report.main([*args, "--prediction", str(SAMPLES / "prediction.json")]) == 2
+    assert (folder / "README.md").read_text() == README
+
+
+def test_no_samples_in_the_repository_s_results():
+    for path in report.RESULTS.rglob("bench_*.json"):
+        assert "SAMPLE" not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    "change, told",
     [
-        ('{"about": {"gpu": "x"}, "records": [', "is not whole JSON"),
-        ('{"records": []}', 'no "about"'),
-        ('{"about": {"gpu": "x"}}', 'no list "records"'),
-        ('{"about": {}, "records": []}', "about.gpu, the device, is missing"),
-        ('{"about": {"gpu": "x"}, "records": [{"bench": "mlp", "op": "mlp"}]}', "record 1: has neither ms_p50 nor"),
-        ('{"about": {"gpu": "x"}, "records": [{"bench": "mlp", "op": "mlp", "ms_p50": -1}]}', "not a positive number"),
-        ('{"about": {"gpu": "x"}, "records": [{"bench": "mlp", "op": "mlp", "ms_p50": NaN}]}', "not a positive number"),
+        (lambda f: f["records"][0].update(predicted=True), "was not measured on a GPU .predicted"),
+        (lambda f: f["records"][0].update(rehearsal=True), "was not measured on a GPU .rehearsal|different devices"),
+        (
+            lambda f: f["about"].update(gpu="second SAMPLE"),
+            "different devices: SAMPLE, not a measurement, second SAMPLE",
+        ),
+        (lambda f: f["about"].update(gpu=None), "about.gpu, the device, is missing"),
+        (lambda f: f["about"].update(torch=2), "about.torch is not text"),
+        (lambda f: f.pop("about"), 'no "about"'),
+        (lambda f: f.update(records={}), 'no list "records"'),
+        (lambda f: f["records"].insert(1, 7), "record 2: is not an object"),
+        (lambda f: f["records"][0].update(ms_p50="16"), "record 1: ms_p50 is '16', not a positive number"),
+        (lambda f: f["records"][0].update(ms_p50=float("nan")), "record 1: ms_p50 is nan"),
+        (lambda f: f["records"][0].update(ms_p20=17.0), "ms_p20, ms_p50, ms_p80 are not in order"),
+        (lambda f: f["records"][0].pop("ms_p50"), "has neither ms_p50 nor largest_batch, nor a reason"),
+        (lambda f: f["records"][0].pop("img_s"), "img_s is missing"),
+        (lambda f: f["records"][0].pop("op"), "op is missing"),
+        (lambda f: f["records"][0].update(provider=3), "provider is not text"),
     ],
 )
-def test_damaged_files_are_named(tmp_path, readme, capsys, content, said):
-    (tmp_path / "bench_mlp.json").write_text(content)
-    assert report.main(["--results", str(tmp_path), "--readme", str(readme), "--no-plots"]) == 2
-    error = capsys.readouterr().err
-    assert said in error and "bench_mlp.json" in error and len(error.splitlines()) == 1
-    assert compare.main([str(BEFORE), str(tmp_path)]) == 2
+def test_wrong_content(folder, change, told, capsys):
+    edit(folder / "results/sample/bench_vit.json", change)
+    with pytest.raises(records.ResultError, match=told) as error:
+        made(folder)
+    assert len(str(error.value).splitlines()) == 1
+    assert (folder / "README.md").read_text() == README
 
 
-# ---- the prediction --------------------------------------------------------------------------------------------------
+def test_damaged_files(folder):
+    path = folder / "results/sample/bench_vit.json"
+    path.write_text(path.read_text()[:700])
+    code, told = run("benchmarks.report", "--results", folder / "results", "--readme", folder / "README.md")
+    assert code == 2 and len(told.splitlines()) == 1 and "bench_vit.json is not whole JSON" in told
+    code, told = run("benchmarks.compare", folder / "results/sample", SAMPLES / "after")
+    assert code == 2 and len(told.splitlines()) == 1 and "bench_vit.json is not whole JSON" in told
 
 
-def test_a_prediction_is_called_one_everywhere(readme, tmp_path, capsys):
-    assert report.report(tmp_path / "none", readme, PREDICTION, plots=False) == 0
-    text = readme.read_text()
-    assert (
-        "Not measured yet: no GPU has run the kernels. Prediction, what counted bytes and FLOPs allow at most" in text
+def test_what_ended_a_run_is_told(folder, capsys):
+    """A record that a killed run leaves has no point of its own."""
+    lost = {"ok": False, "error": "Traceback\n  line\nstopped after 60 s; what it had found is here"}
+    edit(folder / "results/sample/bench_vit.json", lambda found: found["records"].append(lost))
+    assert "; vit failed: stopped after 60 s.\n<!--" in made(folder)
+    assert "not timed: vit failed: stopped after 60 s (stopped after 60 s; what it had found is here)" in (
+        capsys.readouterr().out
     )
-    heads = next(line for line in text.splitlines() if line.startswith("| PREDICTION, not measured"))
-    assert all("(predicted)" in head or head.strip() == "share of floor" for head in heads.split("|")[2:-1])
-    assert "what follows is the prediction" in capsys.readouterr().out
 
 
-def test_without_anything_there_is_no_figure(readme, tmp_path):
-    assert made(tmp_path / "none", readme) == 0
-    assert "<!-- speed -->\nNot measured yet: no GPU has run the kernels.\n<!-- /speed -->" in readme.read_text()
+# ---- compare ---------------------------------------------------------------------------------------------------------
+
+# Slower: 16 → 20 ms. Faster: 51.2 → 40.96 ms. Noise: timm 25.6 → 26.4 ms, whose intervals touch; attention forward
+# 1.0 → 1.01 ms, apart but 1 %. Backward attention fails in B. Timed in A 19, in B 10, in both 9.
+COMPARED = """\
+A: SAMPLE, not a measurement, driver 600.00, torch 2.13.0, triton 3.7.1, commit aaaaaaa, command python -m benchmarks, \
+2026-01-02T12:00:00+00:00
+B: SAMPLE, not a measurement, driver 600.00, torch 2.13.0, triton 3.7.1, commit bbbbbbb, command python -m benchmarks, \
+2026-01-03T12:00:00+00:00
+slower 1.250×  vit vit_base_patch16_224/b256 bfloat16 fwd ours  16.00 → 20.00 ms
+faster 0.800×  vit vit_base_patch16_224/b256 bfloat16 full ours  51.20 → 40.96 ms
+failed parity in B  attention vit_base_patch16_224/b256 bfloat16 bwd ours
+9 points compared, 2 changed (1 slower), 10 only in A, 1 only in B"""
 
 
-def test_the_prediction_is_what_the_code_counts():
-    """The committed file, for B/16, and again from the code: stale figures are no figures."""
-    committed = {r.point: r for r in load(PREDICTION)}
-    shapes = [prediction.MODELS["B/16"]]
-    for r in prediction.records(shapes, (), ops=True):
-        point = (r["bench"], r["op"], r["shape"], r["dtype"], r.get("mode", ""), r["provider"])
-        kept = committed[point]
-        assert kept.predicted
-        for name in ("ms_p50", "img_s", "peak_mem_mb", "sol_fraction", "tflops", "gbps"):
-            right = pytest.approx(r[name], rel=1e-5) if name in r else None
-            assert getattr(kept, name) == right, (point, name)
+def test_compare():
+    assert compare.compare(SAMPLES / "before", SAMPLES / "after") == (COMPARED, 1)
 
 
-def test_a_prediction_by_hand():
-    """LayerNorm forward reads x and writes y, 2 bytes an element, with weight and bias."""
-    bench = next(b for b in prediction.plan.benches("layer_norm") if b.op == "layer_norm")
-    rates = prediction.Ceilings(tflops=800, gbps=3000)
-    (ours, *_) = prediction.of_op(bench, SMALL, rates)
-    x = 2 * 17 * 192 * 2
-    assert ours["ms_p50"] == pytest.approx((2 * x + 2 * 192 * 2) / 3000 / 1e6)
-    assert ours["provider"] == "ours (predicted)" and ours["predicted"] and "tflops" not in ours
+def test_compare_with_itself(capsys):
+    assert compare.main([str(SAMPLES / "before")] * 2) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[-1] == "19 points compared, 0 changed (0 slower), 0 only in A, 0 only in B"
+    assert told[2] == "ceilings: bfloat16 800 → 800 TFLOP/s, copy 3,000 → 3,000 GB/s" and len(told) == 4
 
 
-def test_readme_has_what_the_files_give():
-    assert report.main(["--check"]) == 0
+@pytest.mark.parametrize(
+    "old, new, ratio",
+    [
+        ((9.9, 10, 10.1), (10.3, 10.4, 10.5), 1.04),
+        ((9.9, 10, 10.1), (10.1, 10.4, 10.5), None),  # they touch
+        ((9.99, 10, 10.01), (10.1, 10.15, 10.2), None),  # apart, 1.5 %
+        ((10.3, 10.4, 10.5), (9.9, 10, 10.1), 10 / 10.4),
+        ((None, 10, None), (None, 10.3, None), 1.03),
+    ],
+)
+def test_rule_of_noise(folder, old, new, ratio):
+    def one(times):
+        point = {"bench": "linear", "op": "qkv", "provider": "ours"} | dict(
+            zip(("ms_p20", "ms_p50", "ms_p80"), times, strict=True)
+        )
+        return records.parse({"about": {"gpu": "SAMPLE"}, "records": [point]}, NONE)[0]
+
+    assert compare.change(one(old), one(new)) == (None if ratio is None else pytest.approx(ratio))
+
+
+def test_compare_counts_a_smaller_largest_batch(folder):
+    def halve(found):
+        (record,) = [r for r in found["records"] if r.get("largest_batch") == 8000]
+        record["largest_batch"] = 5000
+
+    edit(folder / "results/sample/bench_vit.json", halve)
+    text, code = compare.compare(SAMPLES / "before", folder / "results/sample")
+    assert code == 1 and "smaller 1.600×  largest_batch vit_base_patch16_224@64/b2048" in text
+    assert "largest batch 8000 → 5000" in text
+    text, code = compare.compare(folder / "results/sample", SAMPLES / "before")
+    assert code == 0 and "larger 0.625×" in text
+
+
+def test_compare_other_devices_and_dtypes(folder, capsys):
+    for path in (folder / "results/sample").iterdir():
+        edit(path, lambda found: found["about"].update(gpu="second SAMPLE"))
+        edit(path, lambda found: [r.update(dtype="float16") for r in found["records"]])
+    args = [str(SAMPLES / "before"), str(folder / "results/sample")]
+    assert compare.main(args) == 2
+    told = capsys.readouterr().err
+    assert len(told.splitlines()) == 1 and "different devices" in told and "--across-devices" in told
+    assert compare.main([*args, "--across-devices"]) == 0
+    told = capsys.readouterr().out
+    assert "The devices differ" in told and "The dtypes differ (A has bfloat16, B float16)" in told
+    assert "0 points compared, 0 changed (0 slower), 19 only in A, 19 only in B" in told
+
+
+def test_compare_wrong_arguments(tmp_path, capsys):
+    assert compare.main([str(tmp_path), str(SAMPLES / "after")]) == 2
+    assert "has no bench_*.json" in capsys.readouterr().err
+    assert compare.main([str(tmp_path / "none.json"), str(SAMPLES / "after")]) == 2
+    assert "none.json: No such file" in capsys.readouterr().err
 
 
 # ---- plots -----------------------------------------------------------------------------------------------------------
 
 
-@needs_matplotlib
-def test_plots(tmp_path):
-    from PIL import Image
-
-    from benchmarks.plots import draw
-
-    said = draw(load(BEFORE), tmp_path)
-    names = {"models.png", "ops.png", "roofline.png", "sides.png"}
-    assert {path.name for path in tmp_path.glob("*.png")} == names and all(line.endswith("written") for line in said)
-    for name in names:
-        image = Image.open(tmp_path / name).convert("RGB")
-        assert len(image.getcolors(1 << 24)) > 50 and image.width > 400  # something is drawn
-    assert all(line.endswith("unchanged") for line in draw(load(BEFORE), tmp_path))  # the same bytes
+def pixels(path: Path) -> bytes:
+    """The inflated rows of a PNG."""
+    data, at, packed = path.read_bytes(), 8, b""
+    while at < len(data):
+        (size,), kind = struct.unpack(">I", data[at : at + 4]), data[at + 4 : at + 8]
+        assert kind not in (b"tEXt", b"tIME", b"iTXt")  # nothing that changes from day to day
+        packed += data[at + 8 : at + 8 + size] if kind == b"IDAT" else b""
+        at += 12 + size
+    return zlib.decompress(packed)
 
 
-@needs_matplotlib
-def test_bars_are_as_high_as_the_records(monkeypatch):
+def test_plots(folder, capsys):
+    pytest.importorskip("matplotlib")
+    made(folder, plots=True)
+    paths = sorted((folder / "results/sample").glob("*.png"))
+    assert [path.name for path in paths] == ["models.png", "ops.png", "roofline.png", "sides.png"]
+    assert all(len(set(pixels(path))) > 100 for path in paths)
+    before = [path.read_bytes() for path in paths]
+    for path in paths:
+        path.unlink()
+    made(folder, plots=True)
+    assert [path.read_bytes() for path in paths] == before
+    assert capsys.readouterr().out.count("left out") == 0
+
+
+def test_plots_of_a_prediction_say_so(tmp_path):
+    pytest.importorskip("matplotlib")
     from benchmarks import plots
 
-    figure = plots.models(load(BEFORE), "bfloat16")
-    forward, huge = figure.axes[:2]
-    assert sorted(round(bar.get_height()) for bar in forward.patches) == [12_800, 14_222, 16_000]
-    assert forward.get_lines()[0].get_ydata()[0] == pytest.approx(16_000 / 0.7)  # the floor
-    assert [text.get_text() for text in huge.texts if text.get_text() in "×–"] == ["×"]  # ours failed there
-    assert sum(text.get_text() == "–" for text in forward.texts) == 2  # timm, hf: skipped
+    found = records.load(SAMPLES / "prediction.json")
+    figure = plots._labelled(plots.models(found, "bfloat16"), found, "bfloat16")
+    assert figure.get_suptitle().startswith("PREDICTION, not measured")
+    assert [text.get_text() for text in figure.texts if text.get_rotation()] == ["PREDICTION"]
+    lines = plots.draw(found, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["models.png"]
+    assert "ops.png left out: no op has a share of the floor" in lines
+    measured = records.load(SAMPLES / "before")
+    figure = plots._labelled(plots.models(measured, "bfloat16"), measured, "bfloat16")
+    assert "PREDICTION" not in figure.get_suptitle() and not [t for t in figure.texts if t.get_rotation()]
 
 
-def test_without_matplotlib_the_table_is_made(readme, monkeypatch, capsys):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find_spec(name))
-    assert made(BEFORE, readme, plots=True) == 0 and "16,000" in readme.read_text()
-    assert "Plots left out: no matplotlib here; pip install -c constraints.txt matplotlib" in capsys.readouterr().out
-
-
-# ---- compare ---------------------------------------------------------------------------------------------------------
-
-
-def test_compare():
-    """Backward of ours 10 % slower, cuDNN's forward 20 % faster; 1 % more is noise; eager's full is gone."""
-    text, code = compare.compare(BEFORE / "bench_attention.json", AFTER)
-    lines = text.splitlines()
-    assert code == 1 and lines[-1] == "8 points compared, 2 changed (1 slower), 1 only in A, 0 only in B"
-    assert lines[-3].split() == [
-        "slower", "1.100×", "attention", "vit_base_patch16_224/b256", "bfloat16", "bwd", "ours", "0.4000", "→",
-        "0.4400", "ms",
-    ]  # fmt: skip
-    assert lines[-2].startswith("faster 0.800×") and "sdpa-cudnn" in lines[-2]
-    text, code = compare.compare(BEFORE, BEFORE)
-    assert code == 0 and ", 0 changed" in text
-
-
-def test_compare_counts_a_new_failure_and_refuses_another_device(tmp_path, capsys):
-    found = json.loads((AFTER / "bench_attention.json").read_text())
-    found["records"] = [r for r in found["records"] if r.get("provider") != "ours"]
-    failed = {"bench": "attention", "op": "attention", "shape": "vit_base_patch16_224/b256", "dtype": "bfloat16"}
-    found["records"].append(failed | {"ok": False, "mode": "fwd", "provider": "ours", "error": "parity: nan"})
-    shutil.copytree(AFTER, tmp_path / "c")
-    (tmp_path / "c/bench_attention.json").write_text(json.dumps(found))
-    text, code = compare.compare(AFTER, tmp_path / "c")
-    assert code == 1 and "failed parity in B" in text
-    found["about"]["gpu"] = "SAMPLE of another device"
-    (tmp_path / "c/bench_attention.json").write_text(json.dumps(found))
-    assert compare.main([str(AFTER), str(tmp_path / "c")]) == 2
-    assert "different devices" in capsys.readouterr().err
-    assert compare.main([str(AFTER), str(tmp_path / "c"), "--across-devices"]) == 1
-    assert compare.main([str(AFTER), str(tmp_path / "nowhere")]) == 2
+def test_without_matplotlib(folder, monkeypatch, capsys):
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    assert made(folder, plots=True) == TABLE
+    assert "Plots left out: no matplotlib here; pip install" in capsys.readouterr().out
+    assert not list((folder / "results/sample").glob("*.png"))

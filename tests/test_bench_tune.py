@@ -220,21 +220,14 @@ def test_table_of_the_experiment():
 # ---- compiling, in processes of its own ------------------------------------------------------------------------------
 
 COMMAND = """
-import importlib, os, sys
+import os, sys
 from benchmarks import tune
 from benchmarks.variants import compile_all
 from vit.kernels.configs import Config
 
-def key():
-    raise KeyError(importlib.import_module("vit.kernels.linear")._gemm_kernel.cache_key)
-
 if __name__ == "__main__":
-    said = {name: k[0]["error"] for name, k in compile_all({"dies": os.abort, "key": key}, 90, jobs=1, seconds=60)}
+    said = {name: k[0]["error"] for name, k in compile_all({"dies": os.abort}, 90, jobs=1, seconds=60)}
     assert said["dies"] == "crashes the compiler"
-    try:
-        key()
-    except KeyError as here:
-        assert str(here) in said["key"], "another process would not find this kernel in the cache"
     some = [Config(4, 1024), Config(8, 1024, num_warps=1), Config(4, 1024, num_warps=3), Config(2, 1024)]
     tune.candidates = lambda *_: some
     sys.argv = ["tune", "layer_norm", "--jobs", "2"]

@@ -257,6 +257,35 @@ def test_warmup(tmp_path):
         assert "no NVIDIA GPU was found; --arch sm_90" in done.stderr
 
 
+ORDER = """
+import sys, torch
+from vit import kernels
+from vit.kernels import runtime
+
+x, qkv = torch.empty(8, 64), torch.empty(1, 8, 3, 2, 32)
+calls = {
+    "linear": lambda: kernels.linear(x, torch.empty(64, 64), impl="triton"),
+    "attention": lambda: kernels.attention(qkv, impl="triton"),
+}
+found = {}
+with runtime.dry_run(90, lambda kernel, *_: found.update({kernel.__name__: kernel.cache_key})):
+    for name in sys.argv[1:]:
+        calls[name]()
+print(sorted(found.items()))
+"""
+
+
+def test_kernels_have_one_cache_key_whatever_runs_first():
+    """Else what `vit warmup` compiled is compiled again by a process that calls its ops in another order."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    keys = set()
+    for order in (["linear", "attention"], ["attention", "linear"]):
+        done = subprocess.run([sys.executable, "-c", ORDER, *order], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        keys.add(done.stdout)
+    assert len(keys) == 1
+
+
 @pytest.mark.interpreted
 def test_warmup_says_that_nothing_is_compiled(capsys):
     assert cli.main(["warmup", "vit_tiny_patch16_224", "--arch", "sm_90"]) == 2
