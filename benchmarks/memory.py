@@ -208,8 +208,7 @@ def main(words: list[str] | None = None) -> int:
         show(shape, of_shape)
         results += of_shape
     if args.out:
-        commit = record._output("git", "-C", str(record.ROOT), "rev-parse", "--short", "HEAD")
-        about = {"gpu": f"none: {LABEL}", "torch": torch.__version__, "commit": commit, "utc": record.utc()}
+        about = {"gpu": f"none: {LABEL}", "torch": torch.__version__, "commit": record.git_commit(), "utc": record.utc()}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         record.write(args.out, about, results)
     return 0

@@ -53,7 +53,8 @@ def test_product(randn, program, backward):
         a_ptr=TensorDescriptor.from_tensor(a, [BLOCK_M, K]), b_ptr=TensorDescriptor.from_tensor(b, [K, BLOCK_N]),
         bias_ptr=None, pre_ptr=pre if backward else None, seed_ptr=seed, out_ptr=out, second_ptr=second,
         M=M, N=N, K=K, SITE=3, stride_a=None, stride_b=None,
-        TRANS_A=False, TRANS_B=False, PRECISION="ieee", BLOCK_N=BLOCK_N, BLOCK_K=K, GROUP_M=1, **META,
+        TRANS_A=False, TRANS_B=False, PRECISION="ieee", BLOCK_N=BLOCK_N, BLOCK_K=K, GROUP_M=1,
+        SPLIT=2, CHEAP=None, WARP_SPECIALIZE=False, **META,
     )  # fmt: skip
     h = a[ROWS].float() @ b[:, COLUMNS].float()
     argument = (pre[ROWS, COLUMNS].float() if backward else h).requires_grad_()

@@ -114,8 +114,8 @@ def utc() -> str:
 
 
 def git_commit() -> str | None:
-    """That of the checkout; of a copy without one, what the variable COMMIT says."""
-    return _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD") or os.environ.get("COMMIT")
+    """That of the checkout; of a copy without one, even inside another checkout, what the variable COMMIT says."""
+    return _output("git", f"--git-dir={ROOT / '.git'}", "rev-parse", "--short", "HEAD") or os.environ.get("COMMIT")
 
 
 def _output(*command: str) -> str | None:
