@@ -208,7 +208,8 @@ def main(words: list[str] | None = None) -> int:
         show(shape, of_shape)
         results += of_shape
     if args.out:
-        about = {"gpu": f"none: {LABEL}", "torch": torch.__version__, "commit": record.git_commit(), "utc": record.utc()}
+        commit = record.git_commit()
+        about = {"gpu": f"none: {LABEL}", "torch": torch.__version__, "commit": commit, "utc": record.utc()}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         record.write(args.out, about, results)
     return 0
