@@ -14,6 +14,7 @@ import os
 import sys
 from pathlib import Path
 
+from benchmarks import arguments
 from benchmarks.gpu_stages.record import ROOT
 
 
@@ -28,8 +29,8 @@ def main() -> int:
     ):
         parser.add_argument(f"--{name}", default="", metavar=name.upper(), help=f"only these, commas between: {what}")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--budget", type=float, help="seconds in all (default 240 with --quick, else 600)")
-    parser.add_argument("--out", type=Path, help="folder of the JSON files")
+    parser.add_argument("--budget", type=arguments.positive, help="seconds in all (default 240 with --quick, else 600)")
+    parser.add_argument("--out", type=arguments.folder, help="folder of the JSON files")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, small, into build/: no figures")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="what changed from A to B, and stop")
     args = parser.parse_args()
@@ -49,7 +50,7 @@ def main() -> int:
     }
     wanted = Wanted(**picked, dtype=args.dtype, quick=args.quick)
     try:
-        todo = stages(wanted)
+        todo = stages(wanted, args.rehearse)
     except ValueError as error:
         parser.error(str(error))
     if not args.rehearse and not torch.cuda.is_available():

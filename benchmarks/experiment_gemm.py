@@ -20,11 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import arguments
 from benchmarks.gpu_stages.cases import name_of
 from benchmarks.gpu_stages.record import ROOT, Log
 from benchmarks.harness import Bench, Ceilings, Point, Run, Work, measure, measure_ceilings
 from benchmarks.shapes import MODELS, SMALL, Shape
-from benchmarks.variants import Kernels, compile_all, configured, gpu, positive, summary, why_not
+from benchmarks.variants import Kernels, compile_all, configured, gpu, summary, why_not
 from vit import kernels
 from vit.kernels import configs, reference, runtime
 from vit.kernels.configs import Config
@@ -190,8 +191,12 @@ def main() -> int:
     parser.add_argument(
         "--arch", type=int, choices=(80, 86, 89, 90, 100), default=90, help="to compile for, without a GPU"
     )
-    parser.add_argument("--budget", type=float, default=220, help="seconds after which nothing else is begun")
-    parser.add_argument("--jobs", type=positive, default=len(os.sched_getaffinity(0)), help="compilers at a time")
+    parser.add_argument(
+        "--budget", type=arguments.positive, default=220, help="seconds after which nothing else is begun"
+    )
+    parser.add_argument(
+        "--jobs", type=arguments.count, default=len(os.sched_getaffinity(0)), help="compilers at a time"
+    )
     args = parser.parse_args()
     deadline, device = time.monotonic() + args.budget, gpu()
     arch = args.arch if device is None else runtime.arch(device)

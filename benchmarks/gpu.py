@@ -26,8 +26,8 @@ import argparse
 import dataclasses
 import os
 import sys
-from pathlib import Path
 
+from benchmarks import arguments
 from benchmarks.gpu_stages.record import ROOT
 from benchmarks.stages import Stage, run
 
@@ -54,8 +54,12 @@ STAGES = {
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--stage", default=os.environ.get("STAGE") or ",".join(STAGES), help="some, comma between them")
-    parser.add_argument("--out", type=Path, help="folder of the JSON files (default benchmarks/results/<gpu>)")
-    parser.add_argument("--budget", type=float, default=float(os.environ.get("BUDGET") or 450), help="seconds in all")
+    parser.add_argument(
+        "--out", type=arguments.folder, help="folder of the JSON files (default benchmarks/results/<gpu>)"
+    )
+    parser.add_argument(
+        "--budget", type=arguments.positive, default=os.environ.get("BUDGET") or 450, help="seconds in all"
+    )
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, tiny, interpreted, into build/")
     args = parser.parse_args()
     names = [name.strip() for name in args.stage.split(",")]

@@ -17,16 +17,15 @@ import dataclasses
 import sys
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from benchmarks import bench_vit, trace
+from benchmarks import arguments, bench_vit, trace
 from benchmarks.gpu_stages import record
-from benchmarks.shapes import MODELS, Shape, parse
+from benchmarks.shapes import MODELS, Shape
 from vit.kernels import runtime
 from vit.parity_command import CannotStart
 
@@ -185,19 +184,17 @@ def show(shape: Shape, found: list[dict[str, Any]]) -> None:
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--shape", action="append", help="vit_base_patch16_224/b256, say; all if none")
+    parser.add_argument(
+        "--shape", action="append", type=arguments.shape, help="vit_base_patch16_224/b256, say; all if none"
+    )
     parser.add_argument("--provider", action="append", choices=PROVIDERS, help="all if none")
-    parser.add_argument("--largest", type=float, metavar="GIB", help="also the largest batch in so much memory")
-    parser.add_argument("--out", type=Path, help="write the records to this file as well")
+    parser.add_argument(
+        "--largest", type=arguments.positive, metavar="GIB", help="also the largest batch in so much memory"
+    )
+    parser.add_argument("--out", type=arguments.file, help="write the records to this file as well")
     args = parser.parse_args(words)
-    try:
-        shapes = [parse(text) for text in args.shape] if args.shape else list(MODELS.values())
-    except ValueError as error:
-        parser.error(str(error))
-    if args.largest is not None and not args.largest > 0:
-        parser.error(f"--largest must be positive, got {args.largest}")
     results: list[dict[str, Any]] = []
-    for shape in shapes:
+    for shape in args.shape or MODELS.values():
         of_shape = []
         for provider in args.provider or PROVIDERS:
             try:
@@ -210,7 +207,6 @@ def main(words: list[str] | None = None) -> int:
     if args.out:
         commit = record.git_commit()
         about = {"gpu": f"none: {LABEL}", "torch": torch.__version__, "commit": commit, "utc": record.utc()}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         record.write(args.out, about, results)
     return 0
 

@@ -52,11 +52,11 @@ def benches(name: str) -> list[Bench]:
     return importlib.import_module(f"benchmarks.bench_{name}").BENCHES
 
 
-def stages(wanted: Wanted) -> dict[str, Stage]:
+def stages(wanted: Wanted, rehearse: bool = False) -> dict[str, Stage]:
     """One for each file of results that has something to measure.
 
     Raises:
-        ValueError: there is no such op, shape, provider or mode.
+        ValueError: there is no such op, shape, provider or mode, or nobody who is all of it.
     """
     of_file = {name: benches(name) for name in SECONDS}
     everything = [bench for group in of_file.values() for bench in group]
@@ -65,11 +65,19 @@ def stages(wanted: Wanted) -> dict[str, Stage]:
     _known("mode", wanted.modes, {"fwd", "bwd", "full"})
     for shape in wanted.shapes:
         parse(shape)
-    return {
+    todo = {
         f"bench_{name}": Stage("benchmarks.plan:run", seconds[not wanted.quick], {"name": name, "wanted": wanted})
         for name, seconds in SECONDS.items()
-        if not wanted.ops or set(wanted.ops) & {name, *(b.op for b in of_file[name])} or _sweep(name, wanted)
+        if _sweep(name, wanted) or any(points(name, wanted, rehearse))
     }
+    if not todo:
+        ops = wanted.ops or tuple(of_file)
+        have = {p for name, group in of_file.items() for b in group if {name, b.op} & set(ops) for p in b.names}
+        raise ValueError(
+            f"nothing to measure; {', '.join(ops)} has the providers {', '.join(sorted(have)) or 'ours, reference'}"
+            + "; --quick leaves some out" * wanted.quick
+        )
+    return todo
 
 
 def _known(what: str, names: Iterable[str], known: set[str]) -> None:
@@ -79,7 +87,10 @@ def _known(what: str, names: Iterable[str], known: set[str]) -> None:
 
 
 def _sweep(name: str, wanted: Wanted) -> bool:
-    return name == "vit" and not wanted.quick and (not wanted.ops or "largest_batch" in wanted.ops)
+    """Whether largest batches are looked for."""
+    if name != "vit" or wanted.quick or wanted.shapes:
+        return False
+    return "largest_batch" in wanted.ops or not wanted.some
 
 
 def run(log: Log, rehearse: bool, name: str, wanted: Wanted) -> None:
@@ -99,7 +110,7 @@ def run(log: Log, rehearse: bool, name: str, wanted: Wanted) -> None:
                 log.add(ok=True, **about, provider=provider, skipped="budget")
         else:
             measure(point, log, ceilings, device)
-    if _sweep(name, wanted) and not wanted.shapes:
+    if _sweep(name, wanted):
         for side in (SMALL.img_size,) if rehearse else SIDES:
             largest_batch.search(log, side, dtype, device)
 

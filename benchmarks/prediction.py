@@ -7,6 +7,7 @@ everything in the file says that it is predicted. Memory is counted on meta tens
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -93,6 +94,7 @@ def _record(bench: str, op: str, shape: str, **found: Any) -> dict[str, Any]:
 
 
 def main() -> int:
+    argparse.ArgumentParser(prog="python -m benchmarks.prediction", description=__doc__.splitlines()[0]).parse_args()
     found = list(records(list(MODELS.values()), SIDES))
     about = {
         "gpu": f"{CARD.name} (assumed, {CARD.basis})", "driver": None, "torch": torch.__version__, "triton": None,

@@ -15,6 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import arguments
 from benchmarks.gpu_stages.record import ROOT
 
 if TYPE_CHECKING:
@@ -84,30 +85,28 @@ def table(rows: list[tuple[str, int, float]], floor: dict[str, float], top: int)
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", help="default vit_base_patch16_224/b256, on a CPU vit_tiny_patch16_224@64/b2")
+    parser.add_argument(
+        "--shape", type=arguments.shape, help="default vit_base_patch16_224/b256, on a CPU vit_tiny_patch16_224@64/b2"
+    )
     parser.add_argument("--provider", default="ours", help="ours, reference, timm, hf, accelerated, compile, …")
     parser.add_argument("--mode", default="full", choices=("fwd", "full"), help="full: forward + backward")
-    parser.add_argument("--top", type=int, default=25, help="how many kernels the table has")
-    parser.add_argument("--out", type=Path, default=ROOT / "build/profile", help="folder of trace.json and table.txt")
+    parser.add_argument("--top", type=arguments.count, default=25, help="how many kernels the table has")
+    out = ROOT / "build/profile"
+    parser.add_argument("--out", type=arguments.folder, default=out, help="folder of trace.json and table.txt")
     args = parser.parse_args()
     import torch
 
     from benchmarks.bench_vit import BENCHES
     from benchmarks.gpu_stages.record import Log
     from benchmarks.harness import measure_ceilings, mode_of, tensors_of
-    from benchmarks.shapes import MODELS, SMALL, parse
+    from benchmarks.shapes import MODELS, SMALL
 
     gpu = torch.cuda.is_available()
     device, dtype = (torch.device("cuda"), torch.bfloat16) if gpu else (torch.device("cpu"), torch.float32)
     bench = BENCHES[0]
-    try:
-        shape = parse(args.shape) if args.shape else MODELS["B/16"] if gpu else SMALL
-    except ValueError as error:
-        parser.error(str(error))
+    shape = args.shape or (MODELS["B/16"] if gpu else SMALL)
     if args.provider not in bench.providers:
         parser.error(f"no provider {args.provider!r}; there are {', '.join(bench.providers)}")
-    if args.top < 1:
-        parser.error("--top must be at least 1")
     args.out.mkdir(parents=True, exist_ok=True)
     where = torch.cuda.get_device_name() if gpu else "this CPU (no GPU here: operators of PyTorch, and no floors)"
     print(f"{shape}, {str(dtype).removeprefix('torch.')}, {args.mode}, {args.provider}, on {where}", flush=True)

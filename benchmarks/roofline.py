@@ -1,6 +1,6 @@
 """What every kernel must cost and how it sits on the card, and what each fusion is worth: predictions without a GPU.
 
-    python -m benchmarks.roofline [--shape vit_base_patch16_224/b256] [--arch 90] [--no-compile] [--json FILE]
+    python -m benchmarks.roofline [--shape vit_base_patch16_224/b256] [--arch 90] [--no-compile] [--out FILE]
 
 Per launch of a forward, and of a forward and backward (`benchmarks.trace`): bytes, FLOPs, and its floor, the longer of
 the two at the card's rates. Of our kernels also what the compiler says (registers, spills, shared memory; the GPU need
@@ -21,7 +21,6 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -31,11 +30,11 @@ from benchmarks import compiled  # isort: skip (before kernels are imported)
 import torch
 
 import vit
-from benchmarks import bench_vit, fusions
+from benchmarks import arguments, bench_vit, fusions
 from benchmarks.devices import DEVICES, ceilings, occupancy, waves
 from benchmarks.gpu_stages import record
 from benchmarks.harness import Ceilings, Work
-from benchmarks.shapes import MODELS, Shape, parse
+from benchmarks.shapes import MODELS, Shape
 from benchmarks.trace import Launch, trace
 from vit.kernels import runtime
 
@@ -193,10 +192,12 @@ def _fit(x: dict[str, Any]) -> str:
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--shape", action="append", type=_shape, help="vit_base_patch16_224/b256, say; all if none")
+    parser.add_argument(
+        "--shape", action="append", type=arguments.shape, help="vit_base_patch16_224/b256, say; all if none"
+    )
     parser.add_argument("--arch", default="80,89,90,100", type=_archs, help="compute capabilities times ten")
     parser.add_argument("--no-compile", action="store_true", help="counts alone, in seconds")
-    parser.add_argument("--json", type=Path, help="write everything to this file as well")
+    parser.add_argument("--out", type=arguments.file, help="write everything to this file as well")
     args = parser.parse_args(words)
     start, results = time.time(), []
     tasks = [(shape, arch) for shape in args.shape or MODELS.values() for arch in args.arch]
@@ -204,26 +205,17 @@ def main(words: list[str] | None = None) -> int:
         print(table(result), flush=True)
         print(f"{len(results) + 1} of {len(tasks)}, {time.time() - start:.0f} s", file=sys.stderr, flush=True)
         results.append(result)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
+    if args.out:
         said = {"label": LABEL, "torch": torch.__version__, "commit": record.git_commit(), "utc": record.utc()}
-        args.json.write_text(json.dumps({"about": said, "records": results}, indent=1) + "\n")
+        args.out.write_text(json.dumps({"about": said, "records": results}, indent=1) + "\n")
     return 1 if any("error" in x for result in results for x in result["kernels"]) else 0
 
 
-def _shape(text: str) -> Shape:
-    try:
-        return parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
 def _archs(text: str) -> list[int]:
-    found = [int(a) if a.isdigit() else -1 for a in text.split(",")]
-    if unknown := [a for a in found if a not in DEVICES]:
-        known = ", ".join(map(str, DEVICES))
-        raise argparse.ArgumentTypeError(f"{text!r}: {len(unknown)} of these are not among {known}")
-    return found
+    for arch in text.split(","):
+        if arch not in map(str, DEVICES):
+            raise argparse.ArgumentTypeError(f"no architecture {arch}; there are {', '.join(map(str, DEVICES))}")
+    return [int(arch) for arch in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import shapes
+from benchmarks import arguments, shapes
 from benchmarks.candidates import OPS, TARGETS, Target, candidates
 from benchmarks.gpu_stages.record import ROOT, Log
 from benchmarks.harness import Bench, Gate, milliseconds, percentiles, ready, release, tensors_of
 from benchmarks.shapes import Shape
-from benchmarks.variants import Kernels, compile_all, configured, gpu, positive, summary, why_not
+from benchmarks.variants import Kernels, compile_all, configured, gpu, summary, why_not
 from vit.kernels import runtime
 from vit.kernels.configs import Config
 
@@ -184,22 +184,23 @@ def line_for(name: str, trial: Trial, log: Log, winner: Config, ms: float, pinne
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.splitlines()[0])
     parser.add_argument("op", choices=OPS, help="one target, or all targets of an op")
-    parser.add_argument("--shape", help=f"{shapes.MODELS['B/16']} (default) or another so written")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--budget", type=float, default=60, help="seconds for each target (default 60)")
     parser.add_argument(
-        "--limit", type=positive, help="no more candidates than this, the nearest to the pinned one first"
+        "--shape", type=arguments.shape, help=f"{shapes.MODELS['B/16']} (default) or another so written"
+    )
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--budget", type=arguments.positive, default=60, help="seconds for each target (default 60)")
+    parser.add_argument(
+        "--limit", type=arguments.count, help="no more candidates than this, the nearest to the pinned one first"
     )
     parser.add_argument(
         "--arch", type=int, choices=(80, 86, 89, 90, 100), default=90, help="to compile for, without a GPU"
     )
-    parser.add_argument("--jobs", type=positive, default=len(os.sched_getaffinity(0)), help="compilers at a time")
+    parser.add_argument(
+        "--jobs", type=arguments.count, default=len(os.sched_getaffinity(0)), help="compilers at a time"
+    )
     args = parser.parse_args()
     device, rehearsal = gpu(), runtime.INTERPRETED
-    try:
-        shape = shapes.parse(args.shape) if args.shape else shapes.SMALL if rehearsal else shapes.MODELS["B/16"]
-    except ValueError as error:
-        parser.error(str(error))
+    shape = args.shape or (shapes.SMALL if rehearsal else shapes.MODELS["B/16"])
     dtype = torch.float32 if rehearsal else getattr(torch, args.dtype)
     arch = args.arch if device is None else runtime.arch(device)
     card = "rehearsal" if rehearsal else torch.cuda.get_device_name() if device else ""

@@ -6,7 +6,6 @@ of them share the Triton cache of `benchmarks.compiled`, where a run on a GPU th
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import multiprocessing
 import os
@@ -46,13 +45,6 @@ def gpu() -> torch.device | None:
     if runtime.INTERPRETED:
         return torch.device("cpu")
     return torch.device("cuda") if torch.cuda.is_available() else None
-
-
-def positive(text: str) -> int:
-    """An argument of a command."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return int(text)
 
 
 # ---- compiling -------------------------------------------------------------------------------------------------------

@@ -71,6 +71,7 @@ LAYERS = {
     "test_bench_report": "benchmarks",
     "test_bench_prediction": "benchmarks",
     "test_bench_tune": "benchmarks",
+    "test_bench_arguments": "benchmarks",
     "test_bench_roofline": "benchmarks",
     "test_bench_memory": "benchmarks",
     "test_bench_profile": "benchmarks",

@@ -154,17 +154,3 @@ def test_command(tmp_path, capsys):
     at_least = step["parameters_mb"] + step["gradients_mb"] + step["images_mb"]
     assert at_least < step["peak_mem_mb"] and forward["peak_mem_mb"] < step["peak_mem_mb"]
     assert 12 * step["saved_by_a_block_mb"] < step["saved_mb"] and forward["saved_mb"] == 0
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--shape", "vit_base"], "not understood"),
-        (["--provider", "them"], "invalid choice"),
-        (["--largest", "-1"], "must be positive"),
-    ],
-)
-def test_wrong_arguments(words, message, capsys):
-    with pytest.raises(SystemExit) as end:
-        memory.main(words)
-    assert end.value.code == 2 and message in capsys.readouterr().err

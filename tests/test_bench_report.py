@@ -151,7 +151,7 @@ def test_prediction_is_labelled(folder, capsys):
     )
     # 128 / 27 ms = 4,741; 20 / 27 = 0.741; 128 / 41 ms = 3,122; 41 / 27 = 1.52
     assert large == "| L/16, batch 128, bf16 | 4,700 | 74 % | eager 3,100: 1.5× | – | – | – | – |"
-    assert "commit aaaaaaa, `python -m benchmarks.roofline --json FILE`, 2026-01-02, [prediction.json](" in text
+    assert "commit aaaaaaa, `python -m benchmarks.prediction`, 2026-01-02, [prediction.json](" in text
     assert "driver" not in text and "as this card was measured" not in text
 
 

@@ -252,21 +252,3 @@ def test_command_without_a_gpu(tmp_path):
     assert said["block_m=8, block_n=1024, num_warps=1"].startswith("dropped: spills ")
     assert said["block_m=4, block_n=1024, num_warps=3"].startswith("dropped: does not compile")
     assert last == "4 of 4 candidates compiled in time, 2 of them dropped"
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["gem"],
-        ["mlp", "--shape", "vit_base/b2"],
-        ["mlp", "--arch", "70"],
-        ["mlp", "--dtype", "int8"],
-        ["mlp", "--limit", "0"],
-        [],
-    ],
-)
-def test_wrong_arguments(monkeypatch, capsys, arguments):
-    monkeypatch.setattr(sys, "argv", ["tune", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        tune.main()
-    assert ended.value.code == 2 and "error:" in capsys.readouterr().err.splitlines()[-1]

@@ -1,0 +1,80 @@
+"""Wrong arguments of every command of `benchmarks/`: one line that says what is wrong, exit status 2, nothing run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+UNWRITABLE = "setup.py/x"
+WRONG = {
+    "benchmarks.__main__ --op nope": "no op 'nope'; there are attention,",
+    "benchmarks.__main__ --shape vit_base": "shape 'vit_base' is not understood",
+    "benchmarks.__main__ --budget 0": "must be positive, got 0",
+    "benchmarks.__main__ --budget nan": "must be positive, got nan",
+    "benchmarks.__main__ --op mlp --provider sdpa-flash": "nothing to measure; mlp has the providers compile,",
+    "benchmarks.__main__ --op largest_batch --quick": "nothing to measure",
+    f"benchmarks.__main__ --rehearse --out {UNWRITABLE}": f"cannot write to {UNWRITABLE}: Not a directory",
+    "benchmarks.gpu --stage nope": "no stage nope; there are smoke,",
+    "benchmarks.gpu --budget -1": "must be positive, got -1",
+    f"benchmarks.gpu --rehearse --out {UNWRITABLE}": "cannot write to",
+    "benchmarks.memory --shape vit_base": "not understood",
+    "benchmarks.memory --provider them": "invalid choice",
+    "benchmarks.memory --largest -1": "must be positive, got -1",
+    f"benchmarks.memory --out {UNWRITABLE}": "cannot write to",
+    "benchmarks.roofline --shape vit_base_patch16_225/b2": "unknown model",
+    "benchmarks.roofline --arch 90,70": "no architecture 70; there are 80, 89, 90, 100",
+    "benchmarks.roofline --arch sm_90": "no architecture sm_90",
+    "benchmarks.roofline --out tests": "cannot write to tests: it is a folder",
+    "benchmarks.profile --top 0": "must be at least 1, got 0",
+    "benchmarks.profile --shape b256": "not understood",
+    "benchmarks.profile --provider nobody": "no provider 'nobody'; there are ours",
+    f"benchmarks.profile --out {UNWRITABLE}": "cannot write to",
+    "benchmarks.tune": "required: op",
+    "benchmarks.tune nope": "invalid choice: 'nope'",
+    "benchmarks.tune mlp --budget 0": "must be positive",
+    "benchmarks.tune mlp --limit 0": "must be at least 1",
+    "benchmarks.tune mlp --arch 70": "invalid choice",
+    "benchmarks.tune mlp --shape vit_base/b2": "unknown model 'vit_base'; did you mean",
+    "benchmarks.tune mlp --dtype int8": "invalid choice",
+    "benchmarks.experiment_gemm --budget -1": "must be positive, got -1",
+    "benchmarks.experiment_gemm --jobs 0": "must be at least 1",
+    "benchmarks.experiment_gemm --product qvk": "invalid choice: 'qvk'",
+    "benchmarks.prediction --nope": "unrecognized arguments: --nope",
+    "benchmarks.report --nope": "unrecognized arguments: --nope",
+}
+SCRIPT = """
+import contextlib, importlib, io, json, sys
+import benchmarks.roofline  # first: it sees to it that kernels are compiled, not interpreted
+said = {}
+for command in json.loads(sys.argv[1]):
+    module, *sys.argv[1:] = command.split()
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = importlib.import_module(module).main()
+        except SystemExit as end:
+            code = end.code
+        except BaseException as error:
+            code = repr(error)
+    said[command] = code, out.getvalue(), err.getvalue().splitlines()[-1:]
+print(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def said():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", SCRIPT, json.dumps([*WRONG])]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("command", WRONG)
+def test_wrong_argument(said, command):
+    code, out, last = said[command]
+    assert code == 2 and not out and "error:" in last[0] and WRONG[command] in last[0], said[command]
