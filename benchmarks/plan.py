@@ -74,7 +74,7 @@ def stages(wanted: Wanted, rehearse: bool = False) -> dict[str, Stage]:
         ops = wanted.ops or tuple(of_file)
         have = {p for name, group in of_file.items() for b in group if {name, b.op} & set(ops) for p in b.names}
         raise ValueError(
-            f"nothing to measure; {', '.join(ops)} has the providers {', '.join(sorted(have)) or 'ours, reference'}"
+            f"nothing to measure; providers of {', '.join(ops)}: {', '.join(sorted(have)) or 'ours, reference'}"
             + "; --quick leaves some out" * wanted.quick
         )
     return todo

@@ -15,7 +15,7 @@ WRONG = {
     "benchmarks.__main__ --shape vit_base": "shape 'vit_base' is not understood",
     "benchmarks.__main__ --budget 0": "must be positive, got 0",
     "benchmarks.__main__ --budget nan": "must be positive, got nan",
-    "benchmarks.__main__ --op mlp --provider sdpa-flash": "nothing to measure; mlp has the providers compile,",
+    "benchmarks.__main__ --op mlp --provider sdpa-flash": "nothing to measure; providers of mlp: compile,",
     "benchmarks.__main__ --op largest_batch --quick": "nothing to measure",
     f"benchmarks.__main__ --rehearse --out {UNWRITABLE}": f"cannot write to {UNWRITABLE}: Not a directory",
     "benchmarks.gpu --stage nope": "no stage nope; there are smoke,",
