@@ -129,4 +129,4 @@ TARGETS = {
     "patch_embed_dimage": Target("patch_embed", "_patch_embed_dimage", _BENCHES["patch_embed"], "bwd", "dimage"),
     "elementwise": Target("elementwise", "_dropout", DROPOUT, "full"),
 }
-OPS = tuple(dict.fromkeys([*TARGETS, *(name.rsplit("_", 1)[0] for name in TARGETS if "_" in name)]))
+OPS = (*TARGETS, "attention", "patch_embed")

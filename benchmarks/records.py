@@ -1,8 +1,8 @@
 """Result files, read: every ``bench_*.json`` of a folder as records that are checked and know where they come from.
 
-A file is ``{"about": {gpu, driver, torch, triton, commit, command, utc}, "records": [...]}``, as
-`benchmarks.gpu_stages.record` writes it. A record may carry what differs from ``about`` itself, and a list of records
-that carry all of it is a file, too.
+A file is ``{"about": {gpu, driver, torch, triton, commit, command, utc}, "records": [...]}``. What a record says of
+these itself counts before ``about``, and a list of records that say all of it, as `benchmarks.gpu_stages.record.Log`
+writes them, is a file, too.
 """
 
 from __future__ import annotations

@@ -463,6 +463,17 @@ def test_a_copy_without_a_checkout_is_told_its_commit(tmp_path, monkeypatch):
     assert record.git_commit() == "abc1234"
 
 
+def test_every_record_on_disk_says_where_it_is_from(tmp_path):
+    log = Log(tmp_path / "bench_x.json", {"gpu": "none", "command": "python -m x"})
+    log.add(ok=True, bench="x")
+    log.add(ok=True, bench="x", torch="another")
+    found = json.loads(log.path.read_text())
+    assert set(found["about"]) == {"gpu", "driver", "torch", "triton", "commit", "command", "utc"}
+    assert found["records"] == [
+        {"ok": True, "bench": "x", **found["about"], **own} for own in ({}, {"torch": "another"})
+    ]
+
+
 def test_what_was_compiled_is_forgotten_behind_its_point(tmp_path, monkeypatch):
     """Its CUDA graphs keep their memory, and the points behind it would count as recompilations."""
     told = []

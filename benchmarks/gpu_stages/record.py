@@ -44,7 +44,10 @@ def run_stage(
 
 
 class Log:
-    """Records of one stage; the file on disk is whole after every record. ``deadline`` is of the monotonic clock."""
+    """Records of one stage; the file on disk is whole after every record. ``deadline`` is of the monotonic clock.
+
+    In the file every record also says where it comes from, so that records of many files can be one table.
+    """
 
     def __init__(
         self, path: Path, about: dict[str, str], rehearse: bool = False, deadline: float = float("inf")
@@ -61,7 +64,7 @@ class Log:
             "utc": utc(),
         }
         self.records: list[dict[str, Any]] = []
-        write(self.path, self.about, self.records)
+        write(self.path, self.about, [])
 
     @property
     def seconds_left(self) -> float:
@@ -79,7 +82,7 @@ class Log:
         }
         verdict = "FAILED" if not ok else "skip  " if "skipped" in record else "ok    "
         print(f"{verdict} {' '.join(f'{k}={v}' for k, v in shown.items())}", flush=True)
-        write(self.path, self.about, self.records)
+        write(self.path, self.about, [r | self.about | r for r in self.records])
 
     def attempt(self, fn: Callable[[], dict[str, Any]], **about: Any) -> None:
         """Adds ``about`` with what ``fn`` returns; too little memory is a reason to skip, any other error a failure."""
