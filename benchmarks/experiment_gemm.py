@@ -25,7 +25,7 @@ from benchmarks.gpu_stages.cases import name_of
 from benchmarks.gpu_stages.record import ROOT, Log
 from benchmarks.harness import Bench, Ceilings, Point, Run, Work, measure, measure_ceilings
 from benchmarks.shapes import MODELS, SMALL, Shape
-from benchmarks.variants import Kernels, compile_all, configured, gpu, summary, why_not
+from benchmarks.variants import Kernels, compile_all, configured, gpu, summary, why_not, without_gpu
 from vit import kernels
 from vit.kernels import configs, reference, runtime
 from vit.kernels.configs import Config
@@ -202,9 +202,8 @@ def main() -> int:
     arch = args.arch if device is None else runtime.arch(device)
     compiled = None if runtime.INTERPRETED else compile_forms(arch, args.jobs, min(args.budget, 150))
     if compiled is not None:
-        print(
-            f"compiled for sm_{arch}, not measured: bf16, aligned sizes\n{compiled_table(arch, compiled)}", flush=True
-        )
+        print(f"bf16, aligned sizes: compiled for sm_{arch}, not measured{without_gpu()}")
+        print(compiled_table(arch, compiled), flush=True)
     if device is None:
         return 0
     rehearsal = device.type == "cpu"

@@ -27,7 +27,7 @@ from benchmarks.candidates import OPS, TARGETS, Target, candidates
 from benchmarks.gpu_stages.record import ROOT, Log
 from benchmarks.harness import Bench, Gate, milliseconds, percentiles, ready, release, tensors_of
 from benchmarks.shapes import Shape
-from benchmarks.variants import Kernels, compile_all, configured, gpu, summary, why_not
+from benchmarks.variants import Kernels, compile_all, configured, gpu, summary, why_not, without_gpu
 from vit.kernels import runtime
 from vit.kernels.configs import Config
 
@@ -74,7 +74,8 @@ def compile_candidates(
     """What compiled within ``seconds``, and a line for each candidate, with the reason for the dropped ones."""
     texts = {text_of(config): config for config in found}
     calls = {text: functools.partial(compile_call, name, shape, dtype, config) for text, config in texts.items()}
-    print(f"{'registers':>9}{'spill B':>9}{'shared B':>10}  compiled for sm_{arch}, not measured: {name}, {shape}")
+    print(f"{name}, {shape}: compiled for sm_{arch}, not measured{without_gpu()}")
+    print(f"{'registers':>9}{'spill B':>9}{'shared B':>10}")
     good, tried = {}, 0
     for text, launched in compile_all(calls, arch, jobs=jobs, seconds=seconds):
         kernels_ = [k for k in launched if k["kernel"].startswith((TARGETS[name].kernel, "?"))]

@@ -47,6 +47,11 @@ def gpu() -> torch.device | None:
     return torch.device("cuda") if torch.cuda.is_available() else None
 
 
+def without_gpu() -> str:
+    """For headings of what is only compiled."""
+    return "" if torch.cuda.is_available() else "; no NVIDIA GPU here"
+
+
 # ---- compiling -------------------------------------------------------------------------------------------------------
 
 
