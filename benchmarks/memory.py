@@ -166,7 +166,8 @@ def show(shape: Shape, found: list[dict[str, Any]]) -> None:
     u = 2 * shape.rows * shape.width / MIB
     print(f"\n{shape}, bf16, MiB ({LABEL}; u = {u:.1f} MiB, one token matrix)")
     print(f"{'':12s} {'parameters':>10s} {'gradients':>9s} {'saved':>9s} {'a block':>16s} {'peak step':>10s} ", end="")
-    print(f"{'peak forward':>12s}  largest batch: step, forward")
+    searched = any(r["op"] == "largest_batch" for r in found)
+    print(f"{'peak forward':>12s}{'  largest batch: step, forward' if searched else ''}")
     for provider in dict.fromkeys(r["provider"] for r in found):
         mine = {(r["op"], r.get("mode")): r for r in found if r["provider"] == provider}
         if ("vit", "full") not in mine:
@@ -178,7 +179,7 @@ def show(shape: Shape, found: list[dict[str, Any]]) -> None:
         limits = [str(r["largest_batch"]) for (op, _), r in mine.items() if op == "largest_batch"]
         print(
             f"{provider:12s} {full['parameters_mb']:10.0f} {full['gradients_mb']:9.0f} {full['saved_mb']:9.0f} "
-            f"{block:8.1f} {block / u:6.2f}u {peaks}  {', '.join(limits)}"
+            f"{block:8.1f} {block / u:6.2f}u {peaks}  {', '.join(limits)}".rstrip()
         )
 
 
