@@ -1,5 +1,6 @@
 """The prediction is what the code counts; and `make report` on the kind of records that `make bench` writes."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -120,6 +121,8 @@ def test_a_prediction_by_hand():
     x = 2 * 17 * 192 * 2
     assert ours["ms_p50"] == pytest.approx((2 * x + 2 * 192 * 2) / 3000 / 1e6)
     assert ours["provider"] == "ours (predicted)" and ours["predicted"] and "tflops" not in ours
+    alone = dataclasses.replace(bench, providers={"ours": bench.providers["ours"]})
+    assert {r["provider"] for r in prediction.of_op(alone, SMALL, rates)} == {"ours (predicted)"}
 
 
 def test_readme_has_what_the_files_give():
