@@ -22,6 +22,7 @@ from torch import Tensor
 from benchmarks.gpu_stages.cases import as_tuple, name_of
 from benchmarks.gpu_stages.record import Log
 from benchmarks.shapes import Shape
+from vit.parity_command import CannotStart
 
 MODES = ("fwd", "bwd", "full")
 GATE = 2.0
@@ -356,6 +357,8 @@ def admit(
         return {"ok": True, "skipped": f"memory: {error}"[:300]}, None
     except ImportError as error:
         return {"ok": True, "skipped": f"not installed: {error}"[:200]}, None
+    except CannotStart as error:  # says that a library is missing
+        return {"ok": True, "skipped": str(error)[:200]}, None
     except Exception as error:
         return failure(name, error, next(iter(tensors.values())).device), None
     if wrong:

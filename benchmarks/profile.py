@@ -15,7 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import arguments
+from benchmarks.arguments import count, folder
 from benchmarks.gpu_stages.record import ROOT
 
 if TYPE_CHECKING:
@@ -90,16 +90,18 @@ def main() -> int:
     )
     parser.add_argument("--provider", default="ours", help="ours, reference, timm, hf, accelerated, compile, …")
     parser.add_argument("--mode", default="full", choices=("fwd", "full"), help="full: forward + backward")
-    parser.add_argument("--top", type=arguments.count, default=25, help="how many kernels the table has")
-    out = ROOT / "build/profile"
-    parser.add_argument("--out", type=arguments.folder, default=out, help="folder of trace.json and table.txt")
+    parser.add_argument("--top", type=count, default=25, help="how many kernels the table has")
+    parser.add_argument(
+        "--out", type=folder, default=str(ROOT / "build/profile"), help="folder of trace.json and table.txt"
+    )
     args = parser.parse_args()
     import torch
 
     from benchmarks.bench_vit import BENCHES
     from benchmarks.gpu_stages.record import Log
     from benchmarks.harness import measure_ceilings, mode_of, tensors_of
-    from benchmarks.shapes import MODELS, SMALL
+    from benchmarks.shapes import MODELS, SMALL, parse
+    from vit.parity_command import CannotStart
 
     gpu = torch.cuda.is_available()
     device, dtype = (torch.device("cuda"), torch.bfloat16) if gpu else (torch.device("cpu"), torch.float32)
@@ -107,7 +109,6 @@ def main() -> int:
     shape = args.shape or (MODELS["B/16"] if gpu else SMALL)
     if args.provider not in bench.providers:
         parser.error(f"no provider {args.provider!r}; there are {', '.join(bench.providers)}")
-    args.out.mkdir(parents=True, exist_ok=True)
     where = torch.cuda.get_device_name() if gpu else "this CPU (no GPU here: operators of PyTorch, and no floors)"
     print(f"{shape}, {str(dtype).removeprefix('torch.')}, {args.mode}, {args.provider}, on {where}", flush=True)
     try:
@@ -115,7 +116,8 @@ def main() -> int:
         step = mode_of(run, lambda outs: [torch.randn_like(o) for o in outs], args.mode)
         rows = profiled(step, args.out / "trace.json", gpu)
     except Exception as error:
-        print(f"{args.provider} does not run: {type(error).__name__}: {error}", file=sys.stderr)
+        said = error if isinstance(error, CannotStart) else f"{type(error).__name__}: {error}"
+        print(f"{args.provider} does not run: {said}", file=sys.stderr)
         return 2
     floor = {}
     if gpu and args.provider in ("ours", "reference"):
