@@ -7,10 +7,10 @@ what one card was seen to reach. Either way they are assumed: `ceilings` takes a
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 from benchmarks.harness import Ceilings
+from benchmarks.records import load
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -75,17 +75,17 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 def ceilings(device: Device, results: Path = RESULTS) -> tuple[Ceilings, str]:
-    """(the card's rates, where they come from): the last measured ones under ``results``, or the assumed ones."""
+    """(the card's rates, where they come from): the last measured ones under ``results``, or the assumed ones.
+
+    Raises:
+        benchmarks.records.ResultError: a file is damaged.
+    """
     found: dict[str, tuple[str, float]] = {}
     for path in sorted(results.glob("*/bench_*.json")):
-        content = json.loads(path.read_text())
-        about = content["about"]
-        if device.name.lower() not in about.get("gpu", "").lower():
-            continue
-        for record in content["records"]:
-            field = {"matmul": "tflops", "copy": "gbps"}.get(record.get("op"))
-            if record.get("bench") == "ceiling" and field in record:
-                found[field] = max(found.get(field, ("", 0.0)), (about["utc"], record[field]))
+        for r in load(path):
+            field = {"matmul": "tflops", "copy": "gbps"}.get(r.point.op)
+            if r.point.bench == "ceiling" and field and device.name.lower() in r.about["gpu"].lower():
+                found[field] = max(found.get(field, ("", 0.0)), (r.about["utc"] or "", getattr(r, field) or 0.0))
     if len(found) < 2:
         return device.assumed, f"assumed, {device.basis}"
     return Ceilings(found["tflops"][1], found["gbps"][1]), f"measured {found['tflops'][0]}"

@@ -34,7 +34,8 @@ from benchmarks import arguments, bench_vit, fusions
 from benchmarks.devices import DEVICES, ceilings, occupancy, waves
 from benchmarks.gpu_stages import record
 from benchmarks.harness import Ceilings, Work
-from benchmarks.shapes import MODELS, Shape
+from benchmarks.records import ResultError
+from benchmarks.shapes import MODELS, Shape, parse
 from benchmarks.trace import Launch, trace
 from vit.kernels import runtime
 
@@ -201,11 +202,14 @@ def main(words: list[str] | None = None) -> int:
     args = parser.parse_args(words)
     start, results = time.time(), []
     tasks = [(shape, arch) for shape in args.shape or MODELS.values() for arch in args.arch]
-    for result in analyses(tasks, not args.no_compile):
-        print(table(result), flush=True)
-        print(f"{len(results) + 1} of {len(tasks)}, {time.time() - start:.0f} s", file=sys.stderr, flush=True)
-        results.append(result)
-    if args.out:
+    try:
+        for result in analyses(tasks, not args.no_compile):
+            print(table(result), flush=True)
+            print(f"{len(results) + 1} of {len(tasks)}, {time.time() - start:.0f} s", file=sys.stderr, flush=True)
+            results.append(result)
+    except ResultError as error:  # in the files that the card's rates are read from
+        parser.error(str(error))
+    if args.json:
         said = {"label": LABEL, "torch": torch.__version__, "commit": record.git_commit(), "utc": record.utc()}
         args.out.write_text(json.dumps({"about": said, "records": results}, indent=1) + "\n")
     return 1 if any("error" in x for result in results for x in result["kernels"]) else 0

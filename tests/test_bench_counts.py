@@ -20,6 +20,7 @@ from benchmarks import (
     trace,
 )
 from benchmarks.harness import Ceilings
+from benchmarks.records import ResultError
 from benchmarks.shapes import MODELS, Shape
 from vit import kernels
 
@@ -297,6 +298,11 @@ def test_rates_are_assumed_until_they_are_measured(tmp_path):
         (folder / f"bench_{utc}.json").write_text(json.dumps({"about": about, "records": records}))
     assert devices.ceilings(h100, tmp_path) == (Ceilings(700.0, 2900.0), "measured 2026-01-02")
     assert devices.ceilings(devices.DEVICES[80], tmp_path)[1] == "assumed, datasheet"
+    (folder / "bench_vit.json").write_text(json.dumps([r | about | {"utc": "2026-01-03"} for r in records]))
+    assert devices.ceilings(h100, tmp_path) == (Ceilings(600.0, 2000.0), "measured 2026-01-03")
+    (folder / "bench_vit.json").write_text('{"about": ')
+    with pytest.raises(ResultError, match="is not whole JSON"):
+        devices.ceilings(h100, tmp_path)
 
 
 def test_every_shape_has_a_prediction():
