@@ -105,6 +105,8 @@ def main() -> int:
 
     gpu = torch.cuda.is_available()
     device, dtype = (torch.device("cuda"), torch.bfloat16) if gpu else (torch.device("cpu"), torch.float32)
+    if not gpu:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else PyTorch's profiler logs its start and its end
     bench = BENCHES[0]
     shape = args.shape or (MODELS["B/16"] if gpu else SMALL)
     if args.provider not in bench.providers:
