@@ -149,6 +149,10 @@ def _absent(x, weight, bias):
     import a_library_that_nobody_has  # noqa: F401
 
 
+def _no_library(x, weight, bias):
+    bench_vit.library("a_library_that_nobody_has")
+
+
 PROVIDERS = {
     "ours": bench_layer_norm.eager,
     "eager": bench_layer_norm.eager,
@@ -159,6 +163,7 @@ PROVIDERS = {
     "other shape": lambda x, weight, bias: bench_layer_norm.eager(x, weight, bias)[:, 1:],
     "two results": lambda x, weight, bias: (bench_layer_norm.eager(x, weight, bias), x.sum()),
     "absent": _absent,
+    "no library": _no_library,
     "no memory": lambda x, weight, bias: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")),
 }
 BENCH = dataclasses.replace(bench_layer_norm.BENCHES[0], providers=PROVIDERS)
@@ -174,9 +179,10 @@ def test_who_is_wrong_is_not_timed_and_says_so(tmp_path, dtype):
     assert said.keys() == PROVIDERS.keys() - {"ours", "eager"}
     for name in ("no bias", "other eps", "wrong gradient", "nan"):
         assert said[name].startswith("parity: result") and said[name].endswith("not timed"), said
+    assert said["no library"] == "a_library_that_nobody_has is missing; pip install a_library_that_nobody_has"
     assert "not installed" in said["absent"] and said["no memory"].startswith("memory: CUDA out of memory")
     assert all(r["ok"] for r in log.records)
-    assert json.loads(log.path.read_text())["records"] == log.records
+    assert json.loads(log.path.read_text())["records"] == [r | log.about for r in log.records]
 
 
 def test_ours_must_be_right(tmp_path):
