@@ -15,7 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.arguments import count, folder
+from benchmarks import arguments
 from benchmarks.gpu_stages.record import ROOT
 
 if TYPE_CHECKING:
@@ -90,17 +90,16 @@ def main() -> int:
     )
     parser.add_argument("--provider", default="ours", help="ours, reference, timm, hf, accelerated, compile, …")
     parser.add_argument("--mode", default="full", choices=("fwd", "full"), help="full: forward + backward")
-    parser.add_argument("--top", type=count, default=25, help="how many kernels the table has")
-    parser.add_argument(
-        "--out", type=folder, default=str(ROOT / "build/profile"), help="folder of trace.json and table.txt"
-    )
+    parser.add_argument("--top", type=arguments.count, default=25, help="how many kernels the table has")
+    out = ROOT / "build/profile"
+    parser.add_argument("--out", type=arguments.folder, default=out, help="folder of trace.json and table.txt")
     args = parser.parse_args()
     import torch
 
     from benchmarks.bench_vit import BENCHES
     from benchmarks.gpu_stages.record import Log
     from benchmarks.harness import measure_ceilings, mode_of, tensors_of
-    from benchmarks.shapes import MODELS, SMALL, parse
+    from benchmarks.shapes import MODELS, SMALL
     from vit.parity_command import CannotStart
 
     gpu = torch.cuda.is_available()
@@ -111,6 +110,7 @@ def main() -> int:
     shape = args.shape or (MODELS["B/16"] if gpu else SMALL)
     if args.provider not in bench.providers:
         parser.error(f"no provider {args.provider!r}; there are {', '.join(bench.providers)}")
+    args.out.mkdir(parents=True, exist_ok=True)
     where = torch.cuda.get_device_name() if gpu else "this CPU (no GPU here: operators of PyTorch, and no floors)"
     print(f"{shape}, {str(dtype).removeprefix('torch.')}, {args.mode}, {args.provider}, on {where}", flush=True)
     try:

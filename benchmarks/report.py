@@ -254,7 +254,9 @@ def main(argv: list[str] | None = None) -> int:
         return report(**vars(args))
     except ResultError as error:
         print(error, file=sys.stderr)
-        return 2
+    except OSError as error:
+        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from benchmarks.devices import DEVICES, ceilings, occupancy, waves
 from benchmarks.gpu_stages import record
 from benchmarks.harness import Ceilings, Work
 from benchmarks.records import ResultError
-from benchmarks.shapes import MODELS, Shape, parse
+from benchmarks.shapes import MODELS, Shape
 from benchmarks.trace import Launch, trace
 from vit.kernels import runtime
 
@@ -209,7 +209,7 @@ def main(words: list[str] | None = None) -> int:
             results.append(result)
     except ResultError as error:  # in the files that the card's rates are read from
         parser.error(str(error))
-    if args.json:
+    if args.out:
         said = {"label": LABEL, "torch": torch.__version__, "commit": record.git_commit(), "utc": record.utc()}
         args.out.write_text(json.dumps({"about": said, "records": results}, indent=1) + "\n")
     return 1 if any("error" in x for result in results for x in result["kernels"]) else 0

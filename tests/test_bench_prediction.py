@@ -125,6 +125,25 @@ def test_a_prediction_by_hand():
     assert {r["provider"] for r in prediction.of_op(alone, SMALL, rates)} == {"ours (predicted)"}
 
 
+def test_the_same_prediction_keeps_its_file(tmp_path, monkeypatch, capsys):
+    """Its commit and date, too: README names them."""
+    monkeypatch.setattr(sys, "argv", ["prediction"])
+    monkeypatch.setattr(prediction, "FILE", tmp_path / "prediction.json")
+    texts = []
+    for ms, date in ((1.0, "2001-01-01"), (1.0, "2001-01-02"), (2.0, "2001-01-03")):
+        monkeypatch.setattr(prediction, "records", lambda *_, ms=ms: [{"ms_p50": ms}])
+        monkeypatch.setattr(prediction, "utc", lambda date=date: date)
+        assert prediction.main() == 0
+        texts.append(prediction.FILE.read_text())
+    assert texts[0] == texts[1] != texts[2] and "2001-01-01" in texts[1] and "2001-01-03" in texts[2]
+    assert ["unchanged" in line for line in capsys.readouterr().out.splitlines()] == [False, True, False]
+
+
+def test_a_readme_that_is_a_folder(tmp_path, capsys):
+    assert report.main(["--readme", str(tmp_path), "--check"]) == 2
+    assert capsys.readouterr().err == f"{tmp_path}: Is a directory\n"
+
+
 def test_readme_has_what_the_files_give():
     assert report.main(["--check"]) == 0
 

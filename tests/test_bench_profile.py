@@ -64,7 +64,3 @@ def test_command(tmp_path, monkeypatch, capfd):
     assert "matrix products" in said and "aten::addmm" in said
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert (tmp_path / "table.txt").read_text() in said
-    monkeypatch.setattr(sys, "argv", [*command, "--provider", "nobody"])
-    with pytest.raises(SystemExit, match="2"):
-        main()
-    assert "no provider 'nobody'; there are ours" in capfd.readouterr().err
