@@ -84,8 +84,9 @@ def ceilings(device: Device, results: Path = RESULTS) -> tuple[Ceilings, str]:
     for path in sorted(results.glob("*/bench_*.json")):
         for r in load(path):
             field = {"matmul": "tflops", "copy": "gbps"}.get(r.point.op)
-            if r.point.bench == "ceiling" and field and device.name.lower() in r.about["gpu"].lower():
-                found[field] = max(found.get(field, ("", 0.0)), (r.about["utc"] or "", getattr(r, field) or 0.0))
+            mine = r.point.bench == "ceiling" and device.name.lower() in r.about["gpu"].lower()
+            if mine and field and (rate := getattr(r, field)):
+                found[field] = max(found.get(field, ("", 0.0)), (r.about["utc"] or "", rate))
     if len(found) < 2:
         return device.assumed, f"assumed, {device.basis}"
     return Ceilings(found["tflops"][1], found["gbps"][1]), f"measured {found['tflops'][0]}"
