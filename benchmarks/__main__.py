@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import arguments
-from benchmarks.gpu_stages.record import ROOT
+from benchmarks.gpu_stages.record import folder_of
 
 
 def main() -> int:
@@ -50,7 +50,7 @@ def main() -> int:
     }
     wanted = Wanted(**picked, dtype=args.dtype, quick=args.quick)
     try:
-        todo = stages(wanted, args.rehearse)
+        planned = stages(wanted, args.rehearse)
     except ValueError as error:
         parser.error(str(error))
     if not args.rehearse and not torch.cuda.is_available():
@@ -60,9 +60,8 @@ def main() -> int:
         )
         return 2
     gpu = "rehearsal" if args.rehearse else torch.cuda.get_device_name()
-    results = "build/rehearsal" if args.rehearse else f"{'build/bench' if wanted.some else 'benchmarks/results'}"
-    out = args.out or ROOT / results / ("" if args.rehearse else "-".join(gpu.lower().split()))
-    return run(todo, out, args.budget or (240 if args.quick else 600), gpu, args.rehearse)
+    out = args.out or folder_of(gpu, "build/bench" if wanted.some else "benchmarks/results")
+    return run(planned, out, args.budget or (240 if args.quick else 600), gpu, args.rehearse)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks import arguments
 from benchmarks.gpu_stages.cases import name_of
-from benchmarks.gpu_stages.record import ROOT, Log
+from benchmarks.gpu_stages.record import Log, folder_of
 from benchmarks.harness import Bench, Ceilings, Point, Run, Work, measure, measure_ceilings
 from benchmarks.shapes import MODELS, SMALL, Shape
 from benchmarks.variants import Kernels, compile_all, configured, gpu, summary, why_not, without_gpu
@@ -208,7 +208,7 @@ def main() -> int:
         return 0
     rehearsal = device.type == "cpu"
     name = "rehearsal" if rehearsal else torch.cuda.get_device_name()
-    out = ROOT / ("build/rehearsal" if rehearsal else f"benchmarks/results/{'-'.join(name.lower().split())}")
+    out = folder_of(name)
     out.mkdir(parents=True, exist_ok=True)
     about = {"gpu": name, "command": "python -m benchmarks.experiment_gemm"}
     log = Log(out / "bench_gemm.json", about, rehearsal, deadline)

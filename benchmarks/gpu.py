@@ -28,7 +28,7 @@ import os
 import sys
 
 from benchmarks import arguments
-from benchmarks.gpu_stages.record import ROOT
+from benchmarks.gpu_stages.record import folder_of
 from benchmarks.stages import Stage, run
 
 _AT = "benchmarks.gpu_stages."
@@ -75,8 +75,7 @@ def main() -> int:
         print("No NVIDIA GPU here: nothing was run. `python -m benchmarks.gpu --rehearse` runs the script without one.")
         return 2
     gpu = "rehearsal" if args.rehearse else torch.cuda.get_device_name()
-    slug = "-".join(gpu.lower().split())
-    out = args.out or ROOT / ("build/rehearsal" if args.rehearse else f"benchmarks/results/{slug}")
+    out = args.out or folder_of(gpu)
     # How long the interpreter takes says nothing about a GPU: in a rehearsal every stage may want the same.
     stages = {name: dataclasses.replace(STAGES[name], seconds=60) if args.rehearse else STAGES[name] for name in names}
     return run(stages, out, args.budget, gpu, args.rehearse)

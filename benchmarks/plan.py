@@ -65,19 +65,19 @@ def stages(wanted: Wanted, rehearse: bool = False) -> dict[str, Stage]:
     _known("mode", wanted.modes, {"fwd", "bwd", "full"})
     for shape in wanted.shapes:
         parse(shape)
-    todo = {
+    planned = {
         f"bench_{name}": Stage("benchmarks.plan:run", seconds[not wanted.quick], {"name": name, "wanted": wanted})
         for name, seconds in SECONDS.items()
         if _sweep(name, wanted) or any(points(name, wanted, rehearse))
     }
-    if not todo:
+    if not planned:
         ops = wanted.ops or tuple(of_file)
         have = {p for name, group in of_file.items() for b in group if {name, b.op} & set(ops) for p in b.names}
         raise ValueError(
             f"nothing to measure; providers of {', '.join(ops)}: {', '.join(sorted(have)) or 'ours, reference'}"
             + "; --quick leaves some out" * wanted.quick
         )
-    return todo
+    return planned
 
 
 def _known(what: str, names: Iterable[str], known: set[str]) -> None:

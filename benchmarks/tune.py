@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import arguments, shapes
 from benchmarks.candidates import OPS, TARGETS, Target, candidates
-from benchmarks.gpu_stages.record import ROOT, Log
+from benchmarks.gpu_stages.record import Log, folder_of
 from benchmarks.harness import Bench, Gate, milliseconds, percentiles, ready, release, tensors_of
 from benchmarks.shapes import Shape
 from benchmarks.variants import Kernels, compile_all, configured, gpu, summary, why_not, without_gpu
@@ -215,7 +215,7 @@ def main() -> int:
             found = [found[0], *(c for c in found[1:] if c in compiled)]
         if device is None:
             continue
-        out = ROOT / ("build/rehearsal" if rehearsal else f"benchmarks/results/{'-'.join(card.lower().split())}")
+        out = folder_of(card)
         out.mkdir(parents=True, exist_ok=True)
         about = {"gpu": card, "command": f"python -m benchmarks.tune {name} --shape {shape} --dtype {args.dtype}"}
         log = Log(out / f"tune_{name}.json", about, rehearsal, deadline)

@@ -68,6 +68,7 @@ LAYERS = {
     "test_packaging": "packaging",
     "test_bench_harness": "benchmarks",
     "test_bench_counts": "benchmarks",
+    "test_bench_plan": "benchmarks",
     "test_bench_report": "benchmarks",
     "test_bench_prediction": "benchmarks",
     "test_bench_tune": "benchmarks",

@@ -112,6 +112,11 @@ def amend(path: Path, record: dict[str, Any]) -> None:
     write(path, found["about"], [*found["records"], record])
 
 
+def folder_of(gpu: str, results: str = "benchmarks/results") -> Path:
+    """Where the files of this card go; ``gpu``: its name, or "rehearsal"."""
+    return ROOT / ("build/rehearsal" if gpu == "rehearsal" else f"{results}/{'-'.join(gpu.lower().split())}")
+
+
 def utc() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
