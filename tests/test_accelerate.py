@@ -1,9 +1,12 @@
 """`vit.accelerate` on models of three libraries: outputs and every gradient within the policy, and the way back."""
 
 import copy
+import gc
+import inspect
 import io
 import re
 import warnings
+import weakref
 from collections import Counter
 
 import pytest
@@ -122,8 +125,12 @@ def bits(found: dict[str, torch.Tensor]) -> dict[str, bytes]:
     return {name: t.contiguous().view(torch.uint8).numpy().tobytes() for name, t in found.items()}
 
 
-def own_forwards(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if "forward" in vars(module)]
+def fused_modules(model: nn.Module) -> list[str]:
+    """Names of the modules that do not run the forward of their library."""
+    return [name for name, module in model.named_modules() if type(module).forward.__code__.co_filename == OURS]
+
+
+OURS = inspect.getfile(vit.adapters.fused)
 
 
 def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], limit: float = 2e-5) -> None:
@@ -141,12 +148,12 @@ def test_state_dict_and_parameters_stay_and_restore_gives_the_original_bits(name
     before, parameters = copy.deepcopy(model.state_dict()), dict(model.named_parameters())
     found = bits(zoo.results(name, model, zoo.images(name)))
     assert vit.accelerate(model) is model
-    assert own_forwards(model)
+    assert fused_modules(model)
     assert all(a is b for a, b in zip(model.parameters(), parameters.values(), strict=True))
     assert list(model.state_dict()) == list(before) and bits(model.state_dict()) == bits(before)
     model.load_state_dict(before, strict=True)
     assert vit.restore(model) is model
-    assert not own_forwards(model)
+    assert not fused_modules(model)
     assert bits(zoo.results(name, model, zoo.images(name))) == found
 
 
@@ -157,11 +164,11 @@ def test_accelerate_and_restore_twice(name):
     model = vit.accelerate(copy.deepcopy(original))
     once = bits(zoo.results(name, model, image))
     assert bits(zoo.results(name, vit.accelerate(model), image)) == once
-    before = own_forwards(model)
+    before = fused_modules(model)
     vit.accelerate(model, attention=False, mlp=False, patch_embed=False)
-    assert set(own_forwards(model)) < set(before)
+    assert set(fused_modules(model)) < set(before)
     vit.restore(vit.restore(model))
-    assert not own_forwards(model)
+    assert not fused_modules(model)
     assert bits(zoo.results(name, model, image)) == bits(zoo.results(name, original, image))
 
 
@@ -205,28 +212,76 @@ def test_an_optimizer_made_before_continues(name):
 
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_copies(name):
-    """deepcopy stays accelerated and on its own parameters; a saved module comes back in the library's form."""
+    """A copy, deep, shallow or saved and loaded, stays accelerated, on its own parameters."""
     original, image = zoo.build(name), zoo.images(name)
     model = vit.accelerate(copy.deepcopy(original))
-    want = zoo.results(name, model, image)
-
-    twin = copy.deepcopy(model)
-    assert own_forwards(twin) == own_forwards(model)
-    assert all(module.forward.__self__ is module for module in twin.modules())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-    assert bits(zoo.results(name, twin, image)) == bits(want)
-
-    file = io.BytesIO()
-    torch.save(twin, file)
-    loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
-    assert bits(zoo.results(name, loaded, image)) == bits(zoo.results(name, original, image))
+    want, file = zoo.results(name, model, image), io.BytesIO()
+    torch.save(model, file)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        vit.accelerate(loaded)
-    assert bits(zoo.results(name, loaded, image)) == bits(want)
-    assert bits(zoo.results(name, vit.restore(loaded), image)) == bits(zoo.results(name, original, image))
+        loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    for twin in (copy.deepcopy(model), loaded):
+        assert fused_modules(twin) == fused_modules(model) and twin is not model
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        assert bits(zoo.results(name, twin, image)) == bits(want)
+        assert bits(zoo.results(name, vit.restore(twin), image)) == bits(zoo.results(name, original, image))
+        model.load_state_dict(original.state_dict())
+
+
+def parts_of(model: nn.Module) -> list[str]:
+    """One module of each class that is fused."""
+    classes = {type(model.get_submodule(name)): name for name in fused_modules(model)}
+    return list(classes.values())
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+@pytest.mark.parametrize("how", ["copy", "replica"])
+def test_a_shallow_copy_computes_with_what_it_holds(name, how):
+    """Of each fused module: other parameters in the copy count, and the module it was made from keeps its own."""
+    original = zoo.build(name)
+    model = vit.accelerate(copy.deepcopy(original))
+
+    def other(of: nn.Module, part: str) -> nn.Module:
+        module = of.get_submodule(part)
+        twin = copy.copy(module) if how == "copy" else module._replicate_for_data_parallel()
+        twin._parameters = {k: p if p is None else nn.Parameter(0.5 * p) for k, p in module._parameters.items()}
+        twin._modules = {k: None if m is None else copy.deepcopy(m) for k, m in module._modules.items()}
+        for parameter in (p for child in twin._modules.values() if child is not None for p in child.parameters()):
+            parameter.data *= 0.5
+        return twin
+
+    def call(of: nn.Module, part: str, module: nn.Module) -> dict[str, torch.Tensor]:
+        seen = []
+        handle = of.get_submodule(part).register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
+        )
+        zoo.outputs(name, of, zoo.images(name))
+        handle.remove()
+        out = module(*seen[0][0], **seen[0][1])
+        return {"out": out[0] if isinstance(out, tuple) else out}
+
+    for part in parts_of(model):
+        ours, theirs = (call(of, part, other(of, part)) for of in (model, original))
+        assert_close(ours, theirs)
+        assert_close(*(call(of, part, of.get_submodule(part)) for of in (model, original)))
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_a_model_that_is_deleted_is_gone(name):
+    """Without the cyclic collector, as the library's: nothing refers back to a module."""
+    model = vit.accelerate(zoo.build(name))
+    zoo.outputs(name, model, zoo.images(name))
+    parameters = [weakref.ref(p) for p in model.parameters()]
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        alive = sum(ref() is not None for ref in parameters)
+    finally:
+        gc.enable()
+    assert alive == 0 < len(parameters)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

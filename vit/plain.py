@@ -1,8 +1,8 @@
 """Whether a module may be computed from its parameters, without calling it.
 
 The fused ops read the weights of several modules at once. That is right only where calling the module would do nothing
-else: not with hooks, a forward of its own, a parametrisation, pruning, a wrapper (LoRA), or a weight that is quantised
-or distributed. Such a module is called as it is: never wrong, only not fused.
+else: not with hooks, another forward, a parametrisation, pruning, a wrapper (LoRA), or a weight that is quantised or
+distributed. Such a module is called as it is: never wrong, only not fused.
 """
 
 from __future__ import annotations
@@ -16,6 +16,33 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vit import kernels
 
+_forwards: dict[type, Callable | None] = {}  # what each class ran when it was first seen
+
+
+def class_of(module: nn.Module) -> type:
+    """The module's class in its library, where `vit.adapters.fused` gave it another."""
+    cls = type(module)
+    return cls._fused_base if getattr(cls, "_fused_self", None) is cls else cls
+
+
+def owner_of(cls: type) -> type:
+    """The class of a library whose ``forward`` runs; not one that FSDP or `vit.adapters.fused` derived."""
+    classes = (c for c in cls.__mro__ if "_fused_base" not in vars(c) and "torch.distributed.fsdp" not in c.__module__)
+    return next(c for c in classes if "forward" in vars(c))
+
+
+def patched(cls: type) -> bool:
+    """Whether the class has a ``forward`` from outside its library, be it dressed up by `functools.wraps`."""
+    cls = owner_of(cls)
+    module = getattr(cls.forward, "__globals__", {}).get("__name__", "")
+    return module.partition(".")[0] != cls.__module__.partition(".")[0]
+
+
+def remember(*classes: type) -> None:
+    """Notes the forward of classes whose modules are read, so that `plain` sees when somebody replaces it."""
+    for cls in classes:
+        _forwards.setdefault(cls, None if patched(cls) else cls.forward)
+
 
 def hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its ``forward``."""
@@ -23,19 +50,13 @@ def hooked(module: nn.Module) -> bool:
     return any(map(bool, hooks)) or _has_any_global_hook() or module._compiled_call_impl is not None
 
 
-def fused_forward(module: nn.Module) -> Callable | None:
-    """The function that `vit.accelerate` made the ``forward`` of this one module."""
-    function = getattr(module.__dict__.get("forward"), "__func__", None)
-    return function if hasattr(function, "fused_vit") else None
-
-
 def replaced(module: nn.Module) -> bool:
-    """Whether somebody else gave this one module a ``forward``."""
+    """Whether somebody gave this one module, or its class, another ``forward``."""
+    cls = class_of(module)
     own = module.__dict__.get("forward")
-    if own is None or fused_forward(module) is not None:
-        return False
-    # A pickled module comes back with its class's forward in place of ours.
-    return getattr(own, "__func__", None) is not type(module).forward
+    if own is not None and (getattr(own, "__func__", None) is not type(module).forward or own.__self__ is not module):
+        return True
+    return cls in _forwards and _forwards[cls] is not cls.forward
 
 
 def plain(module: nn.Module) -> bool:
@@ -57,3 +78,6 @@ def is_linear(module: nn.Module) -> bool:
 def linear(module: nn.Module, x: Tensor, impl: str) -> Tensor:
     """``module(x)`` of a linear layer, on the op where it is nothing more."""
     return kernels.linear(x, module.weight, module.bias, impl=impl) if is_linear(module) else module(x)
+
+
+remember(nn.Linear, NonDynamicallyQuantizableLinear, nn.Identity, nn.LayerNorm, nn.Dropout, nn.GELU, nn.Conv2d)

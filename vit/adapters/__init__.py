@@ -1,13 +1,12 @@
 """`vit.accelerate`: the fused ops in a live model of timm, Hugging Face or torchvision.
 
 Nothing of those libraries is imported: modules are known by the class whose ``forward`` they run. A module keeps its
-class, parameters, buffers and hooks; it gets a ``forward`` of its own, which `restore` takes away again.
+name, parameters, buffers and hooks; its class becomes a subclass with another ``forward`` (`fused`), which `restore`
+takes away again.
 """
 
 from __future__ import annotations
 
-import functools
-import types
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -15,11 +14,13 @@ from collections.abc import Iterator
 from torch import nn
 
 from vit.adapters import generic, huggingface, parts, timm, torchvision
+from vit.adapters.fused import Part, fused_class, library_class
 from vit.kernels import runtime
-from vit.plain import fused_forward, replaced
+from vit.plain import class_of, owner_of, patched, remember, replaced
 
 _LIBRARIES = (timm, torchvision, huggingface)
 _MODULES = generic.MODULES | {path: entry for library in _LIBRARIES for path, entry in library.MODULES.items()}
+_PATCHES = {path: name for library in _LIBRARIES for path, name in library.PATCHES.items()}
 _FEATURES = ("attention", "mlp", "norm", "patch_embed")
 # Modules that a block may hold beside those that its library's CHILDREN name; they are called, or read where plain.
 _HELPERS = {"torch.nn.modules.linear.Identity", "torch.nn.modules.dropout.Dropout", *parts.DROP_PATHS}
@@ -30,8 +31,10 @@ def accelerate(model: nn.Module, impl: str = "auto", **features: bool) -> nn.Mod
     """Makes a timm, Hugging Face or torchvision ViT run on the fused ops, in place.
 
     The object, its parameters, ``state_dict`` keys, signatures and outputs stay what they are, so an optimizer made
-    before still works. A linear layer, LayerNorm or other part that somebody hooks, wraps (LoRA) or quantises, before
-    or after, is called as it is.
+    before still works. The fused modules get a subclass of their class, as from PyTorch's parametrisations; a module or
+    class whose ``forward`` somebody replaces, before or after, and a linear layer, LayerNorm or other part that
+    somebody hooks, wraps (LoRA) or quantises, is called as it is. A copy and a saved module stay accelerated.
+    TorchScript, torch.fx and the legacy ONNX exporter see the library's model.
 
     Args:
         model: with blocks of timm's ``VisionTransformer``, transformers' ViT, DeiT, Dinov2 or Dinov2WithRegisters, or
@@ -58,46 +61,44 @@ def accelerate(model: nn.Module, impl: str = "auto", **features: bool) -> nn.Mod
         raise ValueError("accelerate: a vit.VisionTransformer runs on the fused ops as it is, see its config's impl")
     wanted = {name for name in _FEATURES if features.get(name, True)}
 
-    forwards, left, found = {}, {}, False
+    chosen, left, found = {}, {}, False
+    projections = set(_patch_projections(model))
     for name, module in _outside_of(model, left):
-        kind, make = _entry(module)
-        if kind is None:
+        part, reason = part_of(class_of(module)), None
+        if part is None:
             reason = "an unknown class" if _looks_like_a_block(module) else None
-        elif replaced(module) or parts.patched(parts.owner_of(module)):
+        elif part.kind == "row" or (part.kind == "patch_embed" and module not in projections):
+            continue
+        elif replaced(module) or patched(type(module)):
             reason = "its forward was replaced"
-        elif kind == "block":
-            reason = _unknown_part(module)
-        else:
-            reason = None
-        if reason is None and kind is not None:
-            forward = make(module, impl)
-            if not isinstance(forward, str) and ("norm" if kind == "block" else kind) in wanted:
-                forwards[module] = forward
-            found |= kind == "block"
+        elif part.kind == "block":
+            reason = part.refuse(module) or _unknown_part(module)
+            found |= reason is None
         if reason is not None:
             left[module] = (name, reason)
+        elif part is not None and not part.refuse(module):
+            chosen[module] = part
     if not found:
         raise ValueError(f"accelerate: {type(model).__name__} has no block that the fused ops can run: {_why(left)}")
-    if "norm" in wanted:
-        for module in model.modules():
-            row = type(module) is nn.Sequential and any(hasattr(forwards.get(block), "step") for block in module)
-            if row and not replaced(module):
-                forwards[module] = generic.sequence(module, impl)
+    for module in model.modules():
+        row = class_of(module) is nn.Sequential and not replaced(module)
+        if row and any(block in chosen and chosen[block].kind == "block" for block in module):
+            chosen[module] = part_of(nn.Sequential)
     if left:
         warnings.warn(f"accelerate: these stay as they are: {_why(left)}", UserWarning, stacklevel=2)
     restore(model)
-    for module, forward in forwards.items():
-        forward = functools.wraps(type(module).forward)(forward)
-        forward.fused_vit = True
-        module.forward = types.MethodType(forward, module)
+    remember(*map(type, model.modules()))
+    for module, part in chosen.items():
+        if ("norm" if part.kind in ("block", "row") else part.kind) in wanted:
+            module.__class__ = fused_class(type(module), part.make, impl)
     return model
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undoes `accelerate`: every module runs its class's ``forward`` again, to the same bits. Returns ``model``."""
+    """Undoes `accelerate`: every module runs its library's ``forward`` again, to the same bits. Returns ``model``."""
     for module in model.modules():
-        if fused_forward(module) is not None:
-            del module.forward
+        if type(module) is not library_class(type(module)):
+            module.__class__ = library_class(type(module))
     return model
 
 
@@ -112,27 +113,36 @@ def _outside_of(model: nn.Module, left: dict[nn.Module, tuple[str, str]]) -> Ite
             skipped.update(module.modules())
 
 
-def _entry(module: nn.Module):
-    """What kind of part a module is and what makes its forward; (None, None) for an unknown one."""
-    own, owner = parts.path_of(type(module)), parts.path_of(parts.owner_of(module))
-    return _MODULES.get(own) or _MODULES.get(owner) or (None, None)
+def part_of(cls: type) -> Part | None:
+    """How modules of a class are accelerated; None for an unknown one."""
+    return _MODULES.get(parts.path_of(library_class(cls))) or _MODULES.get(parts.path_of(owner_of(cls)))
+
+
+def _patch_projections(model: nn.Module) -> Iterator[nn.Module]:
+    """The convolutions that cut images into the patches of a ViT, as far as their owner is known."""
+    for module in model.modules():
+        for cls in type(module).__mro__:
+            if name := _PATCHES.get(parts.path_of(cls)):
+                yield getattr(module, name)
 
 
 def _unknown_part(block: nn.Module) -> str | None:
     """Why a known block cannot be computed by the fused ops; None if it can."""
-    path = parts.path_of(parts.owner_of(block))
+    path = parts.path_of(owner_of(type(block)))
     library = next(library for library in _LIBRARIES if path in library.MODULES)
     for name, child in block.named_children():
-        kind, make = _entry(child)
-        want = library.CHILDREN.get(name)
-        if want is None and parts.path_of(type(child)) not in _HELPERS:
-            return f"its {name} is {parts.path_of(type(child))}"
-        if want is not None and kind != want:
-            return f"its {name} is {parts.path_of(type(child))}"
-        if want is not None and isinstance(refusal := make(child, "auto"), str):
+        child_path, want = parts.path_of(class_of(child)), library.CHILDREN.get(name)
+        if want is None:
+            if child_path not in _HELPERS:
+                return f"its {name} is {child_path}"
+            continue
+        inside = [part_of(class_of(module)) for module in child.modules()]  # of a wrapper (PEFT), which is called
+        if not any(part is not None and part.kind == want for part in inside):
+            return f"its {name} is {child_path}"
+        if inside[0] is not None and (refusal := inside[0].refuse(child)):
             return f"its {name} cannot run: {refusal}"
-    patched = (name for name, part in block.named_modules() if parts.patched(parts.owner_of(part)))
-    return next((f"the class of its {name} had its forward replaced" for name in patched), None)
+    changed = (name for name, part in block.named_modules() if patched(type(part)))
+    return next((f"the class of its {name} had its forward replaced" for name in changed), None)
 
 
 def _looks_like_a_block(module: nn.Module) -> bool:
@@ -148,7 +158,7 @@ def _why(left: dict[nn.Module, tuple[str, str]]) -> str:
         return "no attention block was found in it"
     first, counts = {}, Counter()
     for module, (name, reason) in left.items():
-        key = (parts.path_of(type(module)), reason)
+        key = (parts.path_of(class_of(module)), reason)
         first.setdefault(key, name)
         counts[key] += 1
     return "; ".join(

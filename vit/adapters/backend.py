@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vit import kernels
 from vit.adapters import parts
 
 
@@ -16,9 +15,9 @@ def register_attention(name: str = "vit_kernels", impl: str = "auto") -> str:
         vit.register_attention()
         model = transformers.AutoModel.from_pretrained(folder, attn_implementation="vit_kernels")
 
-    It returns the weights when ``output_attentions=True`` asks for them, unlike "sdpa": softmax before dropout, in the
-    dtype of the queries. With a mask, causal attention, or fewer key heads than query heads, a layer takes
-    transformers' "sdpa" instead. `accelerate` fuses more than attention and needs no registration.
+    It returns the weights when ``output_attentions=True`` asks for them, unlike "sdpa" and as "eager" does. With a
+    mask, causal attention, or fewer key heads than query heads, a layer takes transformers' "sdpa". `accelerate` fuses
+    more than attention and needs no registration.
 
     Args:
         name: under which models ask for it. impl: "auto", "triton" or "reference".
@@ -55,10 +54,9 @@ def register_attention(name: str = "vit_kernels", impl: str = "auto") -> str:
                 module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
             )
         q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-        o = kernels.attention_qkv(q, k, v, scale=scaling, impl=impl, **options)
         config = getattr(module, "config", None)
         wanted = kwargs.get("output_attentions", getattr(config, "output_attentions", False))
-        weights = kernels.attention_probs(q, k, scale=scaling).to(o.dtype) if wanted else None
+        o, weights = parts.attention_and_maps(q, k, v, wanted, scale=scaling, impl=impl, **options)
         return o.unflatten(2, q.shape[2:]), weights
 
     AttentionInterface.register(name, forward)

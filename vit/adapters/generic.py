@@ -1,6 +1,6 @@
-"""Modules that all libraries take from PyTorch: LayerNorm, the patch projection, multi-head attention.
+"""Modules that all libraries take from PyTorch: LayerNorm, the patch projection, multi-head attention, rows of blocks.
 
-Each function makes the ``forward`` of one module, or says why it cannot.
+Each function makes the ``forward`` of one class; ``refuse_…`` says why a module of that class cannot be computed.
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ from torch import Tensor, nn
 
 from vit import kernels
 from vit.adapters import parts
+from vit.adapters.fused import Part
 from vit.kernels import runtime
-from vit.plain import fused_forward, hooked, is_linear, linear
+from vit.plain import hooked, is_linear, linear, replaced
 
 
-def layer_norm(module: nn.LayerNorm, impl: str):
+def refuse_layer_norm(module: nn.LayerNorm) -> str | None:
+    return None if len(module.normalized_shape) == 1 else "it normalises over more than the last dimension"
+
+
+def layer_norm(base: type, impl: str):
     """A LayerNorm between or after the blocks; its result has the dtype that PyTorch gives it."""
-    if len(module.normalized_shape) != 1:
-        return "it normalises over more than the last dimension"
-    original = type(module).forward
+    original = base.forward
 
     def forward(self, x: Tensor) -> Tensor:
         low = getattr(self, "_fast_norm", False)  # timm's switch for autocast's dtype
@@ -35,29 +38,39 @@ def layer_norm(module: nn.LayerNorm, impl: str):
     return forward
 
 
-def patch_projection(module: nn.Conv2d, impl: str):
-    """A convolution whose kernel is its stride: patches times a matrix."""
+def refuse_projection(module: nn.Conv2d) -> str | None:
     zero = module.padding in ((0, 0), "valid") and module.dilation == (1, 1) and module.groups == 1
     if module.kernel_size != module.stride or module.kernel_size == (1, 1) or not zero:
         return "its kernel is not its stride"
-    if type(module)._conv_forward is not nn.Conv2d._conv_forward:
-        return "its class computes something else"
+    return None if type(module)._conv_forward is nn.Conv2d._conv_forward else "its class computes something else"
+
+
+def patch_projection(base: type, impl: str):
+    """A convolution whose kernel is its stride: patches times a matrix. Its result has a convolution's strides."""
+    original = base.forward
 
     def forward(self, image: Tensor) -> Tensor:
         if image.dim() != 4:
-            return nn.Conv2d.forward(self, image)
+            return original(self, image)
         grid = [size // patch for size, patch in zip(image.shape[2:], self.kernel_size, strict=True)]
         height, width = (n * patch for n, patch in zip(grid, self.kernel_size, strict=True))
         tokens = kernels.patch_embed(image[:, :, :height, :width], self.weight, self.bias, impl=impl)
-        return tokens.transpose(1, 2).unflatten(2, grid)  # [B, D, gh, gw]: a view, which the caller views back
+        shape = (image.shape[0], *grid, tokens.shape[2])
+        if any(parts.is_channels_last(t) for t in (image, self.weight)):
+            return tokens.reshape(-1).view(shape).permute(0, 3, 1, 2)
+        return tokens.mT.reshape(-1).view(shape[0], shape[3], *grid)
 
     return forward
 
 
-def multihead_attention(module: nn.MultiheadAttention, impl: str):
+def refuse_multihead(module: nn.MultiheadAttention) -> str | None:
+    plain = module.in_proj_weight is not None and module.bias_k is None and not module.add_zero_attn
+    return None if plain else "its keys and values are not those of plain self-attention"
+
+
+def multihead_attention(base: type, impl: str):
     """Self-attention without masks; everything else is computed as before."""
-    if module.in_proj_weight is None or module.bias_k is not None or module.add_zero_attn:
-        return "its keys and values are not those of plain self-attention"
+    original = base.forward
 
     def forward(
         self,
@@ -75,7 +88,7 @@ def multihead_attention(module: nn.MultiheadAttention, impl: str):
         simple = simple and is_linear(self.out_proj)
         options = parts.draw(self.dropout if self.training else 0.0, query) if simple else None
         if options is None:
-            return nn.MultiheadAttention.forward(
+            return original(
                 self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         qkv = kernels.linear(query, self.in_proj_weight, self.in_proj_bias, impl=impl)
@@ -85,31 +98,39 @@ def multihead_attention(module: nn.MultiheadAttention, impl: str):
     return forward
 
 
-def sequence(module: nn.Sequential, impl: str):
+def row(base: type, impl: str):
     """Blocks in a row: the add at the end of one and the LayerNorm at the start of the next are one op."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = None
         blocks = list(self)
         for block, following in zip(blocks, [*blocks[1:], None], strict=True):
-            step = _step(block)
+            step = step_of(block)
             if step is None:
                 x, y = block(x), None
             else:
-                x, y = step(block, impl, x, y, following if _step(following) is step else None)
+                x, y = step(block, x, y, None if step_of(following) is None else first_norm(following))
         return x
 
     return forward
 
 
-def _step(block: nn.Module | None):
-    """The library's ``step(block, impl, x, y, following)``, y the normalised stream, if it does all a call would."""
-    return None if block is None or hooked(block) else getattr(fused_forward(block), "step", None)
+def step_of(block: nn.Module | None):
+    """The library's ``step(block, x, y, next_norm)``, y the normalised stream, if it does all that a call would."""
+    cls = type(block)
+    if getattr(cls, "_fused_self", None) is not cls or hooked(block) or replaced(block):
+        return None
+    return cls._fused_step
+
+
+def first_norm(block: nn.Module) -> nn.Module:
+    return block.ln_1 if hasattr(block, "ln_1") else block.norm1
 
 
 MODULES = {
-    "torch.nn.modules.normalization.LayerNorm": ("norm", layer_norm),
-    "timm.layers.norm.LayerNorm": ("norm", layer_norm),
-    "torch.nn.modules.conv.Conv2d": ("patch_embed", patch_projection),
-    "torch.nn.modules.activation.MultiheadAttention": ("attention", multihead_attention),
+    "torch.nn.modules.normalization.LayerNorm": Part("norm", layer_norm, refuse_layer_norm),
+    "timm.layers.norm.LayerNorm": Part("norm", layer_norm, refuse_layer_norm),
+    "torch.nn.modules.conv.Conv2d": Part("patch_embed", patch_projection, refuse_projection),
+    "torch.nn.modules.activation.MultiheadAttention": Part("attention", multihead_attention, refuse_multihead),
+    "torch.nn.modules.container.Sequential": Part("row", row),
 }

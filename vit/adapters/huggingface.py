@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
-from vit import kernels
 from vit.adapters import parts
-from vit.plain import linear
+from vit.adapters.fused import Part
+from vit.plain import linear, owner_of
 
 
 def _vit(layer: nn.Module, impl: str, x: Tensor, **kwargs: Any) -> Tensor:
@@ -25,13 +26,21 @@ def _dinov2(layer: nn.Module, impl: str, x: Tensor, **kwargs: Any) -> Tensor:
     return parts.add_norm(x, layer.mlp(y), None, impl, layer.layer_scale2, layer.drop_path)[0]
 
 
-def layer(run: Callable, module: nn.Module, impl: str):
+def refuse(module: nn.Module) -> str | None:
+    """Layers and attentions of older transformers have the same names and compute something else."""
+    known = ["self", "hidden_states", "attention_mask", "kwargs"]
+    same = list(inspect.signature(owner_of(type(module)).forward).parameters) == known
+    return None if same else "its forward is not that of transformers 5.17 to 5.23, which are the versions known"
+
+
+def layer(run: Callable, base: type, impl: str):
+    original = base.forward
     # A class without a __call__ of its own checkpoints in its forward, which this one replaces.
-    checkpoints = type(module).__call__ is nn.Module.__call__
+    checkpoints = base.__call__ is nn.Module.__call__
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         if attention_mask is not None:
-            return type(self).forward(self, hidden_states, attention_mask, **kwargs)
+            return original(self, hidden_states, attention_mask, **kwargs)
         fused = functools.partial(run, self, impl, **kwargs)
         if checkpoints and self.gradient_checkpointing and self.training:
             return self._gradient_checkpointing_func(fused, hidden_states)
@@ -40,8 +49,8 @@ def layer(run: Callable, module: nn.Module, impl: str):
     return forward
 
 
-def attention(module: nn.Module, impl: str):
-    original = type(module).forward
+def attention(base: type, impl: str):
+    original = base.forward
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
@@ -55,32 +64,30 @@ def attention(module: nn.Module, impl: str):
             linear(projection, hidden_states, impl).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )  # [B, N, HEADS, HEAD_DIM] each
-        o = kernels.attention_qkv(q, k, v, scale=self.scaling, impl=impl, **options)  # [B, N, D]
-        weights = None
-        if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
-            weights = kernels.attention_probs(q, k, scale=self.scaling).to(o.dtype)
-            weights = kernels.dropout(weights, *options.values()) if options else weights  # as o has used them
+        wanted = kwargs.get("output_attentions", getattr(self.config, "output_attentions", False))
+        o, weights = parts.attention_and_maps(q, k, v, wanted, scale=self.scaling, impl=impl, **options)
         return linear(self.o_proj, o, impl), weights
 
     return forward
 
 
-def mlp(module: nn.Module, impl: str):
+def mlp(base: type, impl: str):
     def forward(self, hidden_states: Tensor) -> Tensor:
         return parts.mlp(self.fc1, self.activation_fn, None, self.fc2, hidden_states, impl)
 
     return forward
 
 
-MODULES = {}
+MODULES, PATCHES = {}, {}
 for _name, _run in {"ViT": _vit, "DeiT": _vit, "Dinov2": _dinov2, "Dinov2WithRegisters": _dinov2}.items():
     _folder = _name.lower().replace("2withregisters", "2_with_registers")
     _path = f"transformers.models.{_folder}.modeling_{_folder}.{_name}"
     MODULES |= {
-        _path + "Layer": ("block", functools.partial(layer, _run)),
-        _path + "Attention": ("attention", attention),
+        _path + "Layer": Part("block", functools.partial(layer, _run), refuse),
+        _path + "Attention": Part("attention", attention, refuse),
     }
-    MODULES[_path + "MLP"] = ("mlp", mlp)
+    PATCHES[_path + "PatchEmbeddings"] = "projection"
+    MODULES[_path + "MLP"] = Part("mlp", mlp)
 CHILDREN = {
     "layernorm_before": "norm", "norm1": "norm", "attention": "attention", "layernorm_after": "norm", "norm2": "norm",
     "mlp": "mlp",

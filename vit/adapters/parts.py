@@ -9,19 +9,7 @@ from torch import Tensor, nn
 
 from vit import kernels
 from vit.kernels import runtime
-from vit.plain import absent, is_linear, linear, plain
-
-
-def owner_of(module: nn.Module) -> type:
-    """The class whose ``forward`` the module runs, unless it has one of its own; not the one that FSDP derives."""
-    classes = (cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.distributed.fsdp"))
-    return next(cls for cls in classes if "forward" in vars(cls))
-
-
-def patched(cls: type) -> bool:
-    """Whether the class has a ``forward`` from outside its library, be it dressed up by `functools.wraps`."""
-    module = getattr(cls.forward, "__globals__", {}).get("__name__", "")
-    return module.partition(".")[0] != cls.__module__.partition(".")[0]
+from vit.plain import absent, class_of, is_linear, linear, plain
 
 
 def path_of(cls: type) -> str:
@@ -30,7 +18,8 @@ def path_of(cls: type) -> str:
 
 def is_layer_norm(module: nn.Module) -> bool:
     """A LayerNorm over the last dimension: PyTorch's, or timm's of the same computation."""
-    known = type(module) is nn.LayerNorm or path_of(type(module)) == "timm.layers.norm.LayerNorm"
+    cls = class_of(module)
+    known = cls is nn.LayerNorm or path_of(cls) == "timm.layers.norm.LayerNorm"
     return known and len(module.normalized_shape) == 1 and plain(module)
 
 
@@ -90,6 +79,21 @@ def mlp(fc1: nn.Module, act: nn.Module, drop: nn.Module | None, fc2: nn.Module, 
     return kernels.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation, impl=impl, **options)
 
 
+def attention_and_maps(q: Tensor, k: Tensor, v: Tensor, wanted: bool, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """Attention of q, k, v [B, N, HEADS, HEAD_DIM] -> [B, N, D], and its probabilities [B, HEADS, N, N] if wanted.
+
+    Under autograd the result is computed from the probabilities, so that they have the gradient that eager ones have.
+    """
+    if not wanted:
+        return kernels.attention_qkv(q, k, v, **options), None
+    maps = kernels.attention_probs(q, k, scale=options["scale"]).to(v.dtype)
+    if "seed" in options:
+        maps = kernels.dropout(maps, options["dropout_p"], options["seed"])  # the mask that the op draws
+    if maps.requires_grad:
+        return (maps @ v.transpose(1, 2)).transpose(1, 2).flatten(2), maps
+    return kernels.attention_qkv(q, k, v, **options), maps
+
+
 def dropping(module: nn.Module | None, x: Tensor) -> dict[str, Any] | None:
     """The keywords with which an op drops out as the module would; None where only the module can."""
     if absent(module):
@@ -109,6 +113,12 @@ def draw(p: float, x: Tensor) -> dict[str, Any] | None:
 def _layer_scale(module: nn.Module) -> Tensor | None:
     name = LAYER_SCALES.get(path_of(type(module)))
     return None if name is None or not plain(module) else getattr(module, name)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether a convolution of it has a result in channels_last."""
+    channels = x.shape[1]
+    return channels > 1 and x.stride(1) == 1 and x.stride(3) == channels  # is_contiguous would not do inside vmap
 
 
 def _fit(x: Tensor, branch: Tensor, *params: Tensor | None) -> bool:

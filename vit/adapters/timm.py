@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
+import inspect
+
 from torch import Tensor, nn
 
 from vit import kernels
 from vit.adapters import parts
+from vit.adapters.fused import Part
 from vit.plain import absent, linear
 
 
-def step(block: nn.Module, impl: str, x: Tensor, y: Tensor | None, following: nn.Module | None):
-    """One block from the stream x and its norm1 y (None: not known yet) to the stream and the norm1 of the next."""
-    y = parts.layer_norm(block.norm1, x, impl) if y is None else y
-    branch = block.attn(y, attn_mask=None, is_causal=False)
-    x, y = parts.add_norm(x, branch, block.norm2, impl, block.ls1, block.drop_path1)
-    next_norm = None if following is None else following.norm1
-    return parts.add_norm(x, block.mlp(y), next_norm, impl, block.ls2, block.drop_path2)
+def block(base: type, impl: str):
+    original = base.forward
+    # A block hands its attention what its own forward takes, which differs between timm's versions.
+    no_mask = {"attn_mask": None, "is_causal": False}
+    no_mask = {name: no_mask[name] for name in inspect.signature(original).parameters if name in no_mask}
 
-
-def block(module: nn.Module, impl: str):
-    original = type(module).forward
+    def step(self, x: Tensor, y: Tensor | None, next_norm: nn.Module | None):
+        """From the stream x and its norm1 y (None: not known yet) to the stream and ``next_norm`` of it."""
+        y = parts.layer_norm(self.norm1, x, impl) if y is None else y
+        x, y = parts.add_norm(x, self.attn(y, **no_mask), self.norm2, impl, self.ls1, self.drop_path1)
+        return parts.add_norm(x, self.mlp(y), next_norm, impl, self.ls2, self.drop_path2)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if attn_mask is not None or is_causal:
             return original(self, x, attn_mask=attn_mask, is_causal=is_causal)
-        return step(self, impl, x, None, None)[0]
+        return step(self, x, None, None)[0]
 
     forward.step = step
     return forward
 
 
-def attention(module: nn.Module, impl: str):
-    original = type(module).forward
+def attention(base: type, impl: str):
+    original = base.forward
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if attn_mask is not None or is_causal:
@@ -57,10 +60,12 @@ def attention(module: nn.Module, impl: str):
     return forward
 
 
-def mlp(module: nn.Module, impl: str):
-    if not isinstance(module.fc1, nn.Module) or isinstance(module.fc1, nn.Conv2d):
-        return "it is made of convolutions"
+def refuse_mlp(module: nn.Module) -> str | None:
+    linear = isinstance(module.fc1, nn.Module) and not isinstance(module.fc1, nn.Conv2d)
+    return None if linear else "it is made of convolutions"
 
+
+def mlp(base: type, impl: str):
     def forward(self, x: Tensor) -> Tensor:
         if not absent(getattr(self, "norm", None)):
             hidden = self.drop1(self.act(linear(self.fc1, x, impl)))
@@ -71,10 +76,12 @@ def mlp(module: nn.Module, impl: str):
 
 
 MODULES = {
-    "timm.models.vision_transformer.Block": ("block", block),
-    "timm.layers.attention.Attention": ("attention", attention),
-    "timm.models.vision_transformer.Attention": ("attention", attention),  # older versions
-    "timm.layers.mlp.Mlp": ("mlp", mlp),
+    "timm.models.vision_transformer.Block": Part("block", block),
+    "timm.layers.attention.Attention": Part("attention", attention),
+    "timm.models.vision_transformer.Attention": Part("attention", attention),  # older versions
+    "timm.layers.mlp.Mlp": Part("mlp", mlp, refuse_mlp),
 }
 # Children that a block may have, and what computes them; others are reported.
 CHILDREN = {"norm1": "norm", "attn": "attention", "norm2": "norm", "mlp": "mlp"}
+# The class that holds a patch projection, and the projection's name.
+PATCHES = {"timm.layers.patch_embed.PatchEmbed": "proj"}

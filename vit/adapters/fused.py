@@ -1,0 +1,102 @@
+"""The class of an accelerated module: a subclass of the library's class, with its name and the fused ``forward``.
+
+PyTorch's parametrisations and FSDP2 do the same. The forward gets the module that is called: a copy, a replica or a
+module whose class changes later runs what it should, and nothing refers back to the module.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from vit.plain import patched
+
+
+class Part(NamedTuple):
+    """How one class of a library is accelerated."""
+
+    kind: str  # "block", "attention", "mlp", "norm", "patch_embed" or "row"
+    make: Callable[[type, str], Callable]  # (library's class, impl) -> forward
+    refuse: Callable[[nn.Module], str | None] = lambda module: None  # why one module cannot be computed
+
+
+@functools.cache
+def fused_class(base: type, make: Callable[[type, str], Callable], impl: str) -> type:
+    """The subclass of ``base`` whose forward is ``make(base, impl)``."""
+    fused = make(base, impl)
+    members = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": _reduce,
+        "_fused_base": base,
+        "_fused_impl": impl,
+        "_fused_step": getattr(fused, "step", None),  # see `generic.row`
+    }
+    cls = type(base.__name__, (base,), members)
+    cls.forward = _forward(base, fused)  # now, because transformers wraps what a new subclass brings
+    cls._fused_self = cls  # subclasses inherit it, so it tells them apart
+    return cls
+
+
+def _forward(base: type, fused: Callable) -> Callable:
+    """``fused``, or the library's forward where a tracer of PyTorch reads it or somebody replaced it in the class."""
+    library, is_traced = base.forward, traced
+
+    def forward(self, *args, **kwargs):  # reads no global name: its globals are exchanged below
+        if base.forward is not library or is_traced(self, *args, *kwargs.values()):
+            return base.forward(self, *args, **kwargs)
+        return fused(self, *args, **kwargs)
+
+    # TorchScript compiles the source of what is wrapped, with these globals: it sees the library's function.
+    forward = types.FunctionType(forward.__code__, library.__globals__, library.__name__, None, forward.__closure__)
+    return functools.wraps(library)(forward)
+
+
+def traced(module: nn.Module, *args: Any) -> bool:
+    """Whether a tool reads the library's operators: torch.fx, the legacy ONNX exporter, Torch-Pruning by its hooks."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch.onnx.is_in_onnx_export() or any(isinstance(arg, torch.fx.Proxy) for arg in args):
+        return True
+    hooks = (hook for child in module.children() for hook in child._forward_hooks.values())
+    return "torch_pruning" in sys.modules and any("torch_pruning" in hook.__module__ for hook in hooks)
+
+
+def _reduce(self: nn.Module, protocol: int) -> tuple:
+    """Pickles and copies the module as one that is accelerated when it is loaded."""
+    cls = type(self)
+    if cls._fused_self is not cls:
+        return super(cls._fused_self, self).__reduce_ex__(protocol)
+    return rebuild, (cls._fused_base, cls._fused_impl), self.__getstate__()
+
+
+def rebuild(base: type, impl: str) -> nn.Module:
+    """An accelerated module without its state; pickles name this function."""
+    from vit.adapters import part_of, parts  # they import this file
+
+    part = part_of(base)
+    if part is None or patched(base):
+        warnings.warn(f"{parts.path_of(base)} is not accelerated: call vit.accelerate(model)", stacklevel=2)
+        return base.__new__(base)
+    cls = fused_class(base, part.make, impl)
+    return cls.__new__(cls)
+
+
+@functools.cache
+def library_class(cls: type) -> type:
+    """``cls`` without what `fused_class` put into it or under it."""
+    if "_fused_base" in vars(cls):
+        return library_class(cls._fused_base)
+    bases = tuple(map(library_class, cls.__bases__))
+    if bases == cls.__bases__:
+        return cls
+    members = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, bases, members)
