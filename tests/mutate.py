@@ -2,7 +2,8 @@
 
     python tests/mutate.py [--jobs 2] [NAME …]
 
-runs all of them, or those whose name contains a NAME; it fails if fewer than 95 % are caught.
+runs all of them, or those whose name contains a NAME; it fails if fewer than 95 % are caught. Before them it runs
+controls: without a bug the same tests must pass, else what they catch proves nothing.
 """
 
 from __future__ import annotations
@@ -17,8 +18,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not torch.cuda.is_available():  # before the preload below imports Triton, which would compile from then on
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Children of a process that has imported PyTorch, but nothing of ours: importing it takes longer than most tests.
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["torch", "torch._dynamo", "pytest"])
@@ -26,7 +32,10 @@ FORK.set_forkserver_preload(["torch", "torch._dynamo", "pytest"])
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
-    """Replace ``old``, which stands exactly once in ``file``, by ``new``; ``tests`` are pytest arguments."""
+    """Replace ``old``, which stands exactly once in ``file``, by ``new``; ``tests`` are pytest arguments.
+
+    Without ``old``, ``new`` comes at the end.
+    """
 
     name: str
     file: str
@@ -617,6 +626,9 @@ def sources(mutant: Mutant, folder: Path) -> None:
         shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=ignore)
     path = folder / mutant.file.replace("kernels/", "vit/kernels/", 1)
     text = path.read_text()
+    if not mutant.old:
+        path.write_text(text + mutant.new)
+        return
     assert text.count(mutant.old) == 1, f"{mutant.name}: {mutant.old!r} stands {text.count(mutant.old)} times"
     path.write_text(text.replace(mutant.old, mutant.new))
 
@@ -635,8 +647,15 @@ def _pytest(folder: Path, tests: tuple[str, ...]) -> None:
     sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={folder}/tmp", *tests]))
 
 
-def caught(mutant: Mutant) -> tuple[bool, str]:
-    """Whether a test fails with the bug in place, and what pytest printed."""
+def controls(chosen: list[Mutant]) -> list[Mutant]:
+    """For each folder that ``chosen`` changes, the tests of one of them, with a comment for a bug."""
+    areas = {m.file.split("/")[0]: m for m in reversed(chosen)}
+    comment = "\n# This changes nothing.\n"
+    return [dataclasses.replace(m, name=f"control of {area}", old="", new=comment) for area, m in areas.items()]
+
+
+def run(mutant: Mutant) -> tuple[int | None, str]:
+    """pytest's exit code with the bug in place, and what it printed."""
     name = "".join(c if c.isalnum() else "-" for c in mutant.name)
     folder = ROOT / "build" / "mutants" / f"{name}-{os.getpid()}"
     sources(mutant, folder)
@@ -647,10 +666,15 @@ def caught(mutant: Mutant) -> tuple[bool, str]:
     child.kill()
     output = (folder / "log").read_text()
     shutil.rmtree(folder, ignore_errors=True)
+    return child.exitcode, output
+
+
+def caught(mutant: Mutant) -> tuple[bool, str]:
+    """Whether a test fails with the bug in place, and what pytest printed."""
+    code, output = run(mutant)
     # 1 means that tests ran and failed; a bug that breaks the import or matches no test was not caught by a test.
     summary = output.strip().splitlines()[-1] if output.strip() else ""
-    ok = child.exitcode == 1 and " failed" in f" {summary}" and " error" not in summary
-    return ok, output
+    return code == 1 and " failed" in f" {summary}" and " error" not in summary, output
 
 
 def timed(mutant: Mutant) -> tuple[bool, str, float]:
@@ -664,6 +688,12 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="bugs at a time")
     args = parser.parse_args()
     chosen = [m for m in MUTANTS if not args.names or any(name in m.name for name in args.names)]
+    for control in controls(chosen):
+        code, output = run(control)
+        if code != 0:
+            print(f"{output[-2000:]}\n{control.name}: its tests do not pass without a bug, so they cannot catch one")
+            return 1
+        print(f"passes    {control.name}", flush=True)
     survivors = []
     with ThreadPoolExecutor(args.jobs) as pool:
         for mutant, (ok, output, seconds) in zip(chosen, pool.map(timed, chosen), strict=True):
