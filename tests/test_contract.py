@@ -72,7 +72,7 @@ def make(call, device, batch=None):
 def run(op, inputs, options, module=kernels):
     """The outputs; absent biases, which some ops require, are None."""
     required = {"linear": ("bias",), "mlp": ("fc1_bias", "fc2_bias"), "patch_embed": ("bias",)}.get(op, ())
-    impl = {"impl": "triton"} if module is kernels else {"weight": None, "bias": None} if "layer_norm" in op else {}
+    impl = {"impl": "triton"} if module is kernels else dict.fromkeys(["weight", "bias"]) if "layer_norm" in op else {}
     outs = getattr(module, op)(**impl | dict.fromkeys(required) | inputs | options)
     return outs if isinstance(outs, tuple) else (outs,)
 
@@ -81,10 +81,16 @@ def directions(outs):
     return [torch.randn(o.shape, generator=torch.Generator().manual_seed(i)).to(o) for i, o in enumerate(outs)]
 
 
-def gradients(op, inputs, options, layout=lambda dy: dy):
+def mixed(inputs):
+    """fp16, and fp32 where that may stand beside it."""
+    wide = ("residual", "pos_embed", "prefix", "mask_token", "gamma")
+    return {n: t if n in wide else t.half() for n, t in inputs.items()}
+
+
+def gradients(op, inputs, options, layout=lambda dy: dy, module=kernels):
     """Outputs and the gradients of all inputs, for fixed directions of the outputs in another layout."""
     leaves = {n: t.detach().requires_grad_() for n, t in inputs.items()}
-    outs = run(op, leaves, options)
+    outs = run(op, leaves, options, module)
     return [*outs, *torch.autograd.grad(outs, list(leaves.values()), [layout(dy) for dy in directions(outs)])]
 
 
@@ -112,6 +118,24 @@ def test_results_can_be_changed_in_place(call, device):
         wanted = torch.autograd.grad(want, list(exact.values()), direction.double())
         for got, right in zip(grads, wanted, strict=True):
             torch.testing.assert_close(got.double(), right, atol=1e-4, rtol=1e-4)
+
+
+@every_call
+def test_gradients_are_those_of_the_reference(call, device):
+    op, inputs, options = make(call, device)
+    exact = gradients(op, {n: t.double() for n, t in inputs.items()}, options, module=reference)
+    for got, want in zip(gradients(op, inputs, options), exact, strict=True):
+        torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=1e-4)
+
+
+@every_call
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "wide beside fp16"])
+def test_both_paths_return_the_same_types(call, autocast, device):
+    op, inputs, options = make(call, device)
+    inputs = inputs if autocast else mixed(inputs)
+    with torch.autocast(device.type, torch.float16, enabled=autocast):
+        found, want = (run(op, inputs, options | {"impl": impl}) for impl in ("triton", "reference"))
+    assert [(o.dtype, o.shape) for o in found] == [(o.dtype, o.shape) for o in want]
 
 
 @every_op
@@ -168,9 +192,8 @@ def test_fakes_have_the_shapes_strides_and_types_of_the_real(call, layout, devic
     """Of the forward and of the backward. torch.compile plans memory by the fakes."""
     op, inputs, options = make(call, device)
     if layout != "contiguous":
-        wide = ("residual", "pos_embed", "prefix", "mask_token", "gamma")  # may be fp32 beside fp16
-        inputs = {n: t if n in wide else t.half() for n, t in inputs.items()}
-        inputs = {n: t.movedim(1, -1).contiguous().movedim(-1, 1) if t.dim() > 1 else t for n, t in inputs.items()}
+        laid = {n: t.movedim(1, -1).contiguous().movedim(-1, 1) if t.dim() > 1 else t for n, t in inputs.items()}
+        inputs = mixed(laid)
     with Ops() as ops:
         gradients(op, inputs, options)
     assert len(ops.calls) == 2
