@@ -48,6 +48,7 @@ LN, LINEAR, MLP = "tests/test_layer_norm.py", "tests/test_linear.py", "tests/tes
 DROPOUT, MIRROR = "tests/test_attention_dropout.py", "tests/test_attention_mirror.py"
 ATTENTION, PATCH, VIT = "tests/test_attention.py", "tests/test_patch_embed.py", "tests/test_vit.py"
 WEIGHTS, FILES = "tests/test_weights.py", "tests/test_weights_files.py"
+CONTRACT, RUNTIME = "tests/test_contract.py", "tests/test_runtime.py"
 HARNESS, COUNTS = "tests/test_bench_harness.py", "tests/test_bench_counts.py"
 
 MUTANTS = [
@@ -611,6 +612,92 @@ MUTANTS = [
         "THRESHOLD = 1.02",
         "THRESHOLD = 1.002",
         ("tests/test_bench_report.py::test_rule_of_noise",),
+    ),
+    Mutant(
+        "attention: the log-sum-exp without the scale",
+        "kernels/attention.py",
+        """    out, m, log_l = attention_fwd(qkv, scale, return_lse or runtime.needs_grad(qkv), seed, dropout_p, site)
+    return (out, scale * m + log_l)""",
+        """    out, m, log_l = attention_fwd(qkv, scale, return_lse or runtime.needs_grad(qkv), seed, dropout_p, site)
+    return (out, qkv.shape[-1] ** -0.5 * m + log_l)""",
+        (f"{CONTRACT}::test_lse_of_any_scale",),
+    ),
+    Mutant(
+        "attention: alignment promised whatever the incoming gradient",
+        "kernels/attention.py",
+        "_align(q, k, v, o, do, dq, dk, dv)",
+        "_align(q, k, v, o, dq, dk, dv)",
+        (f"{CONTRACT}::test_layout_of_one_tensor_changes_no_bit",),
+    ),
+    Mutant(
+        "linear: the result is a view that cannot be changed",
+        "kernels/linear.py",
+        "return torch.ops.aten._unsafe_view(x, shape)",
+        "return x.view(shape)",
+        (f"{CONTRACT}::test_results_can_be_changed_in_place",),
+    ),
+    Mutant(
+        "layer_norm: dropout alone does not reach the gradient of the branch",
+        "kernels/layer_norm.py",
+        "for t in (gamma, row_scale, seed))",
+        "for t in (gamma, row_scale))",
+        (f"{CONTRACT}::test_gradients_are_those_of_the_reference",),
+    ),
+    Mutant(
+        "layer_norm: the fake of the backward has the strides of its input",
+        "kernels/layer_norm.py",
+        "return s.new_empty(s.shape), dy.new_empty(s.shape if need_dbranch else 0), *sums",
+        "return torch.empty_like(s), dy.new_empty(s.shape if need_dbranch else 0), *sums",
+        (f"{CONTRACT}::test_fakes_have_the_shapes_strides_and_types_of_the_real",),
+    ),
+    Mutant(
+        "runtime: kernels are launched on the current device",
+        "kernels/runtime.py",
+        'torch.cuda.device(device) if device.type == "cuda" else',
+        'torch.cuda.device(device) if device.type == "never" else',
+        (f"{RUNTIME}::test_launch_enters_the_device_of_its_tensors",),
+    ),
+    Mutant(
+        "model: a wrapped norm loses the dropout before it",
+        "vit/layers.py",
+        "    if dropout:\n",
+        "    if dropout and norm is None:\n",
+        (f"{RUNTIME}::test_residual_add_without_the_fused_op",),
+    ),
+    Mutant(
+        "model: a 16-bit position embedding is resized in 16 bits",
+        "vit/tokens.py",
+        "wide = pos.to(torch.promote_types(pos.dtype, torch.float32))",
+        "wide = pos",
+        (f"{VIT}::test_16_bit_position_embedding_is_rounded_once",),
+    ),
+    Mutant(
+        "runtime: modules stay in the mode of the warm-up",
+        "vit/unchanged.py",
+        "module.training = training",
+        "pass",
+        (f"{RUNTIME}::test_nothing_changes",),
+    ),
+    Mutant(
+        "runtime: statistics of a forward that is no step stay",
+        "vit/unchanged.py",
+        "t.copy_(value)",
+        "pass",
+        (f"{RUNTIME}::test_nothing_changes",),
+    ),
+    Mutant(
+        "parity: a gradient that one side has as zero is left out",
+        "vit/parity.py",
+        "if any(result[name].any() for result in found):",
+        "if all(result[name].any() for result in found):",
+        ("tests/test_parity_command.py::test_a_gradient_that_is_zero_or_missing_on_one_side_fails",),
+    ),
+    Mutant(
+        "benchmarks: expanded dimensions are counted in full",
+        "benchmarks/trace.py",
+        "if s != 0 and n != 1]",
+        "if n != 1]",
+        (f"{COUNTS}::test_regions_are_counted_once",),
     ),
 ]
 
