@@ -373,6 +373,8 @@ def _attention_qkv_backward(ctx, do, _dm, _dlog_l):
 
 attention_fwd.register_autograd(_attention_backward, setup_context=_setup_context)
 attention_qkv_fwd.register_autograd(_attention_qkv_backward, setup_context=_setup_context)
+runtime.refuse_second_derivative("attention", attention_bwd)
+runtime.refuse_second_derivative("attention_qkv", attention_qkv_bwd)
 
 
 @runtime.autocasts()

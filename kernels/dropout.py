@@ -75,7 +75,7 @@ def _dropout_fake(x, p, seed, site):
 
 @torch.library.custom_op("vit::dropout_bwd", mutates_args=())
 def dropout_bwd(dy: Tensor, p: float, seed: Tensor, site: int) -> Tensor:
-    """dx, contiguous. An op of its own without autograd, so that a second derivative raises."""
+    """dx, contiguous. An op of its own, so that a second derivative raises as everywhere."""
     return torch.ops.vit.dropout(dy, p, seed, site)
 
 
@@ -95,6 +95,7 @@ def _backward(ctx, dy):
 
 
 dropout_fwd.register_autograd(_backward, setup_context=_setup_context)
+runtime.refuse_second_derivative("dropout", dropout_bwd)
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None = None, site: int = 0, *, impl: str = "auto") -> Tensor:

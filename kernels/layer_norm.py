@@ -254,6 +254,7 @@ def _backward(ctx, ds_out, dy, _dmean, _drstd):
 
 
 layer_norm_fwd.register_autograd(_backward, setup_context=_setup_context)
+runtime.refuse_second_derivative("layer_norm or residual_layer_norm", layer_norm_bwd)
 
 
 def layer_norm(

@@ -246,6 +246,11 @@ def rows(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
+def reshaped(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """x with another shape, not as a view of it: autograd lets nobody change a view that an op of ours returned."""
+    return torch.ops.aten._unsafe_view(x, shape)
+
+
 def column_sum(dy: Tensor) -> Tensor:
     """Σ_rows of a contiguous matrix, accumulated in fp32 or wider in one fixed order."""
     return dy.sum(dim=0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(dy.dtype)
@@ -258,9 +263,9 @@ def linear_fwd(
     """(y, h); h is empty unless there is an activation and ``save``."""
     shape = (*x.shape[:-1], weight.shape[0])
     if activation is None:
-        return matmul(rows(x), weight, bias, trans_b=True, impl=impl).view(shape), x.new_empty(0)
+        return reshaped(matmul(rows(x), weight, bias, trans_b=True, impl=impl), shape), x.new_empty(0)
     y, pre = gemm(rows(x), weight, bias, activation, trans_b=True, second=save)
-    return y.view(shape), pre.view(shape) if save else pre
+    return reshaped(y, shape), reshaped(pre, shape) if save else pre
 
 
 @linear_fwd.register_fake
@@ -278,7 +283,9 @@ def linear_bwd(
     dh = rows(dy).contiguous()
     if activation is not None:
         dh = activate(dh, activation, rows(pre).contiguous())
-    dx = matmul(dh, weight, impl=impl).view(*dy.shape[:-1], weight.shape[1]) if weight is not None else dy.new_empty(0)
+    dx = dy.new_empty(0)
+    if weight is not None:
+        dx = reshaped(matmul(dh, weight, impl=impl), (*dy.shape[:-1], weight.shape[1]))
     dw = matmul(dh, rows(x), trans_a=True, impl=impl) if x is not None else dy.new_empty(0)
     return dx, dw, column_sum(dh) if need_db else dy.new_empty(0)
 
@@ -312,6 +319,7 @@ def _backward(ctx, dy, _dpre):
 
 
 linear_fwd.register_autograd(_backward, setup_context=_setup_context)
+runtime.refuse_second_derivative("linear", linear_bwd)
 
 
 @runtime.autocasts()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import configs, reference, runtime
-from .linear import activate, check_activation, check_layer, column_sum, gemm, matmul, rows
+from .linear import activate, check_activation, check_layer, column_sum, gemm, matmul, reshaped, rows
 
 
 @torch.library.custom_op("vit::mlp_fwd", mutates_args=())
@@ -29,7 +29,8 @@ def mlp_fwd(
     act, pre = gemm(rows(x), fc1_weight, fc1_bias, activation, trans_b=True, second=save, **drop)
     y = matmul(act, fc2_weight, fc2_bias, trans_b=True, impl=impl)
     batch = x.shape[:-1]
-    return y.view(*batch, fc2_weight.shape[0]), pre.view(*batch, fc1_weight.shape[0]) if save else pre
+    y = reshaped(y, (*batch, fc2_weight.shape[0]))
+    return y, reshaped(pre, (*batch, fc1_weight.shape[0])) if save else pre
 
 
 @mlp_fwd.register_fake
@@ -59,7 +60,7 @@ def mlp_bwd(
     elif need_dw2:  # nothing before fc2 learns
         act = activate(rows(pre).contiguous(), activation, **drop)
     if fc1_weight is not None:
-        dx = matmul(dpre, fc1_weight, impl=impl).view(*dy.shape[:-1], fc1_weight.shape[1])
+        dx = reshaped(matmul(dpre, fc1_weight, impl=impl), (*dy.shape[:-1], fc1_weight.shape[1]))
     if x is not None:
         dw1 = matmul(dpre, rows(x), trans_a=True, impl=impl)
     if need_db1:
@@ -112,6 +113,7 @@ def _backward(ctx, dy, _dpre):
 
 
 mlp_fwd.register_autograd(_backward, setup_context=_setup_context)
+runtime.refuse_second_derivative("mlp", mlp_bwd)
 
 
 @runtime.autocasts()

@@ -329,6 +329,7 @@ def _backward(ctx, dy):
 
 
 patch_embed_fwd.register_autograd(_backward, setup_context=_setup_context)
+runtime.refuse_second_derivative("patch_embed", patch_embed_bwd)
 
 
 @runtime.autocasts("pos_embed", "prefix", "mask_token")

@@ -80,8 +80,11 @@ def acc_type(dtype: torch.dtype) -> tl.dtype:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of every dot: IEEE, or tf32 for fp32 tensors exactly when PyTorch allows its matmuls that."""
-    return "tf32" if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """``input_precision`` of every dot: IEEE, or tf32 for fp32 tensors exactly when PyTorch's cuBLAS calls use that.
+
+    ``fp32_precision`` is what PyTorch itself reads there, whichever API set it; ``allow_tf32`` raises where both did.
+    """
+    return "tf32" if dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 # ---- which path an op takes ------------------------------------------------------------------------------------------
@@ -261,6 +264,18 @@ def rows(x: torch.Tensor) -> torch.Tensor:
     """x [..., D] as [M, D] with unit stride inside a row; copies only where the strides leave no choice."""
     x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def refuse_second_derivative(op: str, backward: torch.library.CustomOpDef) -> None:
+    """Makes the gradient of ``backward``, the op behind the gradient of ``op``, an error that says what to do."""
+
+    def refuse(ctx, *_):
+        raise RuntimeError(
+            f"{op}: the Triton kernels have no second derivative; use impl='reference', an option of every op, of "
+            "vit.create_model and of vit.accelerate"
+        )
+
+    backward.register_autograd(refuse)
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:

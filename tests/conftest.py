@@ -29,6 +29,7 @@ LAYERS = {
     "test_strict": "strict interpreter",
     "test_tolerances": "tolerance policy",
     "test_kernel_lint": "kernel lint",
+    "test_contract": "kernels",
     "test_patch_embed": "kernels",
     "test_layer_norm": "kernels",
     "test_dropout": "kernels",

@@ -2,7 +2,8 @@
 
     python tests/mutate.py [--jobs 2] [NAME …]
 
-runs all of them, or those whose name contains a NAME; it fails if fewer than 95 % are caught.
+runs all of them, or those whose name contains a NAME; it fails if fewer than 95 % are caught. Before them it runs
+controls: without a bug the same tests must pass, else what they catch proves nothing.
 """
 
 from __future__ import annotations
@@ -17,8 +18,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not torch.cuda.is_available():  # before the preload below imports Triton, which would compile from then on
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Children of a process that has imported PyTorch, but nothing of ours: importing it takes longer than most tests.
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["torch", "torch._dynamo", "pytest"])
@@ -26,7 +32,10 @@ FORK.set_forkserver_preload(["torch", "torch._dynamo", "pytest"])
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
-    """Replace ``old``, which stands exactly once in ``file``, by ``new``; ``tests`` are pytest arguments."""
+    """Replace ``old``, which stands exactly once in ``file``, by ``new``; ``tests`` are pytest arguments.
+
+    Without ``old``, ``new`` comes at the end.
+    """
 
     name: str
     file: str
@@ -39,6 +48,7 @@ LN, LINEAR, MLP = "tests/test_layer_norm.py", "tests/test_linear.py", "tests/tes
 DROPOUT, MIRROR = "tests/test_attention_dropout.py", "tests/test_attention_mirror.py"
 ATTENTION, PATCH, VIT = "tests/test_attention.py", "tests/test_patch_embed.py", "tests/test_vit.py"
 WEIGHTS, FILES = "tests/test_weights.py", "tests/test_weights_files.py"
+CONTRACT, RUNTIME = "tests/test_contract.py", "tests/test_runtime.py"
 HARNESS, COUNTS = "tests/test_bench_harness.py", "tests/test_bench_counts.py"
 
 MUTANTS = [
@@ -603,6 +613,92 @@ MUTANTS = [
         "THRESHOLD = 1.002",
         ("tests/test_bench_report.py::test_rule_of_noise",),
     ),
+    Mutant(
+        "attention: the log-sum-exp without the scale",
+        "kernels/attention.py",
+        """    out, m, log_l = attention_fwd(qkv, scale, return_lse or runtime.needs_grad(qkv), seed, dropout_p, site)
+    return (out, scale * m + log_l)""",
+        """    out, m, log_l = attention_fwd(qkv, scale, return_lse or runtime.needs_grad(qkv), seed, dropout_p, site)
+    return (out, qkv.shape[-1] ** -0.5 * m + log_l)""",
+        (f"{CONTRACT}::test_lse_of_any_scale",),
+    ),
+    Mutant(
+        "attention: alignment promised whatever the incoming gradient",
+        "kernels/attention.py",
+        "_align(q, k, v, o, do, dq, dk, dv)",
+        "_align(q, k, v, o, dq, dk, dv)",
+        (f"{CONTRACT}::test_layout_of_one_tensor_changes_no_bit",),
+    ),
+    Mutant(
+        "linear: the result is a view that cannot be changed",
+        "kernels/linear.py",
+        "return torch.ops.aten._unsafe_view(x, shape)",
+        "return x.view(shape)",
+        (f"{CONTRACT}::test_results_can_be_changed_in_place",),
+    ),
+    Mutant(
+        "layer_norm: dropout alone does not reach the gradient of the branch",
+        "kernels/layer_norm.py",
+        "for t in (gamma, row_scale, seed))",
+        "for t in (gamma, row_scale))",
+        (f"{CONTRACT}::test_gradients_are_those_of_the_reference",),
+    ),
+    Mutant(
+        "layer_norm: the fake of the backward has the strides of its input",
+        "kernels/layer_norm.py",
+        "return s.new_empty(s.shape), dy.new_empty(s.shape if need_dbranch else 0), *sums",
+        "return torch.empty_like(s), dy.new_empty(s.shape if need_dbranch else 0), *sums",
+        (f"{CONTRACT}::test_fakes_have_the_shapes_strides_and_types_of_the_real",),
+    ),
+    Mutant(
+        "runtime: kernels are launched on the current device",
+        "kernels/runtime.py",
+        'torch.cuda.device(device) if device.type == "cuda" else',
+        'torch.cuda.device(device) if device.type == "never" else',
+        (f"{RUNTIME}::test_launch_enters_the_device_of_its_tensors",),
+    ),
+    Mutant(
+        "model: a wrapped norm loses the dropout before it",
+        "vit/layers.py",
+        "    if dropout:\n",
+        "    if dropout and norm is None:\n",
+        (f"{RUNTIME}::test_residual_add_without_the_fused_op",),
+    ),
+    Mutant(
+        "model: a 16-bit position embedding is resized in 16 bits",
+        "vit/tokens.py",
+        "wide = pos.to(torch.promote_types(pos.dtype, torch.float32))",
+        "wide = pos",
+        (f"{VIT}::test_16_bit_position_embedding_is_rounded_once",),
+    ),
+    Mutant(
+        "runtime: modules stay in the mode of the warm-up",
+        "vit/unchanged.py",
+        "module.training = training",
+        "pass",
+        (f"{RUNTIME}::test_nothing_changes",),
+    ),
+    Mutant(
+        "runtime: statistics of a forward that is no step stay",
+        "vit/unchanged.py",
+        "t.copy_(value)",
+        "pass",
+        (f"{RUNTIME}::test_nothing_changes",),
+    ),
+    Mutant(
+        "parity: a gradient that one side has as zero is left out",
+        "vit/parity.py",
+        "if any(result[name].any() for result in found):",
+        "if all(result[name].any() for result in found):",
+        ("tests/test_parity_command.py::test_a_gradient_that_is_zero_or_missing_on_one_side_fails",),
+    ),
+    Mutant(
+        "benchmarks: expanded dimensions are counted in full",
+        "benchmarks/trace.py",
+        "if s != 0 and n != 1]",
+        "if n != 1]",
+        (f"{COUNTS}::test_regions_are_counted_once",),
+    ),
 ]
 
 
@@ -617,6 +713,9 @@ def sources(mutant: Mutant, folder: Path) -> None:
         shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=ignore)
     path = folder / mutant.file.replace("kernels/", "vit/kernels/", 1)
     text = path.read_text()
+    if not mutant.old:
+        path.write_text(text + mutant.new)
+        return
     assert text.count(mutant.old) == 1, f"{mutant.name}: {mutant.old!r} stands {text.count(mutant.old)} times"
     path.write_text(text.replace(mutant.old, mutant.new))
 
@@ -635,8 +734,15 @@ def _pytest(folder: Path, tests: tuple[str, ...]) -> None:
     sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={folder}/tmp", *tests]))
 
 
-def caught(mutant: Mutant) -> tuple[bool, str]:
-    """Whether a test fails with the bug in place, and what pytest printed."""
+def controls(chosen: list[Mutant]) -> list[Mutant]:
+    """For each folder that ``chosen`` changes, the tests of one of them, with a comment for a bug."""
+    areas = {m.file.split("/")[0]: m for m in reversed(chosen)}
+    comment = "\n# This changes nothing.\n"
+    return [dataclasses.replace(m, name=f"control of {area}", old="", new=comment) for area, m in areas.items()]
+
+
+def run(mutant: Mutant) -> tuple[int | None, str]:
+    """pytest's exit code with the bug in place, and what it printed."""
     name = "".join(c if c.isalnum() else "-" for c in mutant.name)
     folder = ROOT / "build" / "mutants" / f"{name}-{os.getpid()}"
     sources(mutant, folder)
@@ -647,10 +753,15 @@ def caught(mutant: Mutant) -> tuple[bool, str]:
     child.kill()
     output = (folder / "log").read_text()
     shutil.rmtree(folder, ignore_errors=True)
+    return child.exitcode, output
+
+
+def caught(mutant: Mutant) -> tuple[bool, str]:
+    """Whether a test fails with the bug in place, and what pytest printed."""
+    code, output = run(mutant)
     # 1 means that tests ran and failed; a bug that breaks the import or matches no test was not caught by a test.
     summary = output.strip().splitlines()[-1] if output.strip() else ""
-    ok = child.exitcode == 1 and " failed" in f" {summary}" and " error" not in summary
-    return ok, output
+    return code == 1 and " failed" in f" {summary}" and " error" not in summary, output
 
 
 def timed(mutant: Mutant) -> tuple[bool, str, float]:
@@ -664,6 +775,12 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="bugs at a time")
     args = parser.parse_args()
     chosen = [m for m in MUTANTS if not args.names or any(name in m.name for name in args.names)]
+    for control in controls(chosen):
+        code, output = run(control)
+        if code != 0:
+            print(f"{output[-2000:]}\n{control.name}: its tests do not pass without a bug, so they cannot catch one")
+            return 1
+        print(f"passes    {control.name}", flush=True)
     survivors = []
     with ThreadPoolExecutor(args.jobs) as pool:
         for mutant, (ok, output, seconds) in zip(chosen, pool.map(timed, chosen), strict=True):

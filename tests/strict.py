@@ -166,6 +166,13 @@ def _implicit_cvt(arg: Any) -> Any:
     return out
 
 
+def _set_attr(self: interp.TensorHandle, key: str, value: Any) -> None:
+    """A promise that the compiler would build on, as ``tl.multiple_of`` makes one, must be true."""
+    if key == "tt.divisibility" and np.any(self.data % math.gcd(*value)):
+        raise StrictError(f"multiple_of({value}) of {self.data[self.data % math.gcd(*value) != 0].flat[0]}")
+    _plain_set_attr(self, key, value)
+
+
 def _patch_lang(fn: Callable[..., Any]) -> Any:
     """Prepares tl once a launch, not again at every call of a device function: a third of the interpreter's time."""
     langs = {id(value) for value in fn.__globals__.values() if value is tl or value is tl.core}
@@ -389,6 +396,7 @@ def _source_line(chain: list[BaseException]) -> str:
 
 _plain_implicit_cvt = interp._implicit_cvt
 _plain_patch_lang = interp._patch_lang
+_plain_set_attr = interp.TensorHandle.set_attr
 _plain_check_tensor = interp.ReduceScanOpInterface.check_tensor
 _saved: list[tuple[Any, str, Any]] = []
 
@@ -411,6 +419,7 @@ def install() -> None:
         (interp, "GridExecutor", StrictGridExecutor),
         (interp, "_implicit_cvt", _implicit_cvt),
         (interp, "_patch_lang", _patch_lang),
+        (interp.TensorHandle, "set_attr", _set_attr),
     ]
     new = {"get_bf16", "_split_by_span", "_check_access"}
     for cls in (StrictBuilder, StrictDescriptor, StrictGridExecutor):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.testing import make_tensor
 from views import last_programs_only, nan_padded
 
 from vit.kernels import attention, attention_qkv, configs, reference, runtime
@@ -159,6 +160,29 @@ def test_agrees_with_scaled_dot_product_attention(randn):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [8, 16])
+def test_as_near_to_fp64_as_pytorchs_own(half, head_dim):
+    """On the samples of PyTorch's OpInfo of scaled_dot_product_attention: few tokens, values to 9, logits to 200.
+
+    Two results in 16 bits differ there by more than the OpInfo's tolerances, which are for equal roundings. The kernels
+    round as PyTorch's flash attention does. The eager reference rounds the logits too and is about five times as far.
+    """
+    torch.manual_seed(0)
+    shapes = [(5, tokens, 4, head_dim) for tokens in (3, 6, 6)]
+    inputs = {n: make_tensor(shape, device="cpu", dtype=half) for n, shape in zip("qkv", shapes, strict=True)}
+
+    def padded(q, k, v):  # zeros change no logit
+        q, k, v = (F.pad(t, (0, 16 - head_dim)) for t in (q, k, v))
+        out = attention_qkv(q, k, v, scale=head_dim**-0.5, impl="triton")
+        return out.unflatten(2, (4, 16))[..., :head_dim]
+
+    def sdpa(q, k, v):
+        return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+
+    check_op(padded, sdpa, inputs, half)
+
+
 # ---- properties ------------------------------------------------------------------------------------------------------
 
 
@@ -259,17 +283,6 @@ def test_no_grad_saves_nothing(randn):
     with torch.inference_mode():
         inferred = ours_packed(qkv.clone().requires_grad_())
     assert torch.equal(inferred, ours_packed(qkv))
-
-
-def test_double_backward_raises(randn):
-    qkv = randn(1, 5, 3, 1, 16).requires_grad_()
-    (dqkv,) = torch.autograd.grad(ours_packed(qkv).square().sum(), qkv, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        dqkv.sum().backward()
-    q, k, v = (t.detach().requires_grad_() for t in qkv.unbind(2))
-    (dq,) = torch.autograd.grad(ours(q, k, v).square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        dq.sum().backward()
 
 
 def test_forward_mode_raises_and_auto_is_right(randn):

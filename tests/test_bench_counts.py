@@ -98,6 +98,7 @@ def test_regions_are_counted_once():
     assert trace.moved(x.unbind(2)) == x.nbytes and trace.moved([x[:2], x[1:]]) == x.nbytes  # never beyond its storage
     assert trace.moved([meta(1, 4).expand(100, 4)]) == 4 * 2 and trace.moved([meta(0, 4)]) == 0
     assert trace.moved([x], [x]) == 2 * x.nbytes
+    assert trace.moved([x[:1].expand(8, 16, 4)]) == x.nbytes // 8  # the storage would have room for all of it
 
 
 @pytest.mark.parametrize(

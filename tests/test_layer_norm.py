@@ -381,13 +381,6 @@ def test_compile_fullgraph(randn):
         assert torch.equal(a, b)
 
 
-def test_double_backward_raises(randn):
-    x = randn(4, 16).requires_grad_()
-    (dx,) = torch.autograd.grad(layer_norm(x, impl="triton").square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        dx.sum().backward()
-
-
 def test_forward_mode_raises_and_auto_is_right(randn):
     x, tangent = randn(4, 16), randn(4, 16)
     with pytest.raises(RuntimeError, match="forward-mode"):

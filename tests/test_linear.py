@@ -1,6 +1,8 @@
 """linear and the GEMM under it: accuracy, gradients, layouts, edges, which product runs where."""
 
+import functools
 import importlib
+import warnings
 
 import pytest
 import torch
@@ -299,17 +301,54 @@ def test_choice_is_recorded(randn, device):
         assert "cuBLAS" in choices[0].reason
 
 
-def test_fp32_precision_follows_pytorch(randn, monkeypatch):
+@pytest.fixture
+def default_precision():
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for owner in (torch.backends, torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn.matmul):
+        owner.fp32_precision = "none"
+    torch.backends.cudnn.allow_tf32 = False  # as conftest.py sets it
+
+
+def _set(path, value):
+    *owners, name = path.split(".")
+    setattr(functools.reduce(getattr, owners, torch.backends), name, value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "want"),
+    [
+        ([], "ieee"),
+        ([("cuda.matmul.allow_tf32", True)], "tf32"),
+        ([("cuda.matmul.allow_tf32", True), ("cuda.matmul.allow_tf32", False)], "ieee"),
+        ([("cuda.matmul.fp32_precision", "tf32")], "tf32"),
+        ([("fp32_precision", "tf32")], "tf32"),  # inherited
+        ([("fp32_precision", "bf16")], "ieee"),  # which CUDA does not have
+        ([("cudnn.fp32_precision", "tf32")], "tf32"),  # in PyTorch a name for all of CUDA, cuBLAS too
+        ([("cudnn.conv.fp32_precision", "tf32")], "ieee"),
+        ([("fp32_precision", "tf32"), ("cuda.matmul.fp32_precision", "ieee")], "ieee"),
+        ([("cuda.matmul.allow_tf32", True), ("cuda.matmul.fp32_precision", "ieee")], "ieee"),  # allow_tf32 now raises
+        ([("cuda.matmul.fp32_precision", "tf32"), ("cuda.matmul.allow_tf32", False)], "ieee"),
+        ([("fp32_precision", "tf32"), ("cuda.matmul.allow_tf32", False)], "ieee"),
+        (["high"], "tf32"),
+        (["medium"], "tf32"),
+        ([("fp32_precision", "tf32"), "highest"], "ieee"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("compiled", [False, True], ids=["called", "compiled"])
+def test_fp32_precision_follows_pytorch(randn, monkeypatch, default_precision, compiled, settings, want):
+    """Through its newer settings, the older ones and both: what `at::Context::float32Precision` tells cuBLAS."""
     seen = []
     monkeypatch.setattr(runtime, "launch", lambda *_, **k: seen.append(k["PRECISION"]))
-    try:
-        for allowed in (False, True):
-            torch.backends.cuda.matmul.allow_tf32 = allowed
-            linear(randn(4, 16), randn(8, 16), impl="triton")
-            linear(randn(4, 16).half(), randn(8, 16).half(), impl="triton")
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
-    assert seen == ["ieee", "ieee", "tf32", "ieee"]
+    op = functools.partial(linear, impl="triton")
+    op = torch.compile(op, fullgraph=True, backend="aot_eager") if compiled else op
+    with warnings.catch_warnings(action="ignore"):  # that the older ones are deprecated
+        for setting in settings:
+            _set(*setting) if isinstance(setting, tuple) else torch.set_float32_matmul_precision(setting)
+        op(randn(4, 16), randn(8, 16))
+        op(randn(4, 16).half(), randn(8, 16).half())
+    assert seen == [want, "ieee"]
 
 
 @pytest.mark.parametrize("activation", [None, "gelu"])
@@ -354,15 +393,6 @@ def test_autocast_compiles(randn, device):
     dy = torch.ones_like(y)
     for a, b in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(compiled, leaves, dy), strict=True):
         assert a.dtype is torch.float32 and torch.equal(a, b)
-
-
-def test_double_backward_raises(randn):
-    x = randn(3, 16).requires_grad_()
-    (dx,) = torch.autograd.grad(
-        linear(x, randn(8, 16), activation="gelu", impl="triton").square().sum(), x, create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        dx.sum().backward()
 
 
 def test_bad_arguments(randn):

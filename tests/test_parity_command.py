@@ -9,7 +9,7 @@ from peers import _import, import_timm, import_transformers
 
 import vit
 from vit import cli, kernels
-from vit.parity import copies, example, group_of, parity, widen
+from vit.parity import Models, copies, example, group_of, parity, widen
 from vit.testing import Tally, assert_parity, measure, pool
 
 pytestmark = pytest.mark.peers
@@ -145,6 +145,58 @@ def test_a_wrong_gradient_fails(what):
         factor = {"gradient": 1 + 1e-4, "missing": 0.0, "nan": float("nan")}[what]
         fc1.weight.register_hook(lambda grad: grad * factor)
     assert {report.name for report in parity(models, images, draws=8) if not report.ok} == {name}
+
+
+class Scaled(torch.nn.Module):
+    """Uses its second parameter, uses it times zero, or does not use it."""
+
+    def __init__(self, use: str):
+        super().__init__()
+        self.use, self.first, self.second = use, torch.nn.Parameter(torch.ones(5)), torch.nn.Parameter(torch.ones(5))
+
+    def forward(self, images):
+        x = images.flatten(1)[:, :5] * self.first
+        return {"used": lambda: x + self.second, "zero": lambda: x + self.second * 0, "unused": lambda: x}[self.use]()
+
+
+@pytest.mark.parametrize("ours", ["used", "zero", "unused"])
+@pytest.mark.parametrize("theirs", ["used", "zero", "unused"])
+def test_a_gradient_that_is_zero_or_missing_on_one_side_fails(ours, theirs):
+    """An optimizer with momentum or weight decay moves a parameter with a gradient of zero, not one without any."""
+    models = Models(Scaled(ours), Scaled(theirs), Scaled(theirs).double(), torch.randn(2, 5))
+    reports = {r.name: r.ok for r in parity(models, torch.randn(2, 1, 4, 4), draws=2)}
+    assert reports.pop("image") and reports.pop("first")
+    if (ours, theirs) == ("used", "used"):
+        assert reports.pop("output" if "output" in reports else "logits") and reports == {"second": True}
+    elif ours == theirs:
+        assert "second" not in reports  # no model has one
+    else:
+        assert reports["second"] is False
+
+
+def test_parity_changes_no_setting():
+    """Whichever API set the precision; a setting that was inherited stays inherited."""
+    model, backends = MODELS["ViT"](), torch.backends
+    for n, precision in enumerate(["none", "ieee", "tf32"]):
+        backends.cudnn.conv.fp32_precision, backends.fp32_precision = precision, "tf32"
+        try:
+            state = torch.get_rng_state()
+            assert_parity(model)
+            assert torch.equal(torch.get_rng_state(), state) and backends.cudnn.enabled
+            backends.fp32_precision = "ieee"
+            assert backends.cudnn.conv.fp32_precision == ["ieee", "ieee", "tf32"][n]
+        finally:
+            backends.cudnn.allow_tf32, backends.fp32_precision = False, "none"
+    seen = []
+
+    def hook(module, *_):
+        seen.append(backends.cudnn.enabled)
+
+    models = copies(model, example(model))
+    models.eager.vit.embeddings.patch_embeddings.projection.register_forward_hook(hook)
+    parity(models, example(model))
+    parity(copies(model.bfloat16(), example(model)), example(model))
+    assert seen == [False]  # IEEE, without a setting of precision
 
 
 def test_frozen_parameters_are_left_out():

@@ -537,6 +537,16 @@ def test_shapes_that_are_no_power_of_two_are_caught(kernel: Callable) -> None:
 
 
 @triton.jit
+def _promise_kernel(stride, ALIGN: tl.constexpr):
+    tl.multiple_of(tl.arange(0, 16) * stride, ALIGN)
+
+
+def test_a_false_promise_of_alignment_is_caught() -> None:
+    _promise_kernel[(1,)](16, ALIGN=8)
+    assert_caught(r"multiple_of\(\[8\]\) of 12", lambda: _promise_kernel[(1,)](12, ALIGN=8))
+
+
+@triton.jit
 def _assert_kernel(x_ptr, limit):
     offs = tl.arange(0, 16)
     tl.device_assert(tl.load(x_ptr + offs) < limit, "x is too big")

@@ -5,12 +5,13 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import vit
 from vit.kernels import runtime
 from vit.reference import VisionTransformer as Reference
 from vit.testing import measure, pool
-from vit.tokens import PatchDrop
+from vit.tokens import PatchDrop, resize_pos_embed
 
 SMALL = vit.ViTConfig(img_size=(32, 48), patch_size=8, num_classes=10, embed_dim=64, depth=2, num_heads=2)
 
@@ -105,6 +106,17 @@ def test_kernels_16_bit(variant, half, device):
 def test_position_embedding_is_resized(size, change):
     config = dataclasses.replace(SMALL, **change)
     assert_parity(config, torch.float32, "cpu", size=size, interpolate_pos_encoding=True)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_16_bit_position_embedding_is_rounded_once(half):
+    """Resized in fp32: every element is the 16-bit number nearest to the exact one."""
+    config = dataclasses.replace(SMALL, interpolation="bicubic")
+    pos = torch.randn(1, config.pos_embed_len, 64, generator=torch.Generator().manual_seed(0)).to(half)
+    grid = pos[:, 1:].double().unflatten(1, config.grid_size).permute(0, 3, 1, 2)
+    exact = F.interpolate(grid, (7, 9), mode="bicubic").flatten(2).mT
+    error = (resize_pos_embed(pos, config, (7, 9))[:, 1:].double() - exact).abs()
+    assert (error <= exact.abs() * torch.finfo(half).eps * 0.501 + 1e-6).all()
 
 
 def test_position_embedding_is_resized_with_kernels(device):

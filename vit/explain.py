@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vit.kernels import runtime
+from vit.unchanged import unchanged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +34,12 @@ class Explanation(list[OpPath]):
 def explain(model: nn.Module, *args: Tensor, **kwargs) -> Explanation:
     """Runs one forward of ``model`` without gradients and tells which path each op took and why.
 
-    Random numbers that it draws are given back. One thread at a time.
+    The model stays as it is, its buffers too, and random numbers that it draws are given back. One thread at a time.
 
     Returns:
         One entry per op, path and reason, in the order of first use; ``print`` it for a table.
     """
-    devices = {t.device.index or 0 for t in args if isinstance(t, Tensor) and t.is_cuda}
-    with torch.random.fork_rng(devices), runtime.record_choices() as choices:
+    with unchanged(model, (args, kwargs)), runtime.record_choices() as choices:
         model(*args, **kwargs)
     counts: dict[tuple, int] = {}
     for c in choices:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from vit.unchanged import unchanged
+
 Capture = Callable[[Callable[[], Any], torch.device], Callable[[], Any]]
 
 
@@ -56,7 +58,8 @@ class Graph:
         dtype, enabled = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
         with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be written to at a later call
             self._inputs = tuple(x.detach().clone() for x in example)
-            with torch.autocast(device.type, dtype, enabled, cache_enabled=False):  # its cache dies before the graph
+            # Autocast's cache would die before the graph.
+            with unchanged(model, example), torch.autocast(device.type, dtype, enabled, cache_enabled=False):
                 self._replay = capture(lambda: model(*self._inputs, **options), device)
 
     @torch.no_grad()

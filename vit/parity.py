@@ -84,7 +84,8 @@ def copies(model: nn.Module, images: Tensor, impl: str = "auto", **options: Any)
     compared with its reference.
     """
     if isinstance(model, VisionTransformer):
-        eager, fast = Reference(model.config), VisionTransformer(dataclasses.replace(model.config, impl=impl))
+        eager = Reference(model.config, seed=0)  # a seed leaves the global generator alone
+        fast = VisionTransformer(dataclasses.replace(model.config, impl=impl), seed=0)
         for twin in (eager, fast):
             twin.load_state_dict(model.state_dict())
             twin.eval().to(images.device, images.dtype)
@@ -132,17 +133,18 @@ def output_of(returned: Any) -> tuple[str, Tensor]:
     return "logits", returned[0] if isinstance(returned, tuple) else returned
 
 
-def results(model: nn.Module, images: Tensor, direction: Tensor, **options: Any) -> dict[str, Tensor]:
+def results(model: nn.Module, images: Tensor, direction: Tensor, **options: Any) -> dict[str, Tensor | None]:
     """The output, and the gradient of (output · direction).sum() for the images and every parameter that wants one.
 
-    A fixed direction instead of a loss: every logit counts, and each model's backward starts from the same numbers.
+    None for what was not used. A fixed direction instead of a loss: every logit counts, and each model's backward
+    starts from the same numbers.
     """
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
     dtype = next(model.parameters()).dtype
     images = images.detach().to(dtype, copy=True).requires_grad_()
     name, output = output_of(model(images, **options))
     wanted = [images, *params.values()]
-    grads = torch.autograd.grad(output, wanted, direction.to(dtype), allow_unused=True, materialize_grads=True)
+    grads = torch.autograd.grad(output, wanted, direction.to(dtype), allow_unused=True)
     return {name: output.detach()} | dict(zip(["image", *params], grads, strict=True))
 
 
@@ -154,7 +156,7 @@ def parity(models: Models, images: Tensor, progress: Progress = contextlib.nullc
     The key bias has no gradient (softmax ignores what all keys of a row share), so what is computed for it is rounding
     noise. It is judged as a third of qkv.bias, one tensor even where a library has three: the error of the other two
     thirds says how much noise is fair, and a key bias with a gradient of its own would fail. Parameters that no model
-    used are left out.
+    used are left out; one that only some models used fails.
     """
     tallies: dict[str, Tally] = {}
     three = (("this package", models.fast), ("eager PyTorch", models.eager), ("fp64", models.exact))
@@ -163,11 +165,12 @@ def parity(models: Models, images: Tensor, progress: Progress = contextlib.nullc
         whole, each = (contextlib.nullcontext, progress) if draws == 1 else (progress, contextlib.nullcontext)
         with whole(f"forward and backward of all three, draw {draw + 1} of {draws}"):
             for label, model in three:
-                with each(f"forward and backward, {label}"), _ieee_convolutions():
+                with each(f"forward and backward, {label}"), _ieee_convolutions(images.dtype):
                     shifted, direction = images.roll(5 * draw, dims=3), models.direction.roll(draw)
-                    found.append(_together(results(model, shifted, direction, **models.options)))
+                    found.append(results(model, shifted, direction, **models.options))
                     if images.is_cuda:
                         torch.cuda.synchronize()
+        found = [_together(result) for result in _comparable(found)]
         for name, exact in found[2].items():
             if any(result[name].any() for result in found):
                 tallies.setdefault(name, Tally(name, "model")).add(found[0][name], found[1][name], exact)
@@ -175,14 +178,30 @@ def parity(models: Models, images: Tensor, progress: Progress = contextlib.nullc
 
 
 @contextlib.contextmanager
-def _ieee_convolutions() -> Iterator[None]:
-    """cuDNN's tf32 is on by default: the patch convolution of eager PyTorch in fp32 would be a lax standard."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+def _ieee_convolutions(dtype: torch.dtype) -> Iterator[None]:
+    """cuDNN's tf32 is on by default: the patch convolution of eager PyTorch in fp32 would be a lax standard.
+
+    Without cuDNN it is a matrix product, whose precision is that of ours. The settings of the precision itself cannot
+    be put back: reading one tells what is inherited, too, and ``allow_tf32`` raises after the newer API was used.
+    """
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = before and dtype is not torch.float32
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        torch.backends.cudnn.enabled = before
+
+
+def _comparable(found: list[dict[str, Tensor | None]]) -> list[dict[str, Tensor]]:
+    """Without what no model used; NaN, which fails, for what only others used."""
+    used = {name: t for result in found for name, t in result.items() if t is not None}
+    comparable = []
+    for result in found:
+        dtype = next(iter(result.values())).dtype  # of the output
+        names = [name for name in result if name in used]
+        missing = {n: torch.full_like(used[n], torch.nan, dtype=dtype) for n in names if result[n] is None}
+        comparable.append({n: missing.get(n, result[n]) for n in names})
+    return comparable
 
 
 def enough_draws(models: Models, images: Tensor) -> int:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from vit.kernels import runtime
 from vit.model import create_model
+from vit.unchanged import unchanged
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -56,7 +57,7 @@ def counting() -> Iterator[Compilations]:
 def warm_up(model: nn.Module, *example: Tensor, train: bool = False, arch: int | None = None) -> Compilations:
     """Compiles the kernels of a forward of ``model`` without gradients, and of one with its backward in training.
 
-    The model's mode, gradients and random numbers are left as they were. Autocast applies where it is on.
+    The model, its gradients and random numbers are left as they were. Autocast applies where it is on.
 
     Args:
         model: any module on a GPU; with ``arch``, on the CPU.
@@ -72,24 +73,16 @@ def warm_up(model: nn.Module, *example: Tensor, train: bool = False, arch: int |
         raise RuntimeError("TRITON_INTERPRET is set, so no kernel can be compiled in this process")
     if arch is None and device.type != "cuda":
         raise RuntimeError(f"kernels are compiled for an NVIDIA GPU, and the example is on {device.type}")
-    modes = {module: module.training for module in model.modules()}
-    devices = [device.index or 0] if device.type == "cuda" else []
-    try:
-        with counting() as found, runtime.dry_run(arch) if arch is not None else contextlib.nullcontext():
-            with torch.random.fork_rng(devices), torch.no_grad():
-                model.eval()(*example)
-            if train:
-                with torch.random.fork_rng(devices), torch.enable_grad():
-                    outs = [
-                        t for t in tree_leaves(model.train()(*example)) if isinstance(t, Tensor) and t.requires_grad
-                    ]
-                    wanted = [p for p in model.parameters() if p.requires_grad]
-                    torch.autograd.grad(outs, wanted, [torch.zeros_like(t) for t in outs], allow_unused=True)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with counting() as found, runtime.dry_run(arch) if arch is not None else contextlib.nullcontext():
+        with unchanged(model, example), torch.no_grad():
+            model.eval()(*example)
+        if train:
+            with unchanged(model, example, train=True), torch.enable_grad():
+                outs = [t for t in tree_leaves(model.train()(*example)) if isinstance(t, Tensor) and t.requires_grad]
+                wanted = [p for p in model.parameters() if p.requires_grad]
+                torch.autograd.grad(outs, wanted, [torch.zeros_like(t) for t in outs], allow_unused=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     return found
 
 

@@ -1,0 +1,40 @@
+"""A forward that leaves no trace: what `vit.explain`, `vit warmup` and `vit.graph` run is not a step of the user's."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module, inputs: Any, *, train: bool = False) -> Iterator[None]:
+    """Gives back what forwards inside the ``with`` block change: buffers, modes, random numbers.
+
+    Parameters too where a part of the model trains or will (``train``), because a momentum encoder moves its own there.
+    A tensor that did not change is not written to.
+    """
+    modes = {m: m.training for m in model.modules()}
+    held = [(held, dict(held)) for m in modes for held in (vars(m)["_buffers"], vars(m)["_parameters"])]
+    state = [*model.buffers(), *(model.parameters() if train or any(modes.values()) else ())]
+    values = [(t, t.detach().clone()) for t in state if not t.is_meta and not is_lazy(t)]
+    tensors = [t for t in (*tree_leaves(inputs), *model.parameters()) if isinstance(t, Tensor)]
+    with torch.random.fork_rng({t.device.index for t in tensors if t.is_cuda}):
+        try:
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+            for now, before in held:
+                for name in before:
+                    if now[name] is not before[name]:  # a scripted module can be asked, but not written to
+                        now[name] = before[name]
+            with torch.no_grad():
+                for t, value in values:
+                    if not torch.equal(t, value):
+                        t.copy_(value)
