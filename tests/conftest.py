@@ -65,6 +65,7 @@ LAYERS = {
     "test_user_errors": "bad inputs",
     "test_plain": "model",
     "test_hf_backend": "accelerate",
+    "test_accelerate_parts": "accelerate",
     "test_properties": "properties",
     "test_packaging": "packaging",
     "test_bench_harness": "benchmarks",

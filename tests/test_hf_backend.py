@@ -125,3 +125,28 @@ def test_causal_text_attention_is_not_ours():
     with torch.no_grad():
         found, want = (m(tokens).last_hidden_state for m in models)
     torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scaling", [None, 0.7])
+@pytest.mark.parametrize("heads", [4, 2], ids=["own keys", "shared keys"])
+@pytest.mark.parametrize("causal", ["by argument", "by module", "by neither", "argument over module"])
+def test_the_registered_function_and_all_that_it_takes(causal, heads, scaling):
+    import_transformers()
+    from transformers import AttentionInterface
+
+    attend = AttentionInterface()[vit.register_attention()]
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 6, 16, generator=generator)
+    k, v = (torch.randn(2, heads, 6, 16, generator=generator) for _ in range(2))
+    module = torch.nn.Module().eval()
+    module.is_causal, module.num_key_value_groups = causal in ("by module", "argument over module"), 4 // heads
+    is_causal = {"by argument": True, "argument over module": False}.get(causal)
+    options = {"is_causal": causal.startswith("by") and "neither" not in causal, "enable_gqa": True, "scale": scaling}
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+    found, weights = attend(module, q, k, v, None, scaling=scaling, is_causal=is_causal)
+    torch.testing.assert_close(found, want)
+    assert weights is None
+    mask = torch.ones(6, 6, dtype=torch.bool).tril(2)[None, None]
+    options = {"attn_mask": mask, "enable_gqa": True, "scale": scaling}
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+    torch.testing.assert_close(attend(module, q, k, v, mask, scaling=scaling, is_causal=is_causal)[0], want)

@@ -30,7 +30,11 @@ def refuse(module: nn.Module) -> str | None:
     """Layers and attentions of older transformers have the same names and compute something else."""
     known = ["self", "hidden_states", "attention_mask", "kwargs"]
     same = list(inspect.signature(owner_of(type(module)).forward).parameters) == known
-    return None if same else "its forward is not that of transformers 5.17 to 5.23, which are the versions known"
+    return (
+        None
+        if same
+        else "its forward is not that of transformers 5.17 to 5.23, the versions known; install one of them"
+    )
 
 
 def layer(run: Callable, base: type, impl: str):

@@ -1,0 +1,448 @@
+"""`vit.accelerate` reads what a module holds: each attribute, with an unusual value, against the library's own."""
+
+import copy
+import sys
+import types
+import warnings
+
+import pytest
+import torch
+import zoo
+from peers import import_timm, import_transformers, randomise
+from test_accelerate import LIBRARIES, assert_close, fused_modules
+from test_accelerate_semantics import seeded
+from torch import nn
+
+import vit
+from vit.kernels import runtime
+
+pytestmark = pytest.mark.peers
+
+
+def compare(name: str, original: nn.Module, change=lambda model: None, image=None) -> nn.Module:
+    """Every result of an accelerated copy and of the original, both changed; draws random numbers from one seed."""
+    change(original)
+    model, image = vit.accelerate(copy.deepcopy(original)), zoo.images(name) if image is None else image
+    assert_close(seeded(name, model, image), seeded(name, original, image))
+    return model
+
+
+def of_type(model: nn.Module, *types) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, types)]
+
+
+# ---- attributes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*LIBRARIES, "timm scale_norm", "timm CLIP"])
+def test_every_norm_has_its_own_eps(name):
+    def change(model):
+        for index, norm in enumerate(of_type(model, nn.LayerNorm)):
+            norm.eps = 0.03 * (index + 1)
+
+    compare(name, zoo.build(name), change)
+
+
+@pytest.mark.parametrize("affine", [{"elementwise_affine": False}, {"bias": False}], ids=["no weight", "no bias"])
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_norms_without_parameters(name, affine):
+    def change(model):
+        for owner in list(model.modules()):
+            for child, norm in owner.named_children():
+                if isinstance(norm, nn.LayerNorm):
+                    setattr(owner, child, nn.LayerNorm(norm.normalized_shape, norm.eps, **affine))
+        randomise(model)
+
+    compare(name, zoo.build(name), change)
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_linears_without_bias(name):
+    def change(model):
+        for linear in of_type(model, nn.Linear):
+            linear.bias = None
+
+    compare(name, zoo.build(name), change)
+
+
+@pytest.mark.parametrize("p", [1.0, 0.0])
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_dropout_of_everything_or_nothing(name, p):
+    def change(model):
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = p
+            for attribute in ("drop_prob", "attention_dropout"):
+                if isinstance(getattr(module, attribute, None), float):
+                    setattr(module, attribute, p)
+            if isinstance(module, nn.MultiheadAttention):
+                module.dropout = p
+
+    compare(name, zoo.build(name, train=True), change)
+
+
+@pytest.mark.parametrize("name", ["timm", "torchvision", "hf ViT", "hf Dinov2"])
+def test_parts_in_evaluation_within_a_model_in_training(name):
+    """Each module's own ``training`` decides whether it drops out."""
+
+    def change(model):
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.5
+            if hasattr(module, "attention_dropout") or isinstance(module, nn.MultiheadAttention):
+                setattr(module, "dropout" if isinstance(module, nn.MultiheadAttention) else "attention_dropout", 0.5)
+            module.training = not (isinstance(module, nn.Dropout) or "Attention" in type(module).__name__)
+
+    compare(name, zoo.build(name, train=True), change)
+
+
+def test_every_activation_of_transformers():
+    transformers = import_transformers()
+    for act in [
+        "gelu",
+        "gelu_new",
+        "gelu_fast",
+        "gelu_python",
+        "gelu_pytorch_tanh",
+        "quick_gelu",
+        "relu",
+        "silu",
+        "tanh",
+    ]:
+        assert act in transformers.activations.ACT2FN
+        name = "hf ViT"
+        compare(name, zoo.hf_model("ViTForImageClassification", "ViTConfig", hidden_act=act).eval(), randomise)
+
+
+def test_every_activation_of_timm():
+    for act in ["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "mish", "hard_swish"]:
+        compare("timm", zoo.timm_model(act_layer=act).eval(), randomise)
+    for act in (nn.GELU, lambda: nn.GELU("tanh"), import_timm().layers.GELUTanh, import_timm().layers.GELU):
+        compare("timm", zoo.timm_model(act_layer=act).eval(), randomise)
+
+
+# ---- calls -----------------------------------------------------------------------------------------------------------
+
+MULTIHEAD = {
+    "plain": {},
+    "sequence first": {"batch_first": False},
+    "no bias": {"bias": False},
+    "bias of k and v": {"add_bias_kv": True},
+    "a key of zeros": {"add_zero_attn": True},
+    "other widths": {"kdim": 24, "vdim": 40},
+    "all dropped": {"dropout": 1.0},
+}
+
+
+@pytest.mark.parametrize("made", MULTIHEAD)
+def test_multihead_attention_and_all_that_it_takes(made):
+    options = MULTIHEAD[made]
+    original = nn.ModuleList([zoo.torchvision_model(), nn.MultiheadAttention(32, 2, **{"batch_first": True} | options)])
+    randomise(original.train(made == "all dropped"))
+    model = vit.accelerate(copy.deepcopy(original))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, 5, options.get(w, 32), generator=generator) for w in ("qdim", "kdim", "vdim"))
+    sequence = torch.randn(5, 3, 32, generator=generator) if made == "sequence first" else q
+    length = sequence.shape[0] if made == "sequence first" else 5
+    causal = nn.Transformer.generate_square_subsequent_mask(length)
+    padding = torch.zeros(sequence.shape[1 if made == "sequence first" else 0], length, dtype=torch.bool)
+    padding[1, 2:] = True
+    calls = {
+        "self": ((sequence, sequence, sequence), {"need_weights": False}),
+        "weights": ((sequence, sequence, sequence), {}),
+        "weights of heads": ((sequence, sequence, sequence), {"average_attn_weights": False}),
+        "causal": ((sequence, sequence, sequence), {"need_weights": False, "attn_mask": causal, "is_causal": True}),
+        "mask": ((sequence, sequence, sequence), {"need_weights": False, "attn_mask": causal}),
+        "padding": ((sequence, sequence, sequence), {"need_weights": False, "key_padding_mask": padding}),
+        "cross": ((q, 2 * k, v), {"need_weights": False}),
+        "equal values": ((sequence, sequence.clone(), sequence), {"need_weights": False}),
+        "one sequence": ((sequence[0], sequence[0], sequence[0]), {"need_weights": False}),
+    }
+    for label, (args, kwargs) in calls.items():
+        if made == "other widths" and label != "cross":
+            continue
+        if made == "sequence first" and label in ("cross", "one sequence"):
+            continue
+        found = []
+        for of in (model[1], original[1]):
+            out, weights = of(*args, **kwargs)
+            found.append({"out": out.detach()} | ({} if weights is None else {"weights": weights.detach()}))
+        try:
+            assert_close(*found)
+        except AssertionError as error:
+            raise AssertionError(label) from error
+
+
+CONVOLUTIONS = {
+    "padded": {"kernel_size": 8, "stride": 8, "padding": 4},
+    "dilated": {"kernel_size": 4, "stride": 4, "dilation": 2},
+    "grouped": {"kernel_size": 8, "stride": 8, "groups": 3},
+    "overlapping": {"kernel_size": 8, "stride": 4},
+    "rectangular": {"kernel_size": (4, 8), "stride": (4, 8)},
+    "exchanged": {"kernel_size": (4, 8), "stride": (8, 4)},
+    "no bias": {"kernel_size": 8, "stride": 8, "bias": False},
+    "valid": {"kernel_size": 8, "stride": 8, "padding": "valid"},
+    "reflecting": {"kernel_size": 4, "stride": 4, "padding": 2, "padding_mode": "reflect"},
+}
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_other_convolutions_than_a_patch_projection(kind):
+    original = zoo.timm_model()
+    original.patch_embed.proj = nn.Conv2d(3, 48, **CONVOLUTIONS[kind])
+    randomise(original)
+    model = vit.accelerate(copy.deepcopy(original))
+    image = zoo.images("timm").requires_grad_()
+    ours, theirs = model.patch_embed.proj, original.patch_embed.proj
+    found = [
+        {"out": of(image), "grad": torch.autograd.grad(of(image).square().sum(), image)[0]} for of in (ours, theirs)
+    ]
+    assert_close(*found)
+    assert ours(image).stride() == theirs(image).stride()
+    assert ("patch_embed.proj" in fused_modules(model)) == (kind in ("rectangular", "no bias", "valid"))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_convolutions_beside_the_model_are_left_alone(batch):
+    """A stem whose kernel is its stride before a BatchNorm2d: PyTorch's backward there reads the strides."""
+    stem = nn.Sequential(nn.Conv2d(3, 32, 4, 4), nn.BatchNorm2d(32), nn.GELU(), nn.Conv2d(32, 8, 2, 2), nn.Flatten(1))
+    original = nn.ModuleDict({"vit": zoo.timm_model(), "stem": stem})
+    randomise(original)
+    model = vit.accelerate(copy.deepcopy(original))
+    assert not fused_modules(model.stem)
+    image, found = zoo.images("timm", batch=batch), []
+    for of in (model, original):
+        out = of.stem(image)
+        of.stem[0](image).view(batch, -1)
+        grads = torch.autograd.grad(out.square().sum(), list(of.stem.parameters()))
+        found.append({"out": out.detach()} | dict(enumerate(grads)))
+    assert_close(*found)
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_strides_of_what_fused_modules_return(name, batch, memory):
+    """Those of the library, but for torchvision's attention: PyTorch's is transposed, ours is contiguous."""
+    original = zoo.build(name)
+    model = vit.accelerate(copy.deepcopy(original))
+    image, seen = zoo.images(name, batch=batch).contiguous(memory_format=memory), []
+    for of in (model, original):
+        outs = {}
+
+        def keep(part, outs=outs):
+            return lambda module, args, out: outs.update({part: out[0] if isinstance(out, tuple) else out})
+
+        for part in fused_modules(model):
+            of.get_submodule(part).register_forward_hook(keep(part))
+        zoo.outputs(name, of, image)
+        seen.append(outs)
+    for part, theirs in seen[1].items():
+        ours = seen[0][part]
+        assert ours.stride() == theirs.stride() or (name == "torchvision" and ours.is_contiguous()), part
+
+
+# ---- what somebody changes afterwards --------------------------------------------------------------------------------
+
+CLASSES = {
+    "timm DINOv2": ["Block", "Attention", "Mlp", "LayerNorm", "LayerScale", "Linear", "Conv2d", "GELU", "Sequential"],
+    "torchvision": ["EncoderBlock", "MultiheadAttention", "LayerNorm", "Linear", "Conv2d", "GELU"],
+    "hf ViT": ["ViTLayer", "ViTAttention", "ViTMLP", "LayerNorm", "Linear", "GELUActivation", "Conv2d"],
+    "hf Dinov2": ["Dinov2LayerScale", "Dinov2Attention"],
+}
+
+
+@pytest.mark.parametrize(("name", "cls"), [(name, cls) for name, classes in CLASSES.items() for cls in classes])
+def test_a_class_whose_forward_is_replaced_afterwards_runs_it(name, cls, monkeypatch):
+    original = zoo.build(name)
+    model, image = vit.accelerate(copy.deepcopy(original)), zoo.images(name)
+    owner = next(type(module) for module in original.modules() if type(module).__name__ == cls)
+    before, library = zoo.results(name, model, image), owner.forward
+
+    def doubled(self, *args, **kwargs):
+        out = library(self, *args, **kwargs)
+        return (1.5 * out[0], *out[1:]) if isinstance(out, tuple) else 1.5 * out
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, "forward", doubled)
+        assert_close(zoo.results(name, model, image), zoo.results(name, original, image))
+    assert_close(before, zoo.results(name, model, image), 0.0)
+
+
+def test_linears_and_activations_of_our_own_model_count_likewise(monkeypatch):
+    model = vit.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=5, seed=0).eval()
+    image, library = torch.randn(1, 3, 32, 32), nn.Linear.forward
+    before = model(image)
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * library(self, x))
+    assert not torch.allclose(model(image), before, rtol=1e-2)
+
+
+def test_a_class_exchanged_afterwards_runs_its_own_forward():
+    """As token merging does it: ``block.__class__ = ToMeBlock``."""
+    timm = import_timm()
+
+    class Halved(timm.models.vision_transformer.Block):
+        def forward(self, x, attn_mask=None, is_causal=False):
+            return 0.5 * super().forward(x)
+
+    original = zoo.build("timm DINOv2")
+    model, image = vit.accelerate(copy.deepcopy(original)), zoo.images("timm DINOv2")
+    for of in (model, original):
+        for block in of_type(of, timm.models.vision_transformer.Block):
+            block.__class__ = Halved
+    assert_close(zoo.results("timm DINOv2", model, image), zoo.results("timm DINOv2", original, image))
+    assert "blocks.0.attn" in fused_modules(model) and "blocks.0" not in fused_modules(model)
+
+
+def test_restore_under_a_class_that_somebody_put_on_top():
+    """As FSDP2 and parametrisations do."""
+    original = zoo.build("timm")
+    model, image = vit.accelerate(copy.deepcopy(original)), zoo.images("timm")
+    for of in (model, original):
+        for block in of.blocks:
+            block.__class__ = type("On", (type(block),), {"mark": 3})
+    assert_close(zoo.results("timm", model, image), zoo.results("timm", original, image))
+    vit.restore(model)
+    assert not fused_modules(model) and model.blocks[0].mark == 3 and type(model.blocks[0]).__name__ == "On"
+
+
+class Saved(nn.Module):
+    """A wrapper as PEFT's ``modules_to_save``: the trained copy is called in place of what it wraps."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.original_module = module
+        self.copy = copy.deepcopy(module)
+
+    def forward(self, *args, **kwargs):
+        return self.copy(*args, **kwargs)
+
+
+@pytest.mark.parametrize("part", ["norm1", "attn", "norm2", "mlp"])
+@pytest.mark.parametrize("after", [False, True])
+def test_a_part_that_is_wrapped_is_called(part, after):
+    original = zoo.build("timm")
+    model = vit.accelerate(copy.deepcopy(original)) if after else copy.deepcopy(original)
+    for of in (model, original):
+        wrapped = Saved(getattr(of.blocks[0], part))
+        with torch.no_grad():
+            for parameter in wrapped.copy.parameters():
+                parameter *= 1.5
+        setattr(of.blocks[0], part, wrapped)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = model if after else vit.accelerate(model)
+    assert "blocks.0" in fused_modules(model)
+    image = zoo.images("timm")
+    assert_close(zoo.outputs("timm", model, image), zoo.outputs("timm", original, image))
+
+
+# ---- versions of the libraries ---------------------------------------------------------------------------------------
+
+
+def older(cls: type, forward) -> type:
+    """The class as a library of another version had it."""
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (cls,), names | {"forward": forward})
+
+
+def of_library(function, module: str):
+    """The function, as if it stood in a module of the library."""
+    variables = sys.modules[module].__dict__
+    return types.FunctionType(function.__code__, variables, "forward", function.__defaults__, function.__closure__)
+
+
+@pytest.mark.parametrize("attention", [True, False])
+def test_timm_before_its_masks(attention):
+    """timm 0.9 to 1.0.24 hand their attention fewer arguments; checked with 0.9.16 and 1.0.24 themselves."""
+    timm = import_timm()
+    Block, Attention = timm.models.vision_transformer.Block, timm.layers.Attention
+    attend = Attention.forward
+
+    def block(self, x):
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    def attention_of_then(self, x):
+        return attend(self, x)
+
+    forwards = {Block: block, Attention: attention_of_then}
+    original = zoo.build("timm")
+    for module in original.modules():
+        if cls := next((cls for cls in forwards if type(module) is cls), None):
+            module.__class__ = older(cls, of_library(forwards[cls], cls.__module__))
+    model, image = vit.accelerate(copy.deepcopy(original), attention=attention), zoo.images("timm")
+    assert "blocks.0" in fused_modules(model)
+    assert_close(zoo.results("timm", model, image), zoo.results("timm", original, image))
+
+
+@pytest.mark.parametrize("name", ["hf ViT", "hf Dinov2"])
+def test_transformers_of_another_version_is_refused(name):
+    """transformers 4 and early 5 had layers of the same names; checked with 4.46.3 and 5.16.0 themselves."""
+    model = zoo.build(name)
+
+    def forward(self, hidden_states, head_mask=None, output_attentions=False):
+        return (hidden_states,)
+
+    for module in model.modules():
+        if type(module).__name__.endswith("Layer"):
+            module.__class__ = older(type(module), of_library(forward, type(module).__module__))
+    with pytest.raises(ValueError, match=r"its forward is not that of transformers 5\.17 to"):
+        vit.accelerate(model)
+    assert not fused_modules(model)
+
+
+# ---- tools that read the operators -----------------------------------------------------------------------------------
+
+
+def ops(name: str, model: nn.Module) -> list[str]:
+    with runtime.record_choices() as choices:
+        zoo.outputs(name, model, zoo.images(name))
+    return [choice.op for choice in choices]
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_the_legacy_onnx_exporter_sees_the_library(name, monkeypatch):
+    model = vit.accelerate(zoo.build(name))
+    assert ops(name, model)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    assert not ops(name, model)
+
+
+def test_structural_pruning_sees_the_library(monkeypatch):
+    """Torch-Pruning hooks the layers and walks the graph of autograd, whose operators it must know."""
+    model = vit.accelerate(zoo.build("timm"))
+    monkeypatch.setitem(sys.modules, "torch_pruning", types.ModuleType("torch_pruning"))
+
+    def hook(module, args, out):
+        pass
+
+    hook.__module__ = "torch_pruning.dependency.graph"
+    for module in of_type(model, nn.Linear, nn.LayerNorm, nn.Conv2d):
+        module.register_forward_hook(hook)
+    assert set(ops("timm", model)) <= {"layer_norm", "patch_embed"}  # modules whose output has its own grad_fn
+
+
+@pytest.mark.parametrize("name", ["timm DINOv2", "timm qk_norm", "torchvision"])
+def test_torchscript_and_fx(name):
+    """Both read the library's own forward, and nothing that they leave behind harms the library."""
+    original, image = zoo.build(name), zoo.images(name)
+    model, want = vit.accelerate(copy.deepcopy(original)), original(image)
+    for how in (torch.jit.script, torch.fx.symbolic_trace, lambda m: torch.jit.script(torch.fx.symbolic_trace(m))):
+        assert_close({"out": how(model)(image)}, {"out": want})
+    assert fused_modules(model)
+    assert_close({"out": torch.jit.script(original)(image)}, {"out": want})
+    assert_close({"out": torch.jit.script(vit.restore(model))(image)}, {"out": want})
+
+
+@pytest.mark.parametrize("name", ["hf ViT", "hf Dinov2"])
+def test_the_attention_maps_that_are_returned_are_in_the_graph(name):
+    original = zoo.build(name, eager=True)
+    found = []
+    for of in (vit.accelerate(copy.deepcopy(original)), original):
+        out = of(zoo.images(name), output_attentions=True)
+        for maps in out.attentions:
+            maps.retain_grad()
+        out.logits.square().sum().backward()
+        found.append({str(i): maps.grad for i, maps in enumerate(out.attentions)} | {"logits": out.logits.detach()})
+    assert_close(*found, limit=1e-4)
