@@ -21,6 +21,8 @@ def pytest_terminal_summary(terminalreporter):
             if row is not None and "test_sources" not in report.nodeid:
                 listed = outcome == "skipped" and "exception: " in str(report.longrepr)
                 rows[row]["exception" if listed else outcome] += 1
+    if not any(rows.values()):
+        return
     terminalreporter.section("the libraries' tests")
     write = terminalreporter.write_line
     write(f"{'':<32}{'pass untouched':>15}{'accelerated':>13}{'exceptions':>12}{'not applicable':>16}")

@@ -1,9 +1,15 @@
 """Our own statement of what the libraries' tests and users ask of a model, on small models of each library."""
 
+import cases_calls  # noqa: F401 (each enters its cases into CASES)
+import cases_copies  # noqa: F401
+import cases_graphs  # noqa: F401
+import cases_hooks  # noqa: F401
+import cases_others  # noqa: F401
+import cases_timm  # noqa: F401
 import pytest
-from cases import CASES
 from side_by_side import side_by_side
 from subject import HEAVY, MODELS, SINGLE_SOFTMAX, Subject
+from table import CASES
 
 pytestmark = pytest.mark.peers
 
