@@ -32,7 +32,7 @@ build/suites: | $(READY)
 	rm -rf build/sdists && mkdir -p build/sdists
 	$(PY) -m pip download --quiet --disable-pip-version-check -c constraints.txt --no-deps \
 		--no-binary timm,transformers --dest build/sdists timm transformers \
-		|| { echo "no network: without the tests of timm's and transformers' source packages"; exit 1; }
+		|| { echo "no source packages of timm and transformers (no network?): without the tests that they carry"; exit 1; }
 	for file in build/sdists/*.tar.gz; do tar -xzf $$file -C build/sdists || exit 1; done
 	mv build/sdists $@
 
