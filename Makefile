@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 endif
 PIP = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint test-peers gpu bench roofline memory prediction report profile tune experiment-gemm \
+.PHONY: demo test lint test-peers test-suites gpu bench roofline memory prediction report profile tune experiment-gemm \
 	bench-smoke lock lock-3.6 mutate peers clean
 
 demo: $(READY)
@@ -20,6 +20,21 @@ test: $(READY)
 # Beside timm, transformers and torchvision; `make test` skips these cases where the libraries are missing.
 test-peers: peers
 	$(PY) -m pytest -p no:benchmark -n 2 --dist loadgroup -m peers
+
+# Tests that timm's and transformers' source packages carry, and our restatement of them: what passes on an untouched
+# model passes on an accelerated one. Nothing of theirs is kept here; without a network only the restatement runs.
+test-suites: peers
+	-$(PIP) parameterized
+	-@test -d build/suites || $(MAKE) --no-print-directory build/suites
+	$(PY) -m pytest -p no:benchmark -n 2 tests/suites/suite_*.py
+
+build/suites: | $(READY)
+	rm -rf build/sdists && mkdir -p build/sdists
+	$(PY) -m pip download --quiet --disable-pip-version-check -c constraints.txt --no-deps \
+		--no-binary timm,transformers --dest build/sdists timm transformers \
+		|| { echo "no source packages of timm and transformers (no network?): without the tests that they carry"; exit 1; }
+	for file in build/sdists/*.tar.gz; do tar -xzf $$file -C build/sdists || exit 1; done
+	mv build/sdists $@
 
 lint: $(READY)
 	$(PY) -m ruff check .
