@@ -54,6 +54,7 @@ LAYERS = {
     "test_weights_files": "checkpoints",
     "test_weights_peers": "checkpoints",
     "test_weights_infer": "checkpoints",
+    "test_weights_fuzz": "checkpoints",
     "test_runtime": "runtime",
     "test_distributed": "runtime",
     "test_accelerate": "accelerate",

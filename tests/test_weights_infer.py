@@ -1,15 +1,18 @@
 """A checkpoint whose architecture nobody names, and the commands that take one."""
 
+import json
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from peers import randomise
+from test_weights import foreign
 
 import vit
 from vit.cli import main
 
+SIZES = {"img_size": 32, "patch_size": 8, "depth": 2, "mlp_ratio": 0.5}
 GAP = {"class_token": False, "global_pool": "avg", "fc_norm": False}
 CASES = [
     ("timm", ".pt", {}),
@@ -33,6 +36,10 @@ def make(**fields) -> vit.VisionTransformer:
     model = vit.VisionTransformer(vit.ViTConfig(**config | fields))
     randomise(model)
     return model.eval()
+
+
+def hf_names(model, tmp_path):
+    return torch.load(foreign(model, tmp_path / "names.pt", "hf"), weights_only=True)
 
 
 def saved(model, path, dialect):
@@ -68,18 +75,67 @@ def test_overrides_win(tmp_path):
 
 
 def test_what_cannot_be_told(tmp_path):
-    odd = saved(make(embed_dim=48), tmp_path / "odd.pt", "timm")
-    clip = saved(make(pre_norm=True), tmp_path / "clip.pt", "timm")
-    wide = saved(make(img_size=(16, 32)), tmp_path / "wide.pt", "timm")
+    odd = foreign(make(embed_dim=48), tmp_path / "odd.pt")
+    clip = foreign(make(pre_norm=True), tmp_path / "clip.pt")
+    wide = foreign(make(img_size=(16, 32)), tmp_path / "wide.pt")
+    oblong = foreign(make(img_size=(16, 48)), tmp_path / "oblong.pt")
     torch.save({"conv1.weight": torch.ones(4, 3, 7, 7)}, tmp_path / "resnet.pt")
     for path, reason in (
-        (odd, "how many heads its width of 48 has; name the model"),
-        (clip, "which GELU"),
-        (wide, "position embedding has 9 rows"),
+        (odd, "how many heads its width of 48 has; name the model or pass num_heads="),
+        (clip, "which GELU.*act_layer="),
+        (wide, "position embedding has 9 rows.*grid_size="),
+        (oblong, "position embedding has 13 rows.*grid_size="),
         (tmp_path / "resnet.pt", "no ViT in a known dialect"),
     ):
         with pytest.raises(vit.CheckpointError, match=reason):
             vit.load_pretrained(None, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert vit.load_pretrained(None, odd, num_heads=3).config.num_heads == 3
+        config = vit.load_pretrained(None, clip, num_heads=3, act_layer="quick_gelu").config
+        assert (config.act_layer, config.norm_eps) == ("quick_gelu", 1e-5)
+        for path, grid in ((wide, (2, 4)), (oblong, (2, 6))):
+            config = vit.load_pretrained(None, path, num_heads=3, grid_size=grid).config
+            assert config.grid_size == grid and not config.no_embed_class
+        config = vit.load_pretrained(None, wide, num_heads=3, grid_size=3).config
+        assert config.grid_size == (3, 3) and config.no_embed_class
+    with pytest.raises(vit.CheckpointError, match=r"9 rows; that is not 4\*4"):
+        vit.load_pretrained(None, wide, grid_size=4)
+    with pytest.raises(ValueError, match=r"grid_size='4' must be an integer"):
+        vit.load_pretrained(None, wide, grid_size="4")
+
+
+def test_the_number_of_heads_is_assumed_aloud(tmp_path):
+    """Of files of others alone, where nothing tells it; once, and in few words."""
+    for suffix, dialect in ((".pt", "timm"), (".npz", "torchvision"), (".pt", "hf")):
+        path = foreign(make(), tmp_path / f"m{suffix}", dialect)
+        with pytest.warns(UserWarning, match="3 are assumed, as vit_tiny has; pass num_heads=") as caught:
+            assert vit.load_pretrained(None, path).config.num_heads == 3
+        assert len(caught) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            vit.load_pretrained(None, path, num_heads=6)
+            vit.load_pretrained("vit_tiny_patch16_224", path, **SIZES)
+            vit.load_pretrained(None, saved(make(num_heads=6), tmp_path / "ours.npz", dialect))
+            vit.load_pretrained(None, foreign(make(act_layer="gelu_tanh"), tmp_path / "g.npz", "google"))
+    folder = saved(make(num_heads=6), tmp_path / "folder", "hf")
+    config = json.loads((folder / "config.json").read_text())
+    del config["fused_vit"]
+    (folder / "config.json").write_text(json.dumps(config))
+    model = vit.load_pretrained("vit_tiny_patch16_224", folder, **SIZES, num_heads=6)
+    vit.weights.files.write(folder / "model.safetensors", hf_names(model, tmp_path), {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert vit.load_pretrained(None, folder).config.num_heads == 6  # config.json tells
+    path = foreign(make(num_heads=6, global_pool="avg", fc_norm=False), tmp_path / "model.pt")
+    timm = {"architecture": "vit", "global_pool": "avg", "model_args": {"num_heads": 6}}
+    (tmp_path / "timm").mkdir()
+    path.rename(tmp_path / "timm" / "pytorch_model.bin")
+    (tmp_path / "timm" / "config.json").write_text(json.dumps(timm))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = vit.load_pretrained(None, tmp_path / "timm").config
+    assert (config.num_heads, config.global_pool) == (6, "avg")
 
 
 def test_classify_from_the_command_line(tmp_path, capsys):
