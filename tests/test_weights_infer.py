@@ -74,6 +74,63 @@ def test_overrides_win(tmp_path):
         vit.load_pretrained(None, path, heads=6)
 
 
+OTHER = {  # than `make` has; every field of ViTConfig
+    "img_size": (16, 64), "patch_size": (8, 4), "in_chans": 4, "num_classes": 7, "global_pool": "", "embed_dim": 96,
+    "depth": 1, "num_heads": 6, "mlp_ratio": 7 / 3, "qkv_bias": False, "qk_norm": True, "init_values": 0.3,
+    "class_token": False, "no_embed_class": True, "reg_tokens": 2, "pre_norm": True, "final_norm": False,
+    "fc_norm": True, "act_layer": "quick_gelu", "norm_eps": 1e-3, "use_mask_token": True, "representation_size": 24,
+    "dynamic_img_size": True, "interpolation": "bicubic", "drop_rate": 0.1, "pos_drop_rate": 0.2,
+    "proj_drop_rate": 0.3, "act_drop_rate": 0.15, "attn_drop_rate": 0.25, "drop_path_rate": 0.35,
+    "patch_drop_rate": 0.45, "weight_init": "jax", "impl": "reference",
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("field", vit.ViTConfig.__dataclass_fields__)
+def test_every_field_comes_back(field, tmp_path):
+    pool = {"global_pool": "avg"} if field == "class_token" else {}
+    model = make(**{field: OTHER[field]} | pool)
+    assert getattr(model.config, field) != getattr(make().config, field)
+    image = torch.randn(1, model.config.in_chans, *model.config.img_size)
+    for suffix in (".pt", ".npz", ".safetensors"):
+        path = tmp_path / f"m{suffix}"
+        vit.save_pretrained(model, path)
+        found = vit.load_pretrained(None, path)
+        assert found.config == model.config
+        assert torch.equal(found.eval()(image), model(image))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".npz", ".safetensors", ""])
+def test_what_a_file_says_is_compared_with_the_model(suffix, tmp_path):
+    path = saved(make(num_heads=6, patch_drop_rate=0.5, drop_rate=0.1), tmp_path / f"m{suffix}", "hf")
+    for target, options in ((make(), {}), ("vit_tiny_patch16_224", SIZES)):
+        before = {k: t.clone() for k, t in target.state_dict().items()} if options == {} else {}
+        with pytest.raises(vit.CheckpointError, match=r"num_(attention_)?heads=6, the model has num_heads=3"):
+            vit.load_pretrained(target, path, **options)
+        assert all(torch.equal(before[k], target.state_dict()[k]) for k in before)
+    named = vit.load_pretrained("vit_tiny_patch16_224", path, **SIZES, num_heads=6, drop_rate=0.3).config
+    assert (named.patch_drop_rate, named.drop_rate, named.img_size) == (0.5, 0.3, (32, 32))
+    live = vit.load_pretrained(make(num_heads=6, drop_rate=0.2), path).config
+    assert (live.patch_drop_rate, live.drop_rate) == (0.0, 0.2)  # its own
+
+
+def test_another_pooling_before_the_same_head(tmp_path):
+    path = saved(make(global_pool="avg", fc_norm=False), tmp_path / "m.pt", "timm")
+    with pytest.raises(vit.CheckpointError, match="reads global_pool='avg', not the model's 'token'"):
+        vit.load_pretrained(make(), path)
+    assert vit.load_pretrained("vit_tiny_patch16_224", path, **SIZES).config.global_pool == "avg"
+    assert vit.load_pretrained(make(), path, num_classes=9).config.global_pool == "token"
+    assert vit.load_pretrained(make(global_pool=""), path).config.global_pool == ""
+
+
+def test_a_head_that_is_not_the_notes(tmp_path):
+    state = make().state_dict()
+    state._metadata[""]["fused_vit"] = vit.weights.note.write(make(num_classes=7).config, None)
+    torch.save(state, tmp_path / "m.pt")
+    with pytest.raises(vit.CheckpointError, match="says num_classes=7, but has a head of 5 classes"):
+        vit.load_pretrained(None, tmp_path / "m.pt")
+
+
 def test_what_cannot_be_told(tmp_path):
     odd = foreign(make(embed_dim=48), tmp_path / "odd.pt")
     clip = foreign(make(pre_norm=True), tmp_path / "clip.pt")

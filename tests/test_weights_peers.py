@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peers import import_timm, import_torchvision, import_transformers, randomise, timm_twin
-from test_weights import FLAX, GAP, SMALL, bits, image, load, make
+from test_weights import COARSE, FLAX, GAP, READINGS, SMALL, bits, image, load, load_readings, make
 
 import vit
 from vit.config import ViTConfig
@@ -89,6 +89,20 @@ def test_timm_resizes_the_position_embedding_likewise(tmp_path):
     ours = load(make(img_size=(56, 40)), tmp_path / "m.pt")
     want = timm.layers.resample_abs_pos_embed(source.pos_embed, [7, 5], num_prefix_tokens=1)
     torch.testing.assert_close(ours.pos_embed, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("row", "own", "grid"), READINGS)
+def test_timm_reads_the_grid_likewise(row, own, grid, tmp_path):
+    """timm's filter knows the source's size from the model's pretrained_cfg, and its layout from the model's own."""
+    source = make(**COARSE, no_embed_class=not row)
+    torch.save(dict(source.state_dict()), tmp_path / "m.pt")
+    size = {"img_size": (56 * grid[0], 56 * grid[1])}
+    theirs = timm_twin(ViTConfig(**SMALL | COARSE | size | {"no_embed_class": not row})).eval()
+    theirs.pretrained_cfg = {"input_size": (3, 224, 224)}
+    state = torch.load(tmp_path / "m.pt", weights_only=True)
+    theirs.load_state_dict(import_timm().models.vision_transformer.checkpoint_filter_fn(state, theirs))
+    for model in load_readings(tmp_path / "m.pt", row, own, grid):
+        assert_same_logits(model, theirs)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4, 8])
