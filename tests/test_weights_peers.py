@@ -217,6 +217,67 @@ def test_hf_reads_what_we_write(fields, tmp_path):
     assert bits(load(make(seed=1, **fields), tmp_path / "theirs")) == bits(model)
 
 
+def small_config(kind, **fields):
+    words = dict(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    return getattr(import_transformers(), f"{kind}Config")(**words, intermediate_size=64, **fields)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "what"),
+    [
+        ("Dinov2Model", "Dinov2", "Dinov2 checkpoint of transformers"),
+        ("Dinov2ForImageClassification", "Dinov2", "Dinov2 checkpoint of transformers"),
+        ("Dinov2WithRegistersModel", "Dinov2WithRegisters", "Dinov2 checkpoint of transformers"),
+        ("DINOv3ViTModel", "DINOv3ViT", "DINOv3"),
+        ("DeiTModel", "DeiT", "a distilled DeiT of transformers"),
+        ("DeiTForImageClassification", "DeiT", "a distilled DeiT of transformers"),
+        ("CLIPVisionModel", "CLIPVision", "(a CLIP|a clip_vision_model) checkpoint of transformers"),
+        ("SiglipVisionModel", "SiglipVision", "(a SigLIP|a siglip_vision_model) checkpoint of transformers"),
+        ("BeitModel", "Beit", "a beit checkpoint|BEiT"),
+        ("SwinModel", "Swin", "a swin checkpoint|Swin"),
+    ],
+)
+def test_families_of_transformers_are_named(kind, config, what, tmp_path):
+    transformers = import_transformers()
+    if config == "Swin":
+        config = transformers.SwinConfig(image_size=32, depths=[1], num_heads=[2], embed_dim=16, window_size=2)
+    else:
+        config = small_config(config)
+    model = getattr(transformers, kind)(config)
+    model.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "memory.pt")
+    for target in (make(), None):
+        with pytest.raises(vit.CheckpointError, match=f"({what}).*load_pretrained does not read yet") as caught:
+            vit.load_pretrained(target, tmp_path)
+        assert str(caught.value).endswith("load it with transformers and call vit.accelerate") == kind.startswith(
+            ("DeiT", "Dinov2")
+        )
+    with pytest.raises(vit.CheckpointError):
+        vit.load_pretrained(None, tmp_path / "memory.pt")
+
+
+def test_pre_training_model_of_mae(tmp_path):
+    """transformers' has the encoder's names of ViT, and a decoder."""
+    transformers = import_transformers()
+    sizes = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    theirs = transformers.ViTMAEForPreTraining(small_config("ViTMAE", **sizes, mask_ratio=0.0)).eval()
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours = vit.load_pretrained(None, tmp_path).eval()
+    x, order = image(ours), torch.arange(16).float().expand(2, -1)  # it shuffles the patches by noise
+    with torch.no_grad():
+        got, want = ours.forward_features(x), theirs.vit(x, noise=order).last_hidden_state
+    assert (got - want).abs().max() < LIMIT * want.abs().max()
+
+
+def test_average_of_swa(tmp_path):
+    average = torch.optim.swa_utils.AveragedModel(theirs := timm_twin(ViTConfig(**SMALL)).eval())
+    randomise(theirs)
+    average.update_parameters(theirs)
+    torch.save(average.state_dict(), tmp_path / "swa.pt")
+    loaded(tmp_path / "swa.pt", theirs)
+
+
 def torchvision_model(**fields):
     words = dict(image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=5)
     model = import_torchvision().models.VisionTransformer(**words | fields).eval()
