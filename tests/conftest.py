@@ -55,6 +55,8 @@ LAYERS = {
     "test_weights_files": "checkpoints",
     "test_weights_peers": "checkpoints",
     "test_weights_infer": "checkpoints",
+    "test_weights_fuzz": "checkpoints",
+    "test_weights_layouts": "checkpoints",
     "test_runtime": "runtime",
     "test_distributed": "runtime",
     "test_accelerate": "accelerate",

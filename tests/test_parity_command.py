@@ -297,6 +297,14 @@ def test_a_failing_command(capsys, monkeypatch):
         (["timm:resnet18"], "ResNet has no block"),
         (["timm:vit_tiny_patch16_224", "--set", "depht=2"], "depht"),
         (["timm:vit_tiny_patch16_224", "--set", "depth"], "--set takes NAME=VALUE, got 'depth'"),
+        (["timm:vit_tiny_patch16_224", "--set", "depth=abc"], "depth='abc' must be an integer of at least 1"),
+        (["timm:vit_tiny_patch16_224", "--set", "depth=1e9"], "depth=1000000000.0 must be an integer"),
+        (["timm:vit_tiny_patch16_224", "--set", "depth=1000000000"], "depth=1000000000 must be at most 10000"),
+        (["timm:vit_tiny_patch16_224", "--set", "qkv_bias=2"], "qkv_bias=2 must be True or False"),
+        (["timm:vit_tiny_patch16_224", "--set", "mlp_ratio=abc"], "mlp_ratio='abc' must be a number"),
+        (["torchvision:vit_b_16", "--set", "num_layers=1000000000"], "num_layers=1000000000 must be at most 10000"),
+        (["torchvision:vit_b_16", "--set", "dropout=1e9"], "dropout=1000000000.0 must be at least 0 and below 1"),
+        (["hf:missing", "--set", "hidden_size=None"], "hidden_size=None must be an integer"),
         (["timm:vit_tiny_patch16_224", *TINY, "--device", "nonsense"], "nonsense"),
         (["timm:vit_tiny_patch16_224", *TINY, "--image", "missing.png"], "missing.png"),
         (["timm:vit_tiny_patch16_224", *TINY, "--set", "in_chans=1", "--image", __file__], "1 channels"),
@@ -327,9 +335,17 @@ def test_triton_without_a_gpu(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "args", [["--dtype", "float64"], ["--batch-size", "0"], ["--img-size", "axb"], ["--impl", "x"]]
+    "args",
+    [
+        ["--dtype", "float64"],
+        ["--batch-size", "0"],
+        ["--batch-size", "9" * 5000],
+        ["--img-size", "axb"],
+        ["--impl", "x"],
+    ],
 )
 def test_wrong_arguments(args, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["parity", "--model", "timm:x", *args])
-    assert stop.value.code == 2 and "usage: vit parity" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "usage: vit parity" in said and len(said) < 1500

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -115,6 +116,26 @@ def test_big_vision():
     theirs = torch.nn.functional.avg_pool2d(pixels, 2)[:, :, 16:240, 63:287] / 127.5 - 1
     ours = preprocess.preprocessing("big_vision", (224, 224))(big)
     assert (ours - theirs).abs().max().item() <= 1.01 / 127.5
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photo_is_turned_the_right_way_up(orientation, tmp_path):
+    """EXIF's orientation n says where row 0 and column 0 of what is stored are (TIFF 6.0, tag 274)."""
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3) * 10
+    stored = {
+        1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1], 5: pixels.swapaxes(0, 1),
+        6: np.rot90(pixels), 7: pixels[::-1, ::-1].swapaxes(0, 1), 8: np.rot90(pixels, -1),
+    }[orientation]  # fmt: skip
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "p.png", exif=exif)
+    assert np.array_equal(np.array(preprocess.open_photo(tmp_path / "p.png")), pixels)
+
+
+def test_a_photo_that_is_no_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "p.png")
+    with pytest.raises(ValueError, match=r"p\.png is not a regular file"):
+        preprocess.open_photo(tmp_path / "p.png")
 
 
 def test_unknown_source_and_processor(tmp_path):

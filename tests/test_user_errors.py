@@ -1,5 +1,6 @@
 """What a user may do to a model or ask of it that is easy to get silently wrong."""
 
+import dataclasses
 import pickle
 
 import pytest
@@ -75,6 +76,46 @@ def test_block_indices_of_any_kind():
 def test_options_of_the_wrong_type(field, value):
     with pytest.raises(TypeError, match=rf"{field}=.* must be"):
         vit.ViTConfig(**SMALL | {"global_pool": "avg", field: value})
+
+
+WRONG = [
+    "abc",
+    None,
+    float("nan"),
+    True,
+    float("inf"),
+    -1,
+    1e308,
+    10**30,
+    10**6000,
+    10**9,
+    (10**6, 10**6),
+    [1],
+    object(),
+]
+FITS = {
+    "bool": [True],
+    "float": [10**9],
+    "float | None": [None, 10**9],
+    "bool | None": [None, True],
+    "int | None": [None],
+}
+
+WHY = "must be|is unknown|make .* parameters|not a multiple|does not divide"
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(vit.ViTConfig), ids=lambda field: field.name)
+def test_values_that_no_field_takes(field):
+    """Before memory is allocated; the message names the field, and a huge integer does not break the message."""
+    for value in WRONG:
+        fits = FITS.get(field.type, [])
+        if field.name == "mlp_ratio" or (field.name.endswith("_rate") and value is not None):
+            fits = []
+        if any(value is v or (value == v and type(value) is type(v)) for v in fits):
+            vit.create_model("vit_tiny_patch16_224", device="meta", **{field.name: value})
+            continue
+        with pytest.raises((TypeError, ValueError), match=f"(?=.*{field.name}).*({WHY})"):
+            vit.create_model("vit_tiny_patch16_224", **{field.name: value})
 
 
 def test_head_dim_that_the_kernels_do_not_take():

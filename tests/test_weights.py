@@ -61,6 +61,16 @@ def save(model, path, dialect="timm"):
     return path
 
 
+def foreign(model, path, dialect="timm"):
+    """As `save`, but the file does not say that it is ours nor what the model was."""
+    save(model, path, dialect)
+    if path.suffix == ".npz":
+        np.savez(path, **np.load(path))
+    else:
+        torch.save(dict(torch.load(path, weights_only=True)), path)
+    return path
+
+
 def load(target, path, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -94,7 +104,7 @@ def test_round_trip_keeps_bits(dialect, fields, dtype, suffix, tmp_path):
     named = load("vit_tiny_patch16_224", path, **sizes, dtype=dtype)
     want = model.state_dict() | ({"mask_token": model.pos_embed[:, :1] * 0} if dialect == "dinov2" else {})
     assert named.state_dict().keys() == want.keys() | model.state_dict().keys()
-    if suffix != ".npz" and dtype is torch.float32:  # such a file says what the model computed
+    if dtype is torch.float32:
         x = image(model)
         assert torch.equal(named(x), model(x)) if fields.get("no_embed_class") is None else True
         assert {k: getattr(named.config, k) for k in ("norm_eps", "act_layer")} == {
@@ -254,19 +264,102 @@ def test_flax_checkpoints(case, live, tmp_path):
     assert model.pretrained_cfg["source"] == case.split(",")[0] and model.pretrained_cfg["mean"] == (0.5,) * 3
 
 
+@pytest.mark.parametrize("grid", [(7, 5), (1, 17), (3, 5), (2, 8)])  # 16 patches and their class token are 1*17, say
 @pytest.mark.parametrize("big_vision", [False, True])
-def test_flax_position_embedding_is_resized_as_scipy_zoom(big_vision, tmp_path):
+def test_flax_position_embedding_is_resized_as_scipy_zoom(big_vision, grid, tmp_path):
     params = flax_params(big_vision, side=4)
     np.savez(tmp_path / "w.npz", **params)
-    model = load(make(img_size=(56, 40)), tmp_path / "w.npz")
+    size = (8 * grid[0], 8 * grid[1])
+    told = {"grid_size": (4, 4)} if grid == (2, 8) else {}  # which nothing else would tell
+    live = load(make(img_size=size), tmp_path / "w.npz", **told)
+    sizes = {k: v for k, v in SMALL.items() if k != "num_classes"} | {"img_size": size}
+    named = load("vit_tiny_patch16_224", tmp_path / "w.npz", **sizes, **told)
     pos = params["pos_embedding" if big_vision else "Transformer/posembed_input/pos_embedding"]
     table = pos[0, 0 if big_vision else 1 :].reshape(4, 4, 32)
-    for axis, size in ((0, 7), (1, 5)):
-        at = np.linspace(0, 3, size)
+    for axis, side in enumerate(grid):
+        at = np.linspace(0, 3, side)
         table = np.apply_along_axis(lambda v, at=at: np.interp(at, np.arange(4), v), axis, table)
-    got = model.pos_embed.detach().numpy()
-    assert np.abs(got[0, 1:] - table.reshape(35, 32)).max() < 1e-6
-    assert np.array_equal(got[0, :1], np.zeros((1, 32)) if big_vision else pos[0, :1])
+    for model in (live, named):
+        got, patches = model.pos_embed.detach().numpy(), grid[0] * grid[1]
+        assert np.abs(got[0, -patches:] - table.reshape(patches, 32)).max() < 1e-6
+        row = got[0, 0] if got.shape[1] > patches else 0
+        want = params["cls"][0, 0] + (0 if big_vision else pos[0, 0])
+        assert np.abs(model.cls_token.detach().numpy()[0, 0] + row - want).max() < 1e-6
+    assert np.array_equal(live.pos_embed.detach().numpy()[0, :1], np.zeros((1, 32)) if big_vision else pos[0, :1])
+
+
+# Which grid the rows of a position embedding are. The source has 4*4 patches of 56 pixels, as the name says with that
+# patch; read with a class token or without one, its 17 or 16 rows are also the 1*17 or 3*5 patches of a model, or 2*8.
+READINGS = [
+    (row, own, grid)
+    for row in (True, False)
+    for own in (True, False)
+    for grid in [(4, 4), (1, 17), (3, 5), (2, 8), (1, 16), (5, 5), (3, 4)]
+]
+COARSE = {"patch_size": 56, "img_size": 224}
+
+
+def load_readings(path, row, own, grid):
+    """A file of others, with a row for the class token or without, into models of the layout ``own`` and this grid."""
+    size, rows = {"img_size": (56 * grid[0], 56 * grid[1])}, 16 + row
+    sizes = {k: v for k, v in SMALL.items() if k != "num_classes"} | COARSE | size
+    yield load("vit_tiny_patch16_224", path, **sizes)
+    yield load("vit_tiny_patch16_224", path, **sizes, no_embed_class=not own)
+    live = make(seed=1, **COARSE | size, no_embed_class=not own)
+    if live.pos_embed.shape[1] == rows and grid != (4, 4):  # as the file of such a model
+        with pytest.raises(vit.CheckpointError, match=r"patches .* or .* patches .*; pass grid_size="):
+            vit.load_pretrained(live, path)
+        asis = load(make(seed=1, **COARSE | size, no_embed_class=not own), path, grid_size=grid)
+        assert torch.equal(asis.pos_embed, torch.load(path, weights_only=True)["pos_embed"])
+    else:
+        yield load(make(seed=1, **COARSE | size, no_embed_class=not own), path)
+    yield load(live, path, grid_size=(4, 4))
+
+
+@pytest.mark.parametrize(("row", "own", "grid"), READINGS)
+def test_a_grid_is_not_guessed(row, own, grid, tmp_path):
+    source = make(**COARSE, no_embed_class=not row)
+    torch.save(dict(source.state_dict()), tmp_path / "m.pt")
+    patches = source.pos_embed[:, -16:]
+    if grid != (4, 4):
+        patches = vit.reference.interpolate_pos_embed(patches, (4, 4), grid, "bicubic_antialias")
+    token = source.cls_token + (source.pos_embed[:, :1] if row else 0)
+    for model in load_readings(tmp_path / "m.pt", row, own, grid):
+        count = grid[0] * grid[1]
+        torch.testing.assert_close(model.pos_embed[:, -count:], patches, rtol=0, atol=1e-5)
+        rest = model.pos_embed[:, :-count]
+        torch.testing.assert_close(model.cls_token + (rest if rest.shape[1] else 0), token, rtol=0, atol=1e-6)
+
+
+def test_a_reading_that_the_name_decides_is_said(tmp_path):
+    torch.save(dict(make(**COARSE).state_dict()), tmp_path / "m.pt")
+    sizes = {k: v for k, v in SMALL.items() if k != "num_classes"} | COARSE
+    with pytest.warns(
+        UserWarning, match=r"17 rows is 4\*4 patches and 1 prefix tokens or 1\*17 patches alone: the first"
+    ):
+        vit.load_pretrained("vit_tiny_patch16_224", tmp_path / "m.pt", **sizes | {"img_size": (56, 952)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vit.load_pretrained("vit_tiny_patch16_224", tmp_path / "m.pt", **sizes | {"img_size": (56, 56)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dialect", ["timm", "torchvision", "google", "dinov2"])
+def test_16_bits_are_resized_in_32(dialect, dtype, tmp_path):
+    """And rounded once, on load and in forward."""
+    fields = {"num_classes": 0, "act_layer": "gelu_tanh" if dialect == "google" else "gelu"}
+    narrow = make(dtype, **fields)
+    wide = make(**fields)
+    wide.load_state_dict(narrow.state_dict())
+    got, want = (
+        load(make(d, img_size=(56, 40), **fields), foreign(m, tmp_path / f"{d}.npz", dialect)).pos_embed
+        for m, d in ((narrow, dtype), (wide, torch.float32))
+    )
+    assert torch.equal(got, want.to(dtype)) and not torch.equal(got.float(), want)
+    for name in ("bicubic_offset", "bicubic", "bicubic_antialias"):
+        config = ViTConfig(**SMALL, interpolation=name)
+        got, want = (vit.tokens.resize_pos_embed(m.pos_embed, config, (7, 5)) for m in (narrow, wide))
+        assert torch.equal(got, want.to(dtype))
 
 
 def test_attention_pooling_is_refused(tmp_path):
@@ -282,7 +375,7 @@ def test_attention_pooling_is_refused(tmp_path):
 @pytest.mark.parametrize("dialect", ["google", "hf", "torchvision", "dinov2"])
 def test_numerics_of_the_source_reach_every_module(dialect, tmp_path):
     heads = {"num_classes": 0} if dialect == "dinov2" else {}
-    path = save(make(**heads), tmp_path / "m.npz", dialect)
+    path = foreign(make(**heads), tmp_path / "m.npz", dialect)
     model = load(make(norm_eps=1e-3, act_layer="quick_gelu", **heads), path)
     eps, act, interpolation = {
         "google": (1e-6, "gelu_tanh", "bicubic"),
@@ -407,7 +500,7 @@ def test_channels_that_nothing_is_known_of(tmp_path):
 def test_position_embedding_is_resized(dialect, interpolation, tmp_path):
     fields = {"num_classes": 0} if dialect == "dinov2" else {}
     source = make(**fields)
-    model = load(make(img_size=(56, 40), **fields), save(source, tmp_path / "m.npz", dialect))
+    model = load(make(img_size=(56, 40), **fields), foreign(source, tmp_path / "m.npz", dialect))
     table = source.pos_embed[:, 1:].reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
     if interpolation is None:
         want = F.interpolate(table, size=(7, 5), mode="bicubic", align_corners=True)
@@ -415,7 +508,7 @@ def test_position_embedding_is_resized(dialect, interpolation, tmp_path):
     else:
         want = vit.reference.interpolate_pos_embed(source.pos_embed, (4, 4), (7, 5), interpolation)
     torch.testing.assert_close(model.pos_embed, want, rtol=0, atol=1e-5)
-    if dialect == "timm":  # as .pt, the file says how the model that it is from resizes
+    if dialect == "timm":  # a file of ours says how the model that it is from resizes
         ours = load(make(img_size=(56, 40)), save(source, tmp_path / "m.pt"))
         want = vit.reference.interpolate_pos_embed(source.pos_embed, (4, 4), (7, 5), "bicubic_offset")
         torch.testing.assert_close(ours.pos_embed, want, rtol=0, atol=1e-5)
@@ -457,6 +550,6 @@ def test_registers_of_dinov2_have_no_rows(tmp_path):
 
 
 def test_grid_of_a_position_embedding_that_is_not_known(tmp_path):
-    path = save(make(img_size=(16, 48)), tmp_path / "m.pt")
+    path = foreign(make(img_size=(16, 48)), tmp_path / "m.pt")
     with pytest.raises(vit.CheckpointError, match=r"13 rows"):
         vit.load_pretrained(make(), path)

@@ -2,11 +2,16 @@
 
 import argparse
 import builtins
+import contextlib
 import json
 import os
 import pickle
+import socket
 import sys
 import types
+import warnings
+import zipfile
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -27,12 +32,71 @@ from vit.config import ViTConfig
         lambda s: {f"module.{k}": v for k, v in s.items()},
         lambda s: {"state_dict": {f"module._orig_mod.{k}": v for k, v in s.items()}},
         lambda s: {k: torch.nn.Parameter(v) for k, v in s.items()},
+        lambda s: {"n_averaged": torch.tensor(3)} | prefixed("module.", s),  # AveragedModel, SWA
+        lambda s: {"state_dict": prefixed("model.", s)},  # Lightning
+        lambda s: {"state_dict": prefixed("net._orig_mod.", s), "hyper_parameters": {"lr": 0.1}},
+        lambda s: {"teacher": prefixed("backbone.", s), "student": prefixed("module.backbone.", changed())},  # DINO
+        lambda s: {"net": {"state_dict": s}},
+        lambda s: {k.replace("blocks.0.", "blocks.0._fsdp_wrapped_module."): v for k, v in s.items()},
+        lambda s: {k.replace("blocks.1.", "blocks.1._checkpoint_wrapped_module."): v for k, v in s.items()},
     ],
 )
 def test_wrappers(wrap, tmp_path):
     model = make()
-    torch.save(wrap(model.state_dict()), tmp_path / "m.pth")
-    assert bits(load(make(seed=1), tmp_path / "m.pth")) == bits(model)
+    torch.save(wrap(dict(model.state_dict())), tmp_path / "m.pth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vit.load_pretrained(other := make(seed=1), tmp_path / "m.pth")
+    assert bits(other) == bits(model)
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", "model.vit.", "module.encoder.", "student.backbone."])
+@pytest.mark.parametrize("dialect", ["timm", "hf", "torchvision"])
+def test_a_vit_inside_another_model(dialect, prefix, tmp_path):
+    """Lightning, DINO's head beside the backbone: what is left out is named; two models are not guessed between."""
+    model = make(num_classes=0)
+    inner = torch.load(save(model, tmp_path / "m.pt", dialect), weights_only=True)
+    state = prefixed(prefix, dict(inner)) | {"head.mlp.0.weight": torch.ones(2), "criterion.centre": torch.ones(3)}
+    torch.save({"state_dict": state}, tmp_path / "m.ckpt.pt")
+    with pytest.warns(UserWarning, match="more than a ViT: head.mlp.0.weight, criterion.centre are left out"):
+        vit.load_pretrained(
+            other := make(num_classes=0, seed=1, norm_eps=1e-12 if dialect == "hf" else 1e-6), tmp_path / "m.ckpt.pt"
+        )
+    assert bits(other) == bits(model)
+    torch.save(state | prefixed("teacher.", dict(inner)), tmp_path / "m.ckpt.pt")
+    assert_refused(
+        tmp_path / "m.ckpt.pt", r"several models, under .*teacher\..*; save one of them alone: \{k\.removeprefix"
+    )
+
+
+def test_the_classifier_of_a_wrapped_model_of_hugging_face(tmp_path):
+    state = torch.load(save(make(), tmp_path / "m.pt", "hf"), weights_only=True)
+    torch.save(prefixed("model.", dict(state)), tmp_path / "n.pt")
+    assert bits(load(make(seed=1), tmp_path / "n.pt")) == bits(make())
+
+
+@pytest.mark.parametrize("decoder", [16, 32])
+def test_pre_training_checkpoint_of_mae(decoder, tmp_path):
+    """Its mask token is the decoder's, also where that is as wide as the encoder."""
+    state = dict(make(num_classes=0).state_dict()) | {
+        "mask_token": torch.ones(1, 1, decoder),
+        "decoder_pos_embed": torch.ones(1, 17, decoder),
+        "decoder_embed.weight": torch.ones(decoder, 32),
+        "decoder_embed.bias": torch.ones(decoder),
+        "decoder_blocks.0.norm1.weight": torch.ones(decoder),
+        "decoder_norm.weight": torch.ones(decoder),
+        "decoder_pred.weight": torch.ones(192, decoder),
+    }
+    torch.save({"model": state, "epoch": 3}, tmp_path / "mae.pth")
+    for target in (make(num_classes=0, seed=1), None):
+        found = load(target, tmp_path / "mae.pth", **{} if target else {"num_heads": 2})
+        assert bits(found) == bits(make(num_classes=0)) and not found.config.use_mask_token
+    masked = load(make(num_classes=0, use_mask_token=True), tmp_path / "mae.pth")
+    assert not masked.mask_token.any()
+
+
+def prefixed(prefix, state):
+    return {prefix + name: tensor for name, tensor in state.items()}
 
 
 def test_block_chunks_of_dinov2(tmp_path):
@@ -97,6 +161,87 @@ def test_folder_of_hugging_face(tmp_path):
     (tmp_path / "new" / "config.json").write_text(json.dumps(config | {"hidden_act": "silu"}))
     with pytest.raises(vit.CheckpointError, match=r"hidden_act='silu'"):
         vit.load_pretrained(model, tmp_path / "new")
+
+
+def test_a_folder_that_others_changed(tmp_path):
+    """transformers keeps words that it does not know: after its own training they are old."""
+    pytest.importorskip("safetensors")
+    model = make(interpolation="bicubic_antialias", drop_rate=0.2)
+    model.pretrained_cfg = {"source": "hf", "mean": (0.1, 0.2, 0.3), "std": (1.0, 2.0, 3.0)}
+    vit.save_pretrained(model, tmp_path, "hf")
+    path = tmp_path / "config.json"
+    written = json.loads(path.read_text())
+    assert written["fused_vit"]["drop_rate"] == 0.2
+    prepare = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert (prepare["image_mean"], prepare["image_std"]) == ([0.1, 0.2, 0.3], [1.0, 2.0, 3.0])
+    tensors = torch.load(save(model, tmp_path / "m.pt", "hf"), weights_only=True)
+    vit.weights.files.write(tmp_path / "model.safetensors", tensors, {})  # as transformers does: no note in it
+    assert vit.load_pretrained(None, tmp_path).config == model.config
+    changes = {"layer_norm_eps": 1e-3, "hidden_act": "quick_gelu", "num_attention_heads": 4, "image_size": [64, 16]}
+    for word, value in changes.items():
+        path.write_text(json.dumps(written | {word: value}))
+        with pytest.warns(UserWarning, match="config.json was changed"):
+            found = vit.load_pretrained(None, tmp_path).config
+        theirs = ViTConfig.from_hf(written | {word: value})
+        assert found == ViTConfig(**vars(theirs) | {"interpolation": "bicubic", "act_drop_rate": 0.0, "fc_norm": False})
+    for key in ("mean", "std"):  # of a folder that is not ours
+        assert load(None, tmp_path).pretrained_cfg[key] == model.pretrained_cfg[key]
+
+
+HOSTILE = {
+    "no number": {"norm_eps": "small"},
+    "huge depth": {"depth": 10**9},
+    "huge image": {"img_size": [10**6, 10**6]},
+    "deeper than it is": {"depth": 9_999},
+    "another grid": {"img_size": [64, 64]},
+    "heads that do not divide": {"num_heads": 5},
+    "other classes": {"num_classes": 7},
+    "NaN": {"mlp_ratio": float("nan")},
+    "mean that is none": {"pretrained_cfg": {"mean": "a"}},
+    "cfg that is none": {"pretrained_cfg": [1]},
+}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("case", HOSTILE)
+def test_notes_that_no_model_has(case, suffix, tmp_path):
+    if suffix == ".safetensors":
+        pytest.importorskip("safetensors")
+    model = make()
+    note = vit.weights.note.write(model.config, None)
+    vit.weights.files.write(tmp_path / f"m{suffix}", dict(model.state_dict()), note | HOSTILE[case])
+    by_name = [] if case in ("another grid", "other classes", "deeper than it is") else ["vit_tiny_patch16_224"]
+    for target in (None, *by_name):  # which does not take those from a file
+        sizes = {} if target is None else {k: v for k, v in SMALL.items() if k != "num_classes"}
+        with pytest.raises(vit.CheckpointError):
+            vit.load_pretrained(target, tmp_path / f"m{suffix}", **sizes)
+    vit.weights.files.write(tmp_path / f"m{suffix}", dict(model.state_dict()), note | {"rope": True})
+    with pytest.warns(UserWarning, match="it says rope of its model, which this version does not know"):
+        assert vit.load_pretrained(None, tmp_path / f"m{suffix}").config == model.config
+
+
+def test_notes_that_are_not_plain(tmp_path):
+    state = make().state_dict()
+    ring = {}
+    ring["pretrained_cfg"] = ring
+    for note in (ring, {"norm_eps": torch.ones(1)}):
+        state._metadata = {"": {"fused_vit": note}}
+        torch.save(state, tmp_path / "m.pt")
+        assert_refused(tmp_path / "m.pt", "Circular|not JSON serializable")
+    with np.load(save(make(), tmp_path / "m.npz")) as file:
+        np.savez(tmp_path / "n.npz", **file)
+    for comment in (b"hello", b"[1]", b"{}", b"\xff", b"null", b'{"fused_vit": 3}'):
+        with zipfile.ZipFile(tmp_path / "n.npz", "a") as archive:
+            archive.comment = comment
+        assert bits(load(make(seed=1), tmp_path / "n.npz")) == bits(make())
+    model = make()
+    model.pretrained_cfg = {"source": "timm", "label_names": ["a long name of a class"] * 9000}
+    save(model, tmp_path / "long.npz")  # more than a comment can hold
+    assert load(None, tmp_path / "long.npz").config == model.config
+    model.pretrained_cfg = {"mean": torch.ones(3)}
+    with pytest.raises(TypeError):
+        vit.save_pretrained(model, tmp_path / "new", "hf")
+    assert not (tmp_path / "new").exists()
 
 
 def test_names_of_a_hub(tmp_path, monkeypatch):
@@ -180,7 +325,26 @@ def flipped_header(path):
     path.write_bytes(bytes(data))
 
 
+def ring(of):
+    """A container that holds itself under the name of a wrapper."""
+    outer = of()
+    outer["model"] = outer
+    return outer
+
+
+def nested(depth):
+    state = changed()
+    for _ in range(depth):
+        state = {"model": state}
+    return state
+
+
 BAD_STATES = {
+    "a ring": (lambda: ring(dict), "holds a dict under 'model' where tensors are expected; save the part"),
+    "an ordered ring": (lambda: ring(OrderedDict), "holds a OrderedDict under 'model'"),
+    "a larger ring": (lambda: {"state_dict": ring(dict)}, "holds a dict under 'model'"),
+    "deep": (lambda: nested(100), "holds a dict under 'model'"),
+    "unknown wrapper": (lambda: {"weights": changed()}, "holds a dict under 'weights'.*save the part with the tensors"),
     "ResNet": (resnet_like, "no ViT in a known dialect"),
     "Swin": (swin_like, "no ViT in a known dialect"),
     "empty": (dict, "holds no tensors"),
@@ -257,6 +421,113 @@ def test_pickle_bombs_do_not_run(kind, tmp_path):
             np.savez(file, a=array) if kind == "npz" else np.save(file, array)
     assert_refused(path, ".")
     assert not marker.exists()
+
+
+def test_a_list_that_holds_itself(tmp_path):
+    outer = []
+    outer.append(outer)
+    for content in (outer, {"model": outer}):
+        torch.save(content, tmp_path / "m.pt")
+        assert_refused(tmp_path / "m.pt", "holds a list")
+
+
+def test_very_deep_files(tmp_path):
+    """Nested 100,000 times: written by hand, because no writer gets that far."""
+    marker = b"}X\x05\x00\x00\x00model"
+    content = b"\x80\x02" + marker * 100_000 + b"}" + b"s" * 100_000 + b"."
+    torch.save({}, tmp_path / "empty.pt")
+    with zipfile.ZipFile(tmp_path / "empty.pt") as old, zipfile.ZipFile(tmp_path / "m.pt", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, content if name.endswith("data.pkl") else old.read(name))
+    assert_refused(tmp_path / "m.pt", "holds a dict under 'model'")
+    header = json.dumps({"__metadata__": {"fused_vit": "[" * 100_000}}).encode()
+    (tmp_path / "m.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert_refused(tmp_path / "m.safetensors", ".")
+    (tmp_path / "m.index.json").write_text("[" * 100_000)
+    assert_refused(tmp_path / "m.index.json", ".")
+
+
+@pytest.mark.parametrize("suffix", [*SUFFIXES, ".bin"])
+def test_a_refused_file_is_closed(suffix, tmp_path):
+    if suffix == ".safetensors":
+        pytest.importorskip("safetensors")
+    path = save(make(), tmp_path / f"m{suffix}")
+    for damage in (without_half, lambda p: p.write_bytes(b"PK\x03\x04x"), lambda p: p.write_bytes(b"x")):
+        damage(path)
+        try:
+            vit.load_pretrained(make(), path)
+        except vit.CheckpointError:
+            opened = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+            held = [os.readlink(link) for link in opened if os.path.islink(link)]
+            assert str(path) not in held
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.npz", "m.pt", "m.bin", "m.index.json"])
+def test_what_is_no_regular_file(name, tmp_path):
+    """A pipe would be waited for: each is refused before it is opened."""
+    os.mkfifo(tmp_path / name)
+    assert_refused(tmp_path / name, "is not a regular file")
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    assert_refused(tmp_path / name, "is not a regular file")
+    (tmp_path / name).unlink()
+    with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(tmp_path):  # its path may not be long
+        server.bind(name)
+        assert_refused(tmp_path / name, "is not a regular file")
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    assert_refused(tmp_path / name, "the folder has none of")
+
+
+def test_what_is_no_regular_file_in_a_folder(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    assert_refused(tmp_path, "the folder has none of")
+    os.mkfifo(tmp_path / "a.bin")
+    index = tmp_path / "pytorch_model.bin.index.json"
+    for shard, reason in (("a.bin", "a.bin: is not a regular file"), ("b.bin", "b.bin: is missing")):
+        index.write_text(json.dumps({"weight_map": {"x": shard}}))
+        for path in (tmp_path, index):
+            with pytest.raises(vit.CheckpointError, match=reason):
+                vit.load_pretrained(make(), path)
+    for name in ("config.json", "preprocessor_config.json"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(vit.CheckpointError, match=r"config\.json: is not a regular file"):
+        vit.load_pretrained(make(), tmp_path)
+
+
+FAMILIES = {  # names that the libraries give; see test_weights_peers.py for their own files
+    r"Dinov2 checkpoint of transformers, which .* not read yet; load it with transformers and call vit.accelerate": (
+        "embeddings.patch_embeddings.projection.weight", "encoder.layer.0.layer_scale1.lambda1"),
+    "a CLIP checkpoint of transformers": ("vision_model.embeddings.class_embedding",),
+    "a SigLIP checkpoint of transformers": ("vision_model.embeddings.patch_embedding.weight",),
+    "a CLIP of OpenAI or OpenCLIP": ("visual.class_embedding", "visual.conv1.weight"),
+    "BEiT": ("beit.embeddings.cls_token",),
+    "BEiT.*": ("cls_token", "patch_embed.proj.weight", "pos_embed", "blocks.0.attn.q_bias"),
+    "DeiT III or BEiT": ("cls_token", "patch_embed.proj.weight", "pos_embed", "blocks.0.gamma_1"),
+    "a Swin Transformer": ("patch_embed.proj.weight", "layers.0.blocks.0.attn.qkv.weight"),
+    "DINOv3": ("cls_token", "storage_tokens", "patch_embed.proj.weight", "blocks.0.norm1.weight"),
+    "DINOv3 ": ("embeddings.patch_embeddings.weight", "layer.0.layer_scale1.lambda1"),
+    "a model with SwiGLU": ("patch_embed.proj.weight", "blocks.0.mlp.w12.weight"),
+    "a distilled DeiT": ("patch_embed.proj.weight", "blocks.0.norm1.weight", "dist_token"),
+    "pools by attention": ("patch_embed.proj.weight", "blocks.0.norm1.weight", "attn_pool.latent"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FAMILIES)
+def test_models_that_no_dialect_holds(what, tmp_path):
+    torch.save({name: torch.ones(2, 2) for name in FAMILIES[what]}, tmp_path / "m.pt")
+    for target in (make(), None, "vit_tiny_patch16_224"):
+        with pytest.raises(vit.CheckpointError, match=what.strip()) as caught:
+            vit.load_pretrained(target, tmp_path / "m.pt")
+        assert "which load_pretrained does not read yet; load it with" in str(caught.value)
+
+
+def test_model_type_of_a_folder(tmp_path):
+    torch.save({"embeddings.x": torch.ones(1)}, tmp_path / "pytorch_model.bin")
+    for kind in ("swinv2", "dinov2", "siglip2"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        with pytest.raises(vit.CheckpointError, match=f"this is a {kind} checkpoint of transformers"):
+            vit.load_pretrained(None, tmp_path)
 
 
 def test_other_paths(tmp_path):

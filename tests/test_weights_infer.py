@@ -1,15 +1,18 @@
 """A checkpoint whose architecture nobody names, and the commands that take one."""
 
+import json
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from peers import randomise
+from test_weights import foreign
 
 import vit
 from vit.cli import main
 
+SIZES = {"img_size": 32, "patch_size": 8, "depth": 2, "mlp_ratio": 0.5}
 GAP = {"class_token": False, "global_pool": "avg", "fc_norm": False}
 CASES = [
     ("timm", ".pt", {}),
@@ -33,6 +36,10 @@ def make(**fields) -> vit.VisionTransformer:
     model = vit.VisionTransformer(vit.ViTConfig(**config | fields))
     randomise(model)
     return model.eval()
+
+
+def hf_names(model, tmp_path):
+    return torch.load(foreign(model, tmp_path / "names.pt", "hf"), weights_only=True)
 
 
 def saved(model, path, dialect):
@@ -67,19 +74,125 @@ def test_overrides_win(tmp_path):
         vit.load_pretrained(None, path, heads=6)
 
 
+OTHER = {  # than `make` has; every field of ViTConfig
+    "img_size": (16, 64), "patch_size": (8, 4), "in_chans": 4, "num_classes": 7, "global_pool": "", "embed_dim": 96,
+    "depth": 1, "num_heads": 6, "mlp_ratio": 7 / 3, "qkv_bias": False, "qk_norm": True, "init_values": 0.3,
+    "class_token": False, "no_embed_class": True, "reg_tokens": 2, "pre_norm": True, "final_norm": False,
+    "fc_norm": True, "act_layer": "quick_gelu", "norm_eps": 1e-3, "use_mask_token": True, "representation_size": 24,
+    "dynamic_img_size": True, "interpolation": "bicubic", "drop_rate": 0.1, "pos_drop_rate": 0.2,
+    "proj_drop_rate": 0.3, "act_drop_rate": 0.15, "attn_drop_rate": 0.25, "drop_path_rate": 0.35,
+    "patch_drop_rate": 0.45, "weight_init": "jax", "impl": "reference",
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("field", vit.ViTConfig.__dataclass_fields__)
+def test_every_field_comes_back(field, tmp_path):
+    pool = {"global_pool": "avg"} if field == "class_token" else {}
+    model = make(**{field: OTHER[field]} | pool)
+    assert getattr(model.config, field) != getattr(make().config, field)
+    image = torch.randn(1, model.config.in_chans, *model.config.img_size)
+    for suffix in (".pt", ".npz", ".safetensors"):
+        path = tmp_path / f"m{suffix}"
+        vit.save_pretrained(model, path)
+        found = vit.load_pretrained(None, path)
+        assert found.config == model.config
+        assert torch.equal(found.eval()(image), model(image))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".npz", ".safetensors", ""])
+def test_what_a_file_says_is_compared_with_the_model(suffix, tmp_path):
+    path = saved(make(num_heads=6, patch_drop_rate=0.5, drop_rate=0.1), tmp_path / f"m{suffix}", "hf")
+    for target, options in ((make(), {}), ("vit_tiny_patch16_224", SIZES)):
+        before = {k: t.clone() for k, t in target.state_dict().items()} if options == {} else {}
+        with pytest.raises(vit.CheckpointError, match=r"num_(attention_)?heads=6, the model has num_heads=3"):
+            vit.load_pretrained(target, path, **options)
+        assert all(torch.equal(before[k], target.state_dict()[k]) for k in before)
+    named = vit.load_pretrained("vit_tiny_patch16_224", path, **SIZES, num_heads=6, drop_rate=0.3).config
+    assert (named.patch_drop_rate, named.drop_rate, named.img_size) == (0.5, 0.3, (32, 32))
+    live = vit.load_pretrained(make(num_heads=6, drop_rate=0.2), path).config
+    assert (live.patch_drop_rate, live.drop_rate) == (0.0, 0.2)  # its own
+
+
+def test_another_pooling_before_the_same_head(tmp_path):
+    path = saved(make(global_pool="avg", fc_norm=False), tmp_path / "m.pt", "timm")
+    with pytest.raises(vit.CheckpointError, match="reads global_pool='avg', not the model's 'token'"):
+        vit.load_pretrained(make(), path)
+    assert vit.load_pretrained("vit_tiny_patch16_224", path, **SIZES).config.global_pool == "avg"
+    assert vit.load_pretrained(make(), path, num_classes=9).config.global_pool == "token"
+    assert vit.load_pretrained(make(global_pool=""), path).config.global_pool == ""
+
+
+def test_a_head_that_is_not_the_notes(tmp_path):
+    state = make().state_dict()
+    state._metadata[""]["fused_vit"] = vit.weights.note.write(make(num_classes=7).config, None)
+    torch.save(state, tmp_path / "m.pt")
+    with pytest.raises(vit.CheckpointError, match="says num_classes=7, but has a head of 5 classes"):
+        vit.load_pretrained(None, tmp_path / "m.pt")
+
+
 def test_what_cannot_be_told(tmp_path):
-    odd = saved(make(embed_dim=48), tmp_path / "odd.pt", "timm")
-    clip = saved(make(pre_norm=True), tmp_path / "clip.pt", "timm")
-    wide = saved(make(img_size=(16, 32)), tmp_path / "wide.pt", "timm")
+    odd = foreign(make(embed_dim=48), tmp_path / "odd.pt")
+    clip = foreign(make(pre_norm=True), tmp_path / "clip.pt")
+    wide = foreign(make(img_size=(16, 32)), tmp_path / "wide.pt")
+    oblong = foreign(make(img_size=(16, 48)), tmp_path / "oblong.pt")
     torch.save({"conv1.weight": torch.ones(4, 3, 7, 7)}, tmp_path / "resnet.pt")
     for path, reason in (
-        (odd, "how many heads its width of 48 has; name the model"),
-        (clip, "which GELU"),
-        (wide, "position embedding has 9 rows"),
+        (odd, "how many heads its width of 48 has; name the model or pass num_heads="),
+        (clip, "which GELU.*act_layer="),
+        (wide, "position embedding has 9 rows.*grid_size="),
+        (oblong, "position embedding has 13 rows.*grid_size="),
         (tmp_path / "resnet.pt", "no ViT in a known dialect"),
     ):
         with pytest.raises(vit.CheckpointError, match=reason):
             vit.load_pretrained(None, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert vit.load_pretrained(None, odd, num_heads=3).config.num_heads == 3
+        config = vit.load_pretrained(None, clip, num_heads=3, act_layer="quick_gelu").config
+        assert (config.act_layer, config.norm_eps) == ("quick_gelu", 1e-5)
+        for path, grid in ((wide, (2, 4)), (oblong, (2, 6))):
+            config = vit.load_pretrained(None, path, num_heads=3, grid_size=grid).config
+            assert config.grid_size == grid and not config.no_embed_class
+        config = vit.load_pretrained(None, wide, num_heads=3, grid_size=3).config
+        assert config.grid_size == (3, 3) and config.no_embed_class
+    with pytest.raises(vit.CheckpointError, match=r"9 rows; that is not 4\*4"):
+        vit.load_pretrained(None, wide, grid_size=4)
+    with pytest.raises(ValueError, match=r"grid_size='4' must be an integer"):
+        vit.load_pretrained(None, wide, grid_size="4")
+
+
+def test_the_number_of_heads_is_assumed_aloud(tmp_path):
+    """Of files of others alone, where nothing tells it; once, and in few words."""
+    for suffix, dialect in ((".pt", "timm"), (".npz", "torchvision"), (".pt", "hf")):
+        path = foreign(make(), tmp_path / f"m{suffix}", dialect)
+        with pytest.warns(UserWarning, match="3 are assumed, as vit_tiny has; pass num_heads=") as caught:
+            assert vit.load_pretrained(None, path).config.num_heads == 3
+        assert len(caught) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            vit.load_pretrained(None, path, num_heads=6)
+            vit.load_pretrained("vit_tiny_patch16_224", path, **SIZES)
+            vit.load_pretrained(None, saved(make(num_heads=6), tmp_path / "ours.npz", dialect))
+            vit.load_pretrained(None, foreign(make(act_layer="gelu_tanh"), tmp_path / "g.npz", "google"))
+    folder = saved(make(num_heads=6), tmp_path / "folder", "hf")
+    config = json.loads((folder / "config.json").read_text())
+    del config["fused_vit"]
+    (folder / "config.json").write_text(json.dumps(config))
+    model = vit.load_pretrained("vit_tiny_patch16_224", folder, **SIZES, num_heads=6)
+    vit.weights.files.write(folder / "model.safetensors", hf_names(model, tmp_path), {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert vit.load_pretrained(None, folder).config.num_heads == 6  # config.json tells
+    path = foreign(make(num_heads=6, global_pool="avg", fc_norm=False), tmp_path / "model.pt")
+    timm = {"architecture": "vit", "global_pool": "avg", "model_args": {"num_heads": 6}}
+    (tmp_path / "timm").mkdir()
+    path.rename(tmp_path / "timm" / "pytorch_model.bin")
+    (tmp_path / "timm" / "config.json").write_text(json.dumps(timm))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = vit.load_pretrained(None, tmp_path / "timm").config
+    assert (config.num_heads, config.global_pool) == (6, "avg")
 
 
 def test_classify_from_the_command_line(tmp_path, capsys):

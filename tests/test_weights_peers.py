@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peers import import_timm, import_torchvision, import_transformers, randomise, timm_twin
-from test_weights import FLAX, GAP, SMALL, bits, image, load, make
+from test_weights import COARSE, FLAX, GAP, READINGS, SMALL, bits, image, load, load_readings, make
 
 import vit
 from vit.config import ViTConfig
@@ -89,6 +89,20 @@ def test_timm_resizes_the_position_embedding_likewise(tmp_path):
     ours = load(make(img_size=(56, 40)), tmp_path / "m.pt")
     want = timm.layers.resample_abs_pos_embed(source.pos_embed, [7, 5], num_prefix_tokens=1)
     torch.testing.assert_close(ours.pos_embed, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("row", "own", "grid"), READINGS)
+def test_timm_reads_the_grid_likewise(row, own, grid, tmp_path):
+    """timm's filter knows the source's size from the model's pretrained_cfg, and its layout from the model's own."""
+    source = make(**COARSE, no_embed_class=not row)
+    torch.save(dict(source.state_dict()), tmp_path / "m.pt")
+    size = {"img_size": (56 * grid[0], 56 * grid[1])}
+    theirs = timm_twin(ViTConfig(**SMALL | COARSE | size | {"no_embed_class": not row})).eval()
+    theirs.pretrained_cfg = {"input_size": (3, 224, 224)}
+    state = torch.load(tmp_path / "m.pt", weights_only=True)
+    theirs.load_state_dict(import_timm().models.vision_transformer.checkpoint_filter_fn(state, theirs))
+    for model in load_readings(tmp_path / "m.pt", row, own, grid):
+        assert_same_logits(model, theirs)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4, 8])
@@ -201,6 +215,67 @@ def test_hf_reads_what_we_write(fields, tmp_path):
     ours, own = (json.loads((tmp_path / d / "config.json").read_text()) for d in ("ours", "theirs"))
     assert {k: own[k] for k in ours if k != "num_labels"} == {k: ours[k] for k in ours if k != "num_labels"}
     assert bits(load(make(seed=1, **fields), tmp_path / "theirs")) == bits(model)
+
+
+def small_config(kind, **fields):
+    words = dict(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    return getattr(import_transformers(), f"{kind}Config")(**words, intermediate_size=64, **fields)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "what"),
+    [
+        ("Dinov2Model", "Dinov2", "Dinov2 checkpoint of transformers"),
+        ("Dinov2ForImageClassification", "Dinov2", "Dinov2 checkpoint of transformers"),
+        ("Dinov2WithRegistersModel", "Dinov2WithRegisters", "Dinov2 checkpoint of transformers"),
+        ("DINOv3ViTModel", "DINOv3ViT", "DINOv3"),
+        ("DeiTModel", "DeiT", "a distilled DeiT of transformers"),
+        ("DeiTForImageClassification", "DeiT", "a distilled DeiT of transformers"),
+        ("CLIPVisionModel", "CLIPVision", "(a CLIP|a clip_vision_model) checkpoint of transformers"),
+        ("SiglipVisionModel", "SiglipVision", "(a SigLIP|a siglip_vision_model) checkpoint of transformers"),
+        ("BeitModel", "Beit", "a beit checkpoint|BEiT"),
+        ("SwinModel", "Swin", "a swin checkpoint|Swin"),
+    ],
+)
+def test_families_of_transformers_are_named(kind, config, what, tmp_path):
+    transformers = import_transformers()
+    if config == "Swin":
+        config = transformers.SwinConfig(image_size=32, depths=[1], num_heads=[2], embed_dim=16, window_size=2)
+    else:
+        config = small_config(config)
+    model = getattr(transformers, kind)(config)
+    model.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "memory.pt")
+    for target in (make(), None):
+        with pytest.raises(vit.CheckpointError, match=f"({what}).*load_pretrained does not read yet") as caught:
+            vit.load_pretrained(target, tmp_path)
+        assert str(caught.value).endswith("load it with transformers and call vit.accelerate") == kind.startswith(
+            ("DeiT", "Dinov2")
+        )
+    with pytest.raises(vit.CheckpointError):
+        vit.load_pretrained(None, tmp_path / "memory.pt")
+
+
+def test_pre_training_model_of_mae(tmp_path):
+    """transformers' has the encoder's names of ViT, and a decoder."""
+    transformers = import_transformers()
+    sizes = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    theirs = transformers.ViTMAEForPreTraining(small_config("ViTMAE", **sizes, mask_ratio=0.0)).eval()
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours = vit.load_pretrained(None, tmp_path).eval()
+    x, order = image(ours), torch.arange(16).float().expand(2, -1)  # it shuffles the patches by noise
+    with torch.no_grad():
+        got, want = ours.forward_features(x), theirs.vit(x, noise=order).last_hidden_state
+    assert (got - want).abs().max() < LIMIT * want.abs().max()
+
+
+def test_average_of_swa(tmp_path):
+    average = torch.optim.swa_utils.AveragedModel(theirs := timm_twin(ViTConfig(**SMALL)).eval())
+    randomise(theirs)
+    average.update_parameters(theirs)
+    torch.save(average.state_dict(), tmp_path / "swa.pt")
+    loaded(tmp_path / "swa.pt", theirs)
 
 
 def torchvision_model(**fields):

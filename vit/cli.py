@@ -153,8 +153,8 @@ def _classify(args: argparse.Namespace) -> int:
 
 
 def _positive(text: str) -> int:
-    if not (text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    if not (text.isdecimal() and len(text) < 10 and int(text)):
+        raise argparse.ArgumentTypeError(f"must be a positive integer of at most 9 digits, got {text[:20]!r}")
     return int(text)
 
 

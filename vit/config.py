@@ -18,6 +18,7 @@ _CHOICES = {
     "weight_init": ("", "zeros", "jax", "jax_nlhb"),
     "impl": ("auto", "triton", "reference"),
 }
+_MOST = 10**11  # parameters, and so any size that makes them; the largest ViT has 2e10
 _DROPOUT = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "act_drop_rate", "attn_drop_rate", "drop_path_rate")
 
 
@@ -70,24 +71,13 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _check_type(field.name, field.type, getattr(self, field.name))
-        for name in ("in_chans", "embed_dim", "depth", "num_heads", "num_classes", "reg_tokens"):
-            _check_int(name, getattr(self, name), at_least=0 if name in ("num_classes", "reg_tokens") else 1)
-        for name in ("img_size", "patch_size"):
-            object.__setattr__(self, name, _pair(name, getattr(self, name)))
-        if self.representation_size is not None:
-            _check_int("representation_size", self.representation_size, at_least=1)
-        for name in (*_DROPOUT, "patch_drop_rate"):
-            if not 0 <= (getattr(self, name) or 0) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+            check_field(field.name, getattr(self, field.name))
         for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {known}")
-        for name in ("mlp_ratio", "norm_eps"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be a finite number above 0")
-        if self.init_values is not None and not 0 <= self.init_values < math.inf:
-            raise ValueError(f"init_values={self.init_values} must be above 0, or None for no LayerScale")
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in known:
+                raise ValueError(f"{name}={_short(value)} is unknown; use one of {known}")
+        for name in ("img_size", "patch_size"):
+            object.__setattr__(self, name, pair(name, getattr(self, name)))
         object.__setattr__(self, "init_values", self.init_values or None)  # 0 means none, as in timm
 
         for side, size, patch in zip(("height", "width"), self.img_size, self.patch_size, strict=True):
@@ -102,8 +92,24 @@ class ViTConfig:
             raise ValueError(f"num_heads={self.num_heads} makes head_dim={self.head_dim}; {fix}")
         if self.mlp_hidden_dim < 1:
             raise ValueError(f"mlp_ratio={self.mlp_ratio} of embed_dim={self.embed_dim} is no hidden unit; raise it")
+        self._check_size()
         if self.global_pool == "token" and not self.class_token:
             raise ValueError('global_pool="token" needs class_token=True; use global_pool="avg" without one')
+
+    def _check_size(self) -> None:
+        """Raises before anyone makes parameters that no memory holds."""
+        dim, wide = self.embed_dim, self.representation_size or 0
+        parameters = {
+            ("embed_dim", "depth", "mlp_ratio"): self.depth * dim * (4 * dim + 2 * self.mlp_hidden_dim),
+            ("embed_dim", "img_size", "patch_size"): dim * self.num_patches,
+            ("embed_dim", "patch_size", "in_chans"): dim * self.in_chans * math.prod(self.patch_size),
+            ("embed_dim", "reg_tokens"): dim * self.reg_tokens,
+            ("embed_dim", "representation_size", "num_classes"): dim * wide + (wide or dim) * self.num_classes,
+        }
+        names, most = max(parameters.items(), key=lambda item: item[1])
+        if most > _MOST:
+            values = ", ".join(f"{name}={getattr(self, name)}" for name in names)
+            raise ValueError(f"{values} make {most:.0e} parameters, more than {_MOST:.0e}; make one of them smaller")
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -221,13 +227,36 @@ class ViTConfig:
         return cls(**(fields | known_fields(overrides)))
 
 
-def _check_type(name: str, annotation: str, value: Any) -> None:
-    """Yes-or-no fields and real numbers; the others are checked where their range is."""
-    kinds = {"bool": (bool, "True or False"), "float": ((int, float), "a number")}
-    kind, what = kinds.get(annotation.removesuffix(" | None"), (object, ""))
-    allowed = value is None and annotation.endswith("None")
-    if not allowed and (not isinstance(value, kind) or (isinstance(value, bool) and what == "a number")):
-        raise TypeError(f"{name}={value!r} must be {what}")
+def check_field(name: str, value: Any, called: str | None = None) -> None:
+    """Raises unless ``value`` is one that the field ``name`` can have, whatever the others; choices are not looked at.
+
+    ``called`` is what the message calls it.
+
+    Raises:
+        TypeError: not True or False, not a number. ValueError: no integer, or out of range.
+    """
+    annotation = ViTConfig.__dataclass_fields__[name].type
+    called = called or name
+    kind, said = annotation.removesuffix(" | None"), f"{called}={_short(value)}"
+    if value is None and annotation.endswith("None"):
+        return
+    if kind == "bool" and not isinstance(value, bool):
+        raise TypeError(f"{said} must be True or False")
+    if kind == "float" and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise TypeError(f"{said} must be a number")
+    if name.endswith("_rate"):
+        if not 0 <= value < 1:
+            raise ValueError(f"{said} must be at least 0 and below 1")
+    elif name == "init_values":
+        if not 0 <= value < _MOST:
+            raise ValueError(f"{said} must be above 0 and below {_MOST:.0e}, or None for no LayerScale")
+    elif kind == "float" and not 0 < value < _MOST:
+        raise ValueError(f"{said} must be a number above 0 and below {_MOST:.0e}")
+    elif kind == "int":
+        at_least = 0 if name in ("num_classes", "reg_tokens") else 1
+        _check_int(called, value, at_least, 10_000 if name == "depth" else _MOST)
+    elif kind.startswith("int | tuple"):
+        pair(called, value)
 
 
 def mlp_ratio(dim: int, hidden: int) -> float:
@@ -321,15 +350,27 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
-def _check_int(name: str, value: Any, at_least: int) -> None:
+def _check_int(name: str, value: Any, at_least: int, at_most: int = _MOST) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise ValueError(f"{name}={value!r} must be an integer of at least {at_least}")
+        raise ValueError(f"{name}={_short(value)} must be an integer of at least {at_least}")
+    if value > at_most:
+        raise ValueError(f"{name}={_short(value)} must be at most {at_most}")
 
 
-def _pair(name: str, value: Any) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2:
-        raise ValueError(f"{name}={value!r} must be one integer or (height, width)")
-    for side in pair:
+def _short(value: Any) -> str:
+    """A value in a message; Python refuses to print very long integers."""
+    return f"2**{value.bit_length() - 1} or more" if isinstance(value, int) and abs(value) > 2**64 else repr(value)
+
+
+def pair(name: str, value: Any) -> tuple[int, int]:
+    """One integer or (height, width) as the latter.
+
+    Raises:
+        ValueError: neither.
+    """
+    both = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(both) != 2:
+        raise ValueError(f"{name}={_short(value)} must be one integer or (height, width)")
+    for side in both:
         _check_int(name, side, at_least=1)
-    return pair
+    return both

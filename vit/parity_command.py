@@ -17,10 +17,22 @@ import torch
 from torch import Tensor, nn
 
 import vit
+from vit.config import HF_WORDS, ViTConfig, check_field
 from vit.console import say, step
 from vit.parity import copies, enough_draws, example, image_size, parity, table, widen
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# What libraries call the fields of `ViTConfig`: {source: {their word: ours}}.
+WORDS = {
+    "timm": {name: name for name in ViTConfig.__dataclass_fields__},
+    "hf": {theirs: ours for ours, (theirs, _default) in HF_WORDS.items()}
+    | {"intermediate_size": "embed_dim", "hidden_dropout_prob": "drop_rate", "num_labels": "num_classes"},
+    "torchvision": {"image_size": "img_size", "num_layers": "depth", "hidden_dim": "embed_dim", "mlp_dim": "embed_dim"}
+    | {name: name for name in ("patch_size", "num_heads", "num_classes", "representation_size")}
+    | {"dropout": "drop_rate", "attention_dropout": "attn_drop_rate"},
+}
 
 
 class CannotStart(Exception):
@@ -36,6 +48,9 @@ def check(args: argparse.Namespace) -> bool:
     source, _, name = args.model.partition(":")
     overrides = dict(map(_assignment, args.set))
     with _explained("cannot build the model"):
+        for word, value in overrides.items():  # the libraries say little about a wrong one, and obey a huge one
+            if word in WORDS.get(source, {}) and not isinstance(value, (tuple, list)):  # timm has models with tuples
+                check_field(WORDS[source][word], value, word)
         if source in MAKERS:
             with step(f"building {name}"), torch.random.fork_rng([]):
                 torch.manual_seed(0)

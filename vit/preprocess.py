@@ -159,6 +159,8 @@ def open_photo(path: Path) -> Image.Image:
     Raises:
         ValueError: not a picture that Pillow reads. OSError: it cannot be read.
     """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is not a regular file")
     try:
         with Image.open(path) as photo:
             return ImageOps.exif_transpose(photo).convert("RGB")

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from vit.config import ViTConfig, get_config, known_fields
+from vit.config import VARIANTS, ViTConfig, get_config, known_fields, pair
 from vit.layers import LayerNorm, Mlp
 from vit.model import VisionTransformer
-from vit.weights import dialects, files, fit
+from vit.weights import dialects, files, fit, note
 from vit.weights.export import save_pretrained, unwrapped
 from vit.weights.files import CheckpointError
 from vit.weights.infer import infer
@@ -31,6 +31,7 @@ def load_pretrained(
     num_classes: int | None = None,
     in_chans: int | None = None,
     dialect: str | None = None,
+    grid_size: tuple[int, int] | None = None,
     **overrides: Any,
 ) -> VisionTransformer:
     """Loads a checkpoint of timm, Hugging Face, torchvision, DINOv2, google's vit_jax or big_vision.
@@ -38,31 +39,39 @@ def load_pretrained(
     A live model is changed in place: its parameters stay the same objects, with their dtype, device and requires_grad,
     so an optimiser goes on. Whatever does not fit raises before anything has changed.
 
-    With the weights come the numbers that their source computes with: ``norm_eps`` (1e-6; Hugging Face what
-    config.json says, else 1e-12), ``act_layer`` (tanh GELU for google and big_vision, what config.json says for Hugging
-    Face, else erf) and ``interpolation``. timm's are those of its architecture: a named variant keeps its own, and so
-    does a live model with ``pre_norm`` (CLIP); another live model gets 1e-6 and erf. Files that `save_pretrained` wrote
-    as .safetensors or .pt say all three themselves. Hugging Face's models have no dropout after the activation, so
-    their weights set ``act_drop_rate`` to 0, the others' to None; the rates themselves stay the model's, but for those
-    in the config.json of a model loaded by name.
+    A file that `save_pretrained` wrote says the whole configuration: with None it comes back, a named model takes from
+    it all but its sizes, and a live one takes the numerics below; another ``num_heads``, or another pooling before the
+    same head, raises. Of a file of others the model takes what the shapes and a config.json tell; with None, what they
+    do not tell is asked for, and the number of heads is assumed with a warning where named models have that width.
+
+    With the weights come the numbers that their source computes with: ``norm_eps`` (1e-6; Hugging Face what config.json
+    says, else 1e-12), ``act_layer`` (tanh GELU for google and big_vision, what config.json says for Hugging Face, else
+    erf) and ``interpolation``. timm's are those of its architecture: a named variant keeps its own, and so does a live
+    model with ``pre_norm`` (CLIP); another live model gets 1e-6 and erf. Hugging Face's models have no dropout after
+    the activation, so their weights set ``act_drop_rate`` to 0, the others' to None; a live model keeps the rates
+    themselves.
 
     A position embedding of another grid is resized as its source resizes one on load: timm bicubic with antialias,
     Hugging Face bicubic, DINOv2 bicubic with its offset of 0.1, torchvision bicubic and google and big_vision bilinear
-    with aligned corners. ``forward`` has no aligned corners; there these three get ``"bicubic"``, the nearest. A grid
-    that is neither the model's nor, by config.json, known is taken for a square.
+    with aligned corners. ``forward`` has no aligned corners; there these three get ``"bicubic"``, the nearest. Where
+    nothing says of which grid it is, it is read as timm does: as the grid that the model's name stands for, else as a
+    square, else as the model's own grid. Where two readings are as good, that raises and asks for ``grid_size``.
 
     Args:
         model_or_name: a `vit.VisionTransformer`, or a name for `vit.create_model`, or None for the architecture that
             the checkpoint's shapes tell. Unless live, the model has the class token, registers, LayerScale, biases,
             head and channels of the checkpoint.
         path: a .safetensors, .pt, .pth, .bin or .npz file, an index of shards, a folder with either, or "owner/name" on
-            the Hugging Face hub. Pickled objects are never executed. Wrappers such as {"model": ...} are opened.
+            the Hugging Face hub. Pickled objects are never executed. Wrappers such as {"model": ...} or {"teacher":
+            ...} are opened; of a larger model, such as Lightning's, the ViT is taken, and a warning says what is left
+            out.
         num_classes: None: that of the live model, or of the checkpoint. Where it is not the checkpoint's, the head is
             zero (paper, 3.2), which a warning says unless it was asked for here. Another one than the live model's
             replaces its head, as ``reset_classifier`` does.
         in_chans: channels of a named model; a checkpoint with others is adapted as timm does.
         dialect: "timm", "hf", "hf_memory" (the names of transformers 5 in memory), "torchvision", "torchvision_old",
             "google", "big_vision" or "dinov2"; None finds it from the names.
+        grid_size: (rows, columns) of the patches in the checkpoint's position embedding, where nothing else tells.
         **overrides: fields of `ViTConfig`; for a live model norm_eps, act_layer, interpolation and act_drop_rate. They
             win over the source. For a named model also device and dtype.
 
@@ -83,26 +92,35 @@ def load_pretrained(
     where = {key: overrides.pop(key) for key in ("device", "dtype") if live is None and key in overrides}
     asked = {"num_classes": num_classes, "in_chans": in_chans}
     overrides |= {field: value for field, value in asked.items() if value is not None}
+    grid, native = None if grid_size is None else pair("grid_size", grid_size), None
     if isinstance(model_or_name, str):
         start = get_config(model_or_name, **overrides)
+        native = tuple(VARIANTS[model_or_name]["img_size"] // side for side in start.patch_size)
     elif live is not None:
         start = _check_live(live, overrides)
     else:
         known_fields(overrides)
 
     checkpoint = files.read(path)
-    if model_or_name is None:
+    with files.blame(checkpoint.path, "says of itself what is no configuration"):
+        own, notes = note.read(checkpoint)
+    kind = "named" if named else "live"
+    if model_or_name is None and own is not None:
+        start, kind = _changed(own, overrides), "told"
+    elif model_or_name is None:
         with files.blame(checkpoint.path, "does not tell its architecture"):
-            start = dataclasses.replace(infer(checkpoint, dialect), **overrides)
+            start, assumed = infer(checkpoint, dialect, overrides, grid)
+            grid, start = start.grid_size, dataclasses.replace(start, **overrides)
+        notes += assumed
     with files.blame(checkpoint.path, "does not fit the model"):
-        plan = fit.plan(checkpoint, dialect, start, overrides, named=live is None)
+        plan = fit.plan(checkpoint, dialect, start, overrides, own, grid or (own and own.grid_size), native, kind)
         template = VisionTransformer(plan.config, device="meta")
         values = plan.values({name: param.shape for name, param in template.named_parameters()})
         if live is not None:
             _check_same(live, template)
 
-    if plan.notes:
-        warnings.warn(f"{checkpoint.path}: {'; '.join(plan.notes)}", stacklevel=2)
+    if notes := notes + plan.notes:
+        warnings.warn(f"{checkpoint.path}: {'; '.join(notes)}", stacklevel=2)
     if live is None:
         device = where.get("device") or torch.get_default_device()
         live = VisionTransformer(plan.config, device="meta", dtype=where.get("dtype")).to_empty(device=device)
@@ -128,9 +146,14 @@ def _check_live(model: VisionTransformer, overrides: dict[str, Any]) -> ViTConfi
             raise ValueError(f"{field}={value!r} cannot be changed in a live model; make it with that, or load by name")
     if any(param.is_meta for param in model.parameters()):
         raise ValueError("the model has parameters on the meta device; call model.to_empty(device=...) first")
+    return _changed(config, overrides)
+
+
+def _changed(config: ViTConfig, overrides: dict[str, Any]) -> ViTConfig:
+    """With ``overrides``; the hidden layer of the head goes with the head, as in ``reset_classifier``."""
     changed = dataclasses.replace(config, **overrides)
-    if changed.num_classes != config.num_classes:
-        changed = dataclasses.replace(changed, representation_size=None)  # as reset_classifier
+    if changed.num_classes != config.num_classes and "representation_size" not in overrides:
+        changed = dataclasses.replace(changed, representation_size=None)
     return changed
 
 

@@ -181,9 +181,7 @@ DIALECTS = {
     "hf_memory": Dialect(_hf("layers.{i}", "{q_proj,k_proj,v_proj}", "o_proj", "mlp.fc1", "mlp.fc2"), **_HF),
     "torchvision": Dialect(_torchvision("0", "3"), **_TORCHVISION),
     "torchvision_old": Dialect(_torchvision("linear_1", "linear_2"), **_TORCHVISION),
-    "google": Dialect(
-        _flax("Transformer/posembed_input/pos_embedding", 1, 2, 3), **_FLAX, prefix_rows="class none"
-    ),
+    "google": Dialect(_flax("Transformer/posembed_input/pos_embedding", 1, 2, 3), **_FLAX),
     "big_vision": Dialect(_flax("pos_embedding", 0, 1, 0), **_FLAX, prefix_rows="none class"),
     "dinov2": Dialect(
         DINOV2, r"reg_token|mask_token|.*gamma|.*qkv\.bias", "bicubic_offset", **_IMAGENET
@@ -202,24 +200,44 @@ def expand(dialect: Dialect, depth: int) -> Iterator[tuple[list[str], str, Layou
                 yield [n + end for n in names], own + own_end, layout
 
 
-def plain(tensors: Tensors) -> Tensors:
-    """Without the prefixes of wrappers and libraries, with blocks one by one."""
-    while tensors and (wrapped := next((p for p in ("module.", "_orig_mod.") if all_start(tensors, p)), "")):
-        tensors = {name.removeprefix(wrapped): t for name, t in tensors.items()}
+# Where the patch projection is, by which a model is found inside another; and names that wrappers put in between.
+_PATCHES = re.compile(
+    r"(|.*?\.)(?:patch_embed\.proj|(?:vit\.)?embeddings\.patch_embeddings\.projection|conv_proj)\.weight"
+)
+_INSIDE = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_COUNTERS = re.compile(r"(.*\.)?(n_averaged|num_batches_tracked)$")
+
+
+def plain(tensors: Tensors) -> tuple[Tensors, list[str]]:
+    """Without the prefixes of wrappers and libraries, with blocks one by one; and the names outside of such a prefix.
+
+    Raises:
+        ValueError: there are several models.
+    """
+    tensors = {_INSIDE.sub("", name): t for name, t in tensors.items() if not _COUNTERS.match(name)}
     for prefix in ("opt/target/", "params/img/", "params/"):
         if f"{prefix}embedding/kernel" in tensors:  # beside it are the optimiser's state and other towers
             tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     if any(name.startswith("Transformer/encoderblock/") for name in tensors):  # scan=True
         tensors = dict(_unstack(tensors))
-    if "vit.embeddings.patch_embeddings.projection.weight" in tensors:
+    prefixes = sorted({found[1] for found in map(_PATCHES.fullmatch, tensors) if found})
+    outside = []
+    if "" not in prefixes:
+        if len(prefixes) > 1:
+            advice = (
+                f"{{k.removeprefix({prefixes[0]!r}): v for k, v in state.items() if k.startswith({prefixes[0]!r})}}"
+            )
+            raise ValueError(f"it holds several models, under {some(prefixes)}; save one of them alone: {advice}")
+        for prefix in prefixes:
+            outside = [name for name in tensors if not name.startswith(prefix)]
+            tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    if "vit.embeddings.patch_embeddings.projection.weight" in tensors:  # its classifier is not under the prefix
         tensors = {name.removeprefix("vit."): t for name, t in tensors.items()}
     if any(re.match(r"blocks\.\d+\.\d+\.", name) for name in tensors):  # block_chunks > 0; the second is the index
         tensors = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): t for name, t in tensors.items()}
-    return tensors
-
-
-def all_start(names: Tensors, prefix: str) -> bool:
-    return all(name.startswith(prefix) for name in names)
+    if "decoder_embed.weight" in tensors:  # MAE: its mask token is as wide as the decoder
+        tensors = {name: t for name, t in tensors.items() if not name.startswith(("decoder_", "mask_token"))}
+    return tensors, outside
 
 
 def _unstack(tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
@@ -229,6 +247,45 @@ def _unstack(tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
                 yield name.replace("encoderblock/", f"encoderblock_{index}/"), layer
         else:
             yield name, tensor
+
+
+# Models that no dialect holds: (a name of a tensor, a regular expression; what it is; how to run it).
+_ELSEWHERE = "load it with the library that it is from"
+_BY_TIMM = "load it with timm and call vit.accelerate"
+_BY_TRANSFORMERS = "load it with transformers and call vit.accelerate"
+_FAMILIES = (
+    (
+        r"(.*\.)?(rope_embed\..*|storage_tokens|embeddings\.patch_embeddings\.weight)",
+        "DINOv3",
+        _ELSEWHERE,
+    ),
+    (r".*layer_scale1\.lambda1", "a Dinov2 checkpoint of transformers", _BY_TRANSFORMERS),
+    (r"(.*\.)?embeddings\.distillation_token", "a distilled DeiT of transformers", _BY_TRANSFORMERS),
+    (r".*vision_model\.embeddings\.class_embedding", "a CLIP checkpoint of transformers", _ELSEWHERE),
+    (r".*vision_model\.embeddings\.patch_embedding\..*", "a SigLIP checkpoint of transformers", _ELSEWHERE),
+    (r".*visual\.class_embedding", "a CLIP of OpenAI or OpenCLIP", _BY_TIMM),
+    (r".*(beit|data2vec_vision)\..*|.*blocks\.0\.attn\.q_bias", "BEiT", _ELSEWHERE),
+    (r".*blocks\.0\.gamma_1", "DeiT III or BEiT", _BY_TIMM),
+    (r".*layers\.0\.blocks\.0\..*", "a Swin Transformer or another hierarchical model", _ELSEWHERE),
+    (r".*blocks\.0\.mlp\.w12\.weight", "a model with SwiGLU, such as DINOv2 giant", _ELSEWHERE),
+    (r"(.*\.)?(dist_token|head_dist\..*)", "a distilled DeiT", _BY_TIMM),
+    (r"(.*\.)?attn_pool\..*", "a model that pools by attention (SigLIP)", _BY_TIMM),
+)
+_TYPES = ("vit", "vit_mae", "vit_msn", "")  # of transformers, whose names of tensors are the dialect's
+
+
+def family(tensors: Tensors, config: dict[str, Any]) -> str | None:
+    """What a checkpoint is that no dialect holds, and what to do; None where nothing tells.
+
+    By the names of its tensors, else by the ``model_type`` of transformers' config.json.
+    """
+    for pattern, what, advice in _FAMILIES:
+        if any(re.fullmatch(pattern, name) for name in tensors):
+            return f"this is {what}, which load_pretrained does not read yet; {advice}"
+    kind = config.get("model_type", "")
+    if kind not in _TYPES:
+        return f"this is a {kind} checkpoint of transformers, which load_pretrained does not read yet; {_ELSEWHERE}"
+    return None
 
 
 def detect(tensors: Tensors) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import warnings
@@ -11,18 +12,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from vit.config import HF_ACTIVATIONS, HF_WORDS, ViTConfig
+from vit.config import ViTConfig
 from vit.model import VisionTransformer
-from vit.weights import files
-from vit.weights.dialects import DIALECTS, NUMERICS, Dialect, Tensors, write
+from vit.weights import files, note
+from vit.weights.dialects import DIALECTS, Dialect, Tensors, write
 
 
 def save_pretrained(model: nn.Module, path: str | os.PathLike[str], dialect: str = "timm") -> None:
     """Writes a model's weights, so that `load_pretrained` and the library of the dialect read the same bits.
 
     Everything is checked before anything is written, and a file is complete or not there. A dialect does not say
-    ``norm_eps`` and ``act_layer`` in its weights: a warning tells where its library computes with others. Folders of
-    Hugging Face say them in config.json; .safetensors and .pt files tell `load_pretrained`.
+    ``norm_eps`` and ``act_layer`` in its weights: a warning tells where its library computes with others. Every file
+    says the whole configuration to `load_pretrained`, where other libraries do not look: in the metadata of a
+    .safetensors or .pt file, in the comment of a .npz archive, in a folder's config.json under "fused_vit".
 
     Args:
         model: a `vit.VisionTransformer`.
@@ -54,12 +56,14 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str], dialect: str
         words = " and ".join(f"{f}={getattr(source, f)!r} (the model: {getattr(config, f)!r})" for f in differ)
         warnings.warn(f"{path}: models of dialect {dialect!r} compute with {words}", stacklevel=2)
     cfg = getattr(model, "pretrained_cfg", None)
-    note = {f: getattr(config, f) for f in NUMERICS}
+    said = note.write(config, cfg)
+    json.dumps(said)  # or raises, before anything is written
     if folder:
         path.mkdir(parents=True, exist_ok=True)
-    files.write(file, tensors, note | ({"pretrained_cfg": cfg} if cfg else {}))
+    files.write(file, tensors, said)
     if folder:
-        _write_json(path / "config.json", hf_config(config, (cfg or {}).get("label_names")))
+        words = note.hf_config(config, (cfg or {}).get("label_names"))
+        _write_json(path / "config.json", words | {files.NOTE: dataclasses.asdict(config)})
         if cfg and "mean" in cfg:
             _write_json(path / "preprocessor_config.json", _hf_preprocessor(config, cfg))
 
@@ -96,7 +100,7 @@ def _translate(model: VisionTransformer, name: str) -> Tensors:
         raise ValueError(f"dialect {name!r} has no head with a hidden layer (representation_size); use 'timm'")
     ours["pos_embed"] = _pos_embed(ours["pos_embed"], config, name, dialect)
     if name == "dinov2":
-        ours.setdefault("mask_token", torch.zeros_like(ours["norm.bias"])[None, None])  # its models always have one
+        ours.setdefault("mask_token", torch.zeros_like(ours["pos_embed"][:, :1]))  # its models always have one
     return write(name, ours, config.depth, config.num_heads)
 
 
@@ -114,32 +118,6 @@ def _pos_embed(pos: torch.Tensor, config: ViTConfig, name: str, dialect: Dialect
         raise ValueError(f"dialect {name!r} has no position embedding for class or register tokens; {fix}")
     zeros = pos.new_zeros(1, max(want - have, 0), pos.shape[2])
     return torch.cat([prefix[:, :want], zeros, patches], dim=1)
-
-
-def hf_config(config: ViTConfig, labels: list[str] | None = None) -> dict[str, Any]:
-    """config.json of the same model in Hugging Face's words; `ViTConfig.from_hf` reads it."""
-    names = {ours: theirs for theirs, ours in reversed(HF_ACTIVATIONS.items())}
-    words = {theirs: getattr(config, ours) for ours, (theirs, _default) in HF_WORDS.items()}
-    for word in ("image_size", "patch_size"):
-        words[word] = words[word][0] if len(set(words[word])) == 1 else list(words[word])
-    if config.pos_drop_rate == config.proj_drop_rate and not config.hidden_drop_rate:
-        words["hidden_dropout_prob"] = config.proj_drop_rate
-    kind = "ViTForImageClassification" if config.num_classes else "ViTModel"
-    words |= {
-        "architectures": [kind],
-        "model_type": "vit",
-        "hidden_act": names[config.act_layer],
-        "intermediate_size": config.mlp_hidden_dim,
-        "encoder_stride": config.patch_size[0],
-    }
-    if config.num_classes:
-        if labels is None or len(labels) != config.num_classes:
-            labels = [f"LABEL_{index}" for index in range(config.num_classes)]
-        words["id2label"] = {str(index): label for index, label in enumerate(labels)}
-        words["label2id"] = {label: index for index, label in enumerate(labels)}
-    if config.representation_size:
-        words |= {"pooler_output_size": config.representation_size, "pooler_act": "tanh"}
-    return words
 
 
 def _hf_preprocessor(config: ViTConfig, cfg: dict[str, Any]) -> dict[str, Any]:

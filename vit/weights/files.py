@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import re
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,8 +22,10 @@ from torch import Tensor
 PICKLES = (".pt", ".pth", ".bin", ".tar")  # .pth.tar is no archive
 SUFFIXES = (".safetensors", *PICKLES, ".npz")
 _IN_FOLDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # the average first, as timm does
-_NOTE = "fused_vit"  # where a file of ours keeps its numerics
+# The average first, as timm and DINO do.
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher", "student", "net", "encoder")
+_NESTED = 8  # wrappers in wrappers; a dictionary can hold itself
+NOTE = "fused_vit"  # where a file of ours says what it holds
 
 
 class CheckpointError(ValueError):
@@ -42,7 +45,7 @@ class Checkpoint:
 
     path: Path
     tensors: dict[str, Tensor]
-    numerics: dict[str, Any]  # what a file of ours says of itself
+    note: dict[str, Any]  # what a file of ours says of itself
     config: dict[str, Any] | None = None  # a folder's config.json
     preprocessor: dict[str, Any] = dataclasses.field(default_factory=dict)  # and preprocessor_config.json
 
@@ -57,18 +60,19 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     path = _local(path)
     with blame(path, "cannot be read: it is damaged or of another kind"):
         if not path.is_dir():
-            tensors, numerics = _read_file(path)
-            return Checkpoint(path, tensors, numerics)
+            return Checkpoint(path, *_read_file(path))
         file = next((path / name for name in _IN_FOLDER if (path / name).is_file()), None)
         if file is None:
             raise CheckpointError(path, f"the folder has none of {', '.join(_IN_FOLDER)}")
         config, preprocessor = (
-            json.loads((path / name).read_text(encoding="utf-8")) if (path / name).is_file() else {}
+            json.loads(_regular(path / name).read_text(encoding="utf-8")) if (path / name).exists() else {}
             for name in ("config.json", "preprocessor_config.json")
         )
         if not isinstance(config, dict) or not isinstance(preprocessor, dict):
             raise CheckpointError(path, "config.json or preprocessor_config.json is not an object")
-        return Checkpoint(path, *_read_file(file), config or None, preprocessor)
+        own = config.pop(NOTE, {})
+        tensors, note = _read_file(file)
+        return Checkpoint(path, tensors, note or _plain(own), config or None, preprocessor)
 
 
 @contextlib.contextmanager
@@ -103,14 +107,15 @@ def _local(path: str | os.PathLike[str]) -> Path:
 
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors on the CPU, and what the file says of its numerics."""
+    """Tensors on the CPU, and what the file says of itself."""
     note: Any = None
+    _regular(path)
     if path.name.endswith(".index.json"):
         content = _read_shards(path)
     elif path.suffix == ".safetensors":
         with safetensors().safe_open(str(path), framework="pt", device="cpu") as file:
             content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            note = json.loads((file.metadata() or {}).get(_NOTE, "null"))
+            note = json.loads((file.metadata() or {}).get(NOTE, "null"))
     elif path.suffix in PICKLES:
         with torch.serialization.safe_globals([argparse.Namespace]):  # training scripts keep their options, plain data
             try:
@@ -118,26 +123,44 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             except pickle.UnpicklingError as error:  # its own text advises to execute what the file contains
                 reason = "is damaged or holds pickled objects, which are not loaded; save model.state_dict() instead"
                 raise CheckpointError(path, reason) from error
-        while isinstance(content, Mapping):
-            inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
-            if inner is None:
-                break
-            content = inner
-        with contextlib.suppress(AttributeError, TypeError):
-            note = content._metadata[""].get(_NOTE)
+        for _ in range(_NESTED):
+            if isinstance(content, Mapping):
+                content = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), content)
+        with contextlib.suppress(AttributeError, TypeError, KeyError):
+            note = content._metadata[""].get(NOTE)
     elif path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             content = {name: _from_numpy(file[name]) for name in file.files}
+            note = _of_comment(file.zip.comment)
     else:
         raise CheckpointError(path, f"unknown kind of file; use one of {', '.join(SUFFIXES)} or a folder")
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(path, "holds no tensors" if not content else f"holds a {type(content).__name__}")
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise CheckpointError(path, f"holds a {type(tensor).__name__} under {name!r} where tensors are expected")
+            advice = "; save the part with the tensors alone" if isinstance(tensor, Mapping) else ""
+            held = f"holds a {type(tensor).__name__} under {name!r} where tensors are expected"
+            raise CheckpointError(path, held + advice)
         if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
             raise CheckpointError(path, f"{name} is not a plain tensor")
-    return {name: tensor.detach() for name, tensor in content.items()}, note if isinstance(note, dict) else {}
+    return {name: tensor.detach() for name, tensor in content.items()}, _plain(note)
+
+
+def _regular(path: Path) -> Path:
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise CheckpointError(path, "is not a regular file" if path.exists() else "is missing")
+    return path
+
+
+def _plain(note: Any) -> dict[str, Any]:
+    """A note as it is after a way through JSON, whatever a pickle made of it; empty where there is none."""
+    return json.loads(json.dumps(note)) if isinstance(note, dict) else {}
+
+
+def _of_comment(comment: bytes) -> Any:
+    """A note from the comment of a .npz archive, which others may use for something else."""
+    with contextlib.suppress(ValueError, AttributeError):
+        return json.loads(comment).get(NOTE)
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
@@ -176,21 +199,32 @@ def safetensors() -> Any:
     return safetensors
 
 
-def write(path: Path, tensors: dict[str, Tensor], numerics: dict[str, Any]) -> None:
+def write(path: Path, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
     """Writes a file of the kind that its suffix names, complete or not at all."""
     # Copies, because parts of one tensor share their storage, which safetensors refuses and torch.save saves whole.
     tensors = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
     with replacing(path) as temporary:
         if path.suffix == ".safetensors":
-            metadata = {"format": "pt", _NOTE: json.dumps(numerics)}
+            metadata = {"format": "pt", NOTE: json.dumps(note)}
             safetensors().torch.save_file(tensors, str(temporary), metadata=metadata)
         elif path.suffix == ".npz":
             with temporary.open("wb") as file:
                 np.savez(file, **{name: _to_numpy(tensor) for name, tensor in tensors.items()})
+            with zipfile.ZipFile(temporary, "a") as archive:  # an entry more would be a tensor more to its readers
+                archive.comment = _to_comment(note)
         else:
             state = OrderedDict(tensors)
-            state._metadata = {"": {_NOTE: numerics}}  # where PyTorch keeps the versions of a state dict's modules
+            state._metadata = {"": {NOTE: note}}  # where PyTorch keeps the versions of a state dict's modules
             torch.save(state, temporary)
+
+
+def _to_comment(note: dict[str, Any]) -> bytes:
+    """At most the 65,535 bytes that a zip archive has for it; names of very many classes are left out."""
+    comment = json.dumps({NOTE: note}).encode()
+    if len(comment) < 1 << 16:
+        return comment
+    cfg = {key: value for key, value in note["pretrained_cfg"].items() if key != "label_names"}
+    return json.dumps({NOTE: note | {"pretrained_cfg": cfg}}).encode()
 
 
 @contextlib.contextmanager

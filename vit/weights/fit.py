@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,8 +14,26 @@ from torch import Tensor
 
 from vit.config import HF_ACTIVATIONS, ViTConfig
 from vit.tokens import resize_pos_embed
-from vit.weights.dialects import DIALECTS, NUMERICS, Dialect, Tensors, depth_of, detect, has, plain, read, some
+from vit.weights.dialects import DIALECTS, NUMERICS, Dialect, Tensors, depth_of, detect, family, has, plain, read, some
 from vit.weights.files import Checkpoint
+
+
+def recognise(checkpoint: Checkpoint, dialect: str | None) -> tuple[str, Tensors, list[str]]:
+    """The dialect, the tensors without prefixes, and the names of others that were beside them.
+
+    Raises:
+        ValueError: no dialect holds it; says what it is where that can be told.
+    """
+    tensors, outside = plain(checkpoint.tensors)
+    name = dialect or detect(tensors)
+    kind = checkpoint.config if name is None or name.startswith("hf") else None
+    if what := family(tensors, kind or {}):
+        raise ValueError(f"no ViT in a known dialect; {what}" if name is None else what)
+    if name is None:
+        raise ValueError(f"no ViT in a known dialect; it has {some(list(tensors))}")
+    if has(tensors, "MAPHead_0/"):
+        raise ValueError("it pools by attention (MAPHead_0), which the model does not have")
+    return name, tensors, outside
 
 
 @dataclasses.dataclass
@@ -25,7 +44,7 @@ class Plan:
     dialect: Dialect
     ours: Tensors
     left: list[str]  # names of tensors that have no place
-    grid: tuple[int, int] | None  # of the position embedding, where the checkpoint says
+    layout: Callable[[], tuple[int, tuple[int, int], list[str]]]  # of the position embedding, see `pos_layout`
     resize: dict[str, Any]
     notes: list[str]
     pretrained_cfg: dict[str, Any]
@@ -40,45 +59,78 @@ class Plan:
         others = shapes.keys() - zeros - {"pos_embed"}
         ours = {name: tensor for name, tensor in self.ours.items() if name != "pos_embed"}
         check(ours, {name: shape for name, shape in shapes.items() if name in others}, self.left)
-        rows, grid = pos_layout(self.dialect, self.ours["pos_embed"], self.config, self.grid)
+        rows, grid, notes = self.layout()
+        self.notes += notes
         fitted = fit_tokens(self.ours, self.config, rows, grid, self.resize)
         return self.ours | fitted | {name: torch.zeros(shapes[name]) for name in zeros}
 
 
-def plan(checkpoint: Checkpoint, dialect: str | None, start: ViTConfig, overrides: dict[str, Any], named: bool) -> Plan:
-    """Decides what a checkpoint makes of the model ``start``, whose parts it decides if that is a ``named`` variant.
+# Fields that a name says, whatever the checkpoint was; all others of a named model are the checkpoint's.
+NAMED = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
+
+
+def plan(
+    checkpoint: Checkpoint,
+    dialect: str | None,
+    start: ViTConfig,
+    overrides: dict[str, Any],
+    own: ViTConfig | None,
+    grid: tuple[int, int] | None,
+    native: tuple[int, int] | None,
+    kind: str,
+) -> Plan:
+    """Decides what a checkpoint makes of the model ``start``.
+
+    Args:
+        checkpoint, dialect, overrides: see `load_pretrained`.
+        start: of the model, with the overrides.
+        own: what a file of ours says.
+        grid: of the checkpoint's position embedding, where it is known.
+        native: the grid that the name of the model stands for.
+        kind: of the model: "live"; "named", whose parts the checkpoint decides; or "told" by the checkpoint.
 
     Raises:
         ValueError: the checkpoint is in no known dialect, or cannot become such a model.
     """
-    tensors = plain(checkpoint.tensors)
-    name = dialect or detect(tensors)
-    if name is None:
-        raise ValueError(f"no ViT in a known dialect; it has {some(list(tensors))}")
-    if has(tensors, "MAPHead_0/"):
-        raise ValueError("it pools by attention (MAPHead_0), which the model does not have")
+    name, tensors, outside = recognise(checkpoint, dialect)
     table = DIALECTS[name]
     ours, left = read(table, tensors, start.num_heads)
     if not {"patch_embed.proj.weight", "pos_embed"} <= ours.keys():
         raise ValueError(f"it lacks what dialect {name!r} calls the patch projection or the position embedding")
-    for own, tensor in ours.items():
+    for own_name, tensor in ours.items():
         if not tensor.is_floating_point():
-            raise ValueError(f"{own} is {tensor.dtype}, not floating point")
+            raise ValueError(f"{own_name} is {tensor.dtype}, not floating point")
     depth = depth_of(table, tensors)
     if depth != start.depth:
         raise ValueError(f"it has {depth} blocks, the model depth={start.depth}")
     if name.startswith("hf") and "head.weight" in ours:  # a classifier of Hugging Face's does not read the pooler
         ours = {own: tensor for own, tensor in ours.items() if not own.startswith("pre_logits.")}
-
-    source = numerics(name, table, checkpoint, named or "norm_pre.weight" in ours)
-    grid = described_grid(checkpoint.config, start) if name.startswith("hf") and checkpoint.config else None
-    found = parts(table, ours, start, grid) | dropout(name, checkpoint) if named else {}
+    source = numerics(name, table, checkpoint, kind == "named" or "norm_pre.weight" in ours)
+    if name.startswith("hf") and checkpoint.config:
+        described = described_grid(checkpoint.config, start)
+        grid = grid or described
+    if own is not None:
+        check_own(own, start, ours, overrides, kind)
+    found: dict[str, Any] = {}
+    if kind == "named" and own is not None:
+        found = {field: value for field, value in vars(own).items() if field not in NAMED}
+        found |= {"use_mask_token": "mask_token" in ours, "num_classes": classes(ours)}
+    elif kind == "named":
+        found = parts(ours, start) | dropout(name, checkpoint)
     if found and overrides.get("num_classes", found["num_classes"]) != found["num_classes"]:
         found["representation_size"] = None  # the hidden layer goes with the head (paper, 3.2)
+    stated = kind != "named" or own is not None or "no_embed_class" in overrides
+    asked = dataclasses.replace(start, **found | overrides)
+    layout = functools.partial(pos_layout, table, ours["pos_embed"], asked, grid, native, stated)
+    if kind == "named" and own is None:
+        found["no_embed_class"] = bool(asked.num_prefix_tokens) and layout()[0] != asked.num_prefix_tokens
     config = dataclasses.replace(start, **found | source | overrides)
     notes = list(fit_head(ours, config, asked="num_classes" in overrides))
-    if name == "timm" and not named:
-        changed = [f for f in ("norm_eps", "act_layer") if getattr(config, f) != getattr(start, f)]
+    if outside:
+        notes.append(f"it holds more than a ViT: {some(outside)} are left out")
+    if name == "timm" and kind == "live":
+        silent = [f for f in ("norm_eps", "act_layer") if f not in checkpoint.note]
+        changed = [f for f in silent if getattr(config, f) != getattr(start, f)]
         notes += [f"{f} is {getattr(config, f)!r} now, as is usual in timm; pass {f}= for another" for f in changed]
     if config.use_mask_token and "mask_token" not in ours:
         notes.append("it has no mask token: the model's is zero now")
@@ -90,7 +142,7 @@ def plan(checkpoint: Checkpoint, dialect: str | None, start: ViTConfig, override
     if "interpolation" in overrides:
         resize = {"interpolation": config.interpolation}
     cfg = preprocessing(name, table, checkpoint)
-    return Plan(config, table, ours, left, grid, resize, notes, cfg)
+    return Plan(config, table, ours, left, layout, resize, notes, cfg)
 
 
 def described_grid(described: dict[str, Any], config: ViTConfig) -> tuple[int, int]:
@@ -118,12 +170,13 @@ def preprocessing(name: str, dialect: Dialect, checkpoint: Checkpoint) -> dict[s
     cfg: dict[str, Any] = {"source": name} | ({"mean": dialect.mean, "std": dialect.std} if dialect.mean else {})
     for key in ("mean", "std"):
         if own := timm.get(key) or checkpoint.preprocessor.get(f"image_{key}"):
-            cfg[key] = tuple(map(float, own))
+            cfg[key] = own
     if labels := described.get("label_names") or timm.get("label_names"):
         cfg["label_names"] = list(labels)
     elif labels := described.get("id2label"):
         cfg["label_names"] = [labels[key] for key in sorted(labels, key=int)]
-    return cfg | checkpoint.numerics.get("pretrained_cfg", {})
+    cfg |= checkpoint.note.get("pretrained_cfg", {})
+    return cfg | {key: tuple(map(float, cfg[key])) for key in ("mean", "std") if key in cfg}
 
 
 def numerics(name: str, dialect: Dialect, checkpoint: Checkpoint, architecture_known: bool) -> dict[str, Any]:
@@ -141,7 +194,7 @@ def numerics(name: str, dialect: Dialect, checkpoint: Checkpoint, architecture_k
         if act not in HF_ACTIVATIONS:
             raise ValueError(f"hidden_act={act!r} is not one of {', '.join(HF_ACTIVATIONS)}")
         found |= {"norm_eps": config.get("layer_norm_eps", 1e-12), "act_layer": HF_ACTIVATIONS[act]}
-    return found | {field: checkpoint.numerics[field] for field in NUMERICS if field in checkpoint.numerics}
+    return found | {field: checkpoint.note[field] for field in NUMERICS if field in checkpoint.note}
 
 
 def dropout(name: str, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -151,13 +204,9 @@ def dropout(name: str, checkpoint: Checkpoint) -> dict[str, Any]:
     return {field: said[f"{word}_dropout_prob"] for field, word in words.items() if f"{word}_dropout_prob" in said}
 
 
-def parts(dialect: Dialect, ours: Tensors, variant: ViTConfig, grid: tuple[int, int] | None) -> dict[str, Any]:
-    """The fields of a configuration that follow from which tensors there are; sizes are the variant's.
-
-    Raises:
-        ValueError: see `pos_layout`.
-    """
-    cls, reg, head = (ours.get(name) for name in ("cls_token", "reg_token", "head.weight"))
+def parts(ours: Tensors, variant: ViTConfig) -> dict[str, Any]:
+    """The fields of a configuration that follow from which tensors there are; sizes are the variant's."""
+    cls, reg, hidden = (ours.get(name) for name in ("cls_token", "reg_token", "pre_logits.fc.weight"))
     fields = {
         "class_token": cls is not None,
         "reg_tokens": 0 if reg is None else reg.shape[1],
@@ -168,46 +217,96 @@ def parts(dialect: Dialect, ours: Tensors, variant: ViTConfig, grid: tuple[int, 
         "qk_norm": "blocks.0.attn.q_norm.weight" in ours,
         "fc_norm": "fc_norm.weight" in ours,
         "final_norm": "norm.weight" in ours or "fc_norm.weight" in ours,
-        "num_classes": 0 if head is None else head.shape[0],
+        "num_classes": classes(ours),
         "in_chans": ours["patch_embed.proj.weight"].shape[1],
     }
     if "fc_norm.weight" in ours or (cls is None and variant.global_pool == "token"):
         fields["global_pool"] = "avg"
-    if head is not None and "pre_logits.fc.weight" in ours:
-        fields["representation_size"] = ours["pre_logits.fc.weight"].shape[0]
-    with_parts = dataclasses.replace(variant, **{"global_pool": "avg"} | fields | {"no_embed_class": False})
-    rows, _grid = pos_layout(dialect, ours["pos_embed"], with_parts, grid)
-    prefix = with_parts.num_prefix_tokens
-    fields["no_embed_class"] = bool(prefix) and rows != prefix
+    if fields["num_classes"] and hidden is not None:
+        fields["representation_size"] = hidden.shape[0]
     return fields
 
 
-def pos_layout(
-    dialect: Dialect, pos: Tensor, config: ViTConfig, grid: tuple[int, int] | None = None
-) -> tuple[int, tuple[int, int]]:
-    """How many prefix tokens have a row in ``pos`` [1, rows, D], and the grid of the others.
+def classes(ours: Tensors) -> int:
+    """How many the head has; 0 without one."""
+    return ours["head.weight"].shape[0] if "head.weight" in ours else 0
 
-    That is the grid of the model where the number of rows fits, else a square. ``grid`` says which it must be.
+
+def check_own(own: ViTConfig, start: ViTConfig, ours: Tensors, overrides: dict[str, Any], kind: str) -> None:
+    """Compares what a file of ours says with the model, as far as it changes numbers and is in no tensor's shape.
 
     Raises:
-        ValueError: no number of prefix rows leaves either.
+        ValueError: they differ.
     """
-    counts = {"all": config.num_prefix_tokens, "class": int(config.class_token), "none": 0}
-    if dialect.prefix_rows == "all none" and config.no_embed_class:
-        counts = {"all": 0, "none": config.num_prefix_tokens}  # the model's own layout first
-    prefixes = [counts[word] for word in dialect.prefix_rows.split()]
+    if own.num_heads != start.num_heads and "num_heads" not in overrides:
+        raise ValueError(f"it was saved with num_heads={own.num_heads}, the model has num_heads={start.num_heads}")
+    if kind == "told" and own.num_classes != classes(ours):
+        raise ValueError(f"it says num_classes={own.num_classes}, but has a head of {classes(ours)} classes")
+    pools = {own.global_pool, start.global_pool}
+    if kind == "live" and pools == {"token", "avg"} and classes(ours) == start.num_classes > 0:
+        fix = f"make the model with global_pool={own.global_pool!r}, or ask for a new head with another num_classes"
+        raise ValueError(
+            f"its head reads global_pool={own.global_pool!r}, not the model's {start.global_pool!r}; {fix}"
+        )
+
+
+def pos_layout(
+    dialect: Dialect,
+    pos: Tensor,
+    config: ViTConfig,
+    told: tuple[int, int] | None = None,
+    native: tuple[int, int] | None = None,
+    stated: bool = True,
+) -> tuple[int, tuple[int, int], list[str]]:
+    """How many prefix tokens have a row in ``pos`` [1, rows, D], the grid of the others, and what to say about it.
+
+    A number of rows can be read in several ways: with and without rows for prefix tokens, as a square and as the
+    model's grid. Without ``told`` it is the ``native`` grid of the model's name where that fits, as timm has it; else a
+    square, in the model's own layout if that fits one; else the model's grid.
+
+    Args:
+        dialect, pos: of the checkpoint.
+        config: of the model; its ``no_embed_class`` says which layout is its own if that is ``stated``.
+        told: the grid, where it is known.
+        native: the usual grid of models of this name.
+        stated: see ``config``.
+
+    Raises:
+        ValueError: no reading fits, or two do and nothing tells which.
+    """
     if pos.ndim != 3 or pos.shape[0] != 1 or pos.shape[2] != config.embed_dim:
         raise ValueError(f"the position embedding has shape {tuple(pos.shape)}, not (1, tokens, {config.embed_dim})")
-    rows = pos.shape[1]
-    for prefix in prefixes:
-        if rows - prefix == math.prod(grid or config.grid_size):
-            return prefix, grid or config.grid_size
-    for prefix in prefixes:
-        side = math.isqrt(max(rows - prefix, 0))
-        if side and side * side == rows - prefix and grid is None:
-            return prefix, (side, side)
-    known = f"{grid[0]}*{grid[1]}" if grid else "a square"
-    raise ValueError(f"the position embedding has {rows} rows; that is neither {known} nor the model's grid")
+    counts = {"all": config.num_prefix_tokens, "class": int(config.class_token), "none": 0}
+    prefixes = list(dict.fromkeys(counts[word] for word in dialect.prefix_rows.split()))
+    if dialect.prefix_rows == "all none" and config.no_embed_class:
+        prefixes.reverse()  # the model's own layout first
+    rows, ask = pos.shape[1], "pass grid_size=, (rows, columns) of the checkpoint"
+    squares = {prefix: (math.isqrt(max(rows - prefix, 0)),) * 2 for prefix in prefixes}
+
+    def fitting(grid: tuple[int, int] | None) -> list[tuple[int, tuple[int, int]]]:
+        """The readings with this grid; None for squares."""
+        grids = ((prefix, grid or squares[prefix]) for prefix in prefixes)
+        return [(prefix, grid) for prefix, grid in grids if math.prod(grid) == rows - prefix > 0]
+
+    if told:
+        found = fitting(told)
+        usual = found
+    else:
+        usual = native and fitting(native)
+        square, same = fitting(None), fitting(config.grid_size)
+        found = list(dict.fromkeys([*(usual or []), *square, *same]))
+    if not found:
+        known = f"not {told[0]}*{told[1]}" if told else "neither a square nor the model's grid"
+        raise ValueError(f"the position embedding has {rows} rows; that is {known}; {ask}")
+    if len(found) == 1 or told:
+        return *found[0], []
+    words = [f"{grid[0]}*{grid[1]} patches {f'and {n} prefix tokens' if n else 'alone'}" for n, grid in found]
+    said = f"its position embedding of {rows} rows is {' or '.join(words)}"
+    if usual:
+        return *found[0], [f"{said}: the first is taken, as the model's name says; pass grid_size= of the checkpoint"]
+    if (len(square) > 1 and not stated) or (square and same[:1] not in ([], square[:1]) and same[0][0] == prefixes[0]):
+        raise ValueError(f"{said}; {ask}")
+    return *found[0], []
 
 
 def fit_tokens(ours: Tensors, config: ViTConfig, rows: int, grid: tuple[int, int], resize: dict[str, Any]) -> Tensors:
@@ -270,13 +369,11 @@ def fit_head(ours: Tensors, config: ViTConfig, asked: bool) -> Iterator[str]:
     Raises:
         ValueError: the head reads a hidden layer that the model does not have.
     """
-    head = ours.get("head.weight")
-    classes = 0 if head is None else head.shape[0]
-    if classes != config.num_classes:
+    if (own := classes(ours)) != config.num_classes:
         for name in ("head.weight", "head.bias"):
             ours.pop(name, None)
         if config.num_classes and not asked:
-            has = f"a head of {classes} classes" if classes else "no head"
+            has = f"a head of {own} classes" if own else "no head"
             yield f"it has {has}, the model num_classes={config.num_classes}: the model's head is zero now"
     hidden = [name for name in ours if name.startswith("pre_logits.")]
     if hidden and not config.representation_size:

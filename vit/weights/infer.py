@@ -1,28 +1,30 @@
-"""The architecture of a checkpoint, where nobody names it."""
+"""The architecture of a checkpoint, where nobody names it and the file does not say it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from vit.config import SIZES, ViTConfig, mlp_ratio
-from vit.weights.dialects import DIALECTS, depth_of, detect, plain, read
+from vit.weights.dialects import DIALECTS, depth_of, read
 from vit.weights.files import Checkpoint
-from vit.weights.fit import described_grid, parts, pos_layout
+from vit.weights.fit import described_grid, parts, pos_layout, recognise
 
 
-def infer(checkpoint: Checkpoint, dialect: str | None) -> ViTConfig:
-    """The configuration of the model that a checkpoint holds, by its shapes and, for Hugging Face's, its config.json.
+def infer(
+    checkpoint: Checkpoint, dialect: str | None, asked: dict[str, Any], grid: tuple[int, int] | None
+) -> tuple[ViTConfig, list[str]]:
+    """The configuration of the model that a checkpoint holds, by its shapes and by the config.json beside it.
 
-    The number of heads is in no shape but google's and big_vision's; else it is that of the named models of this width.
+    ``asked`` are fields that the user gives, ``grid`` that of the position embedding if the user gives it. The second
+    result is what had to be assumed: the number of heads is in no shape but google's and big_vision's.
 
     Raises:
-        ValueError: the dialect, the heads or the grid cannot be told.
+        ValueError: the dialect, the heads, the activation of a CLIP or the grid cannot be told.
     """
-    tensors = plain(checkpoint.tensors)
-    name = dialect or detect(tensors)
-    if name is None:
-        raise ValueError("no ViT in a known dialect")
-    table, described = DIALECTS[name], (checkpoint.config or {}) if name.startswith("hf") else {}
+    name, tensors, _outside = recognise(checkpoint, dialect)
+    table, notes = DIALECTS[name], []
+    described = (checkpoint.config or {}) if name.startswith("hf") else {}
+    timm = (checkpoint.config or {}) if name == "timm" else {}
     queries = [t for key, t in tensors.items() if key.endswith("/query/bias")]
     ours, _left = read(table, tensors, queries[0].shape[0] if queries else 1)
     try:
@@ -30,23 +32,35 @@ def infer(checkpoint: Checkpoint, dialect: str | None) -> ViTConfig:
         dim, in_chans, *patch = weight.shape
         hidden = fc1.shape[0]
     except (KeyError, ValueError):
-        raise ValueError("it has no patch projection, MLP or position embedding; name the model") from None
-    if "norm_pre.weight" in ours:
+        raise ValueError(f"in dialect {name!r} it has no patch projection, MLP or position embedding") from None
+    if "norm_pre.weight" in ours and "act_layer" not in asked:
         raise ValueError(
-            "its tokens are normalised before the blocks (CLIP), and nothing tells with which GELU; name it"
+            "its tokens are normalised before the blocks (CLIP), and nothing tells with which GELU; name it or pass "
+            "act_layer="
         )
-    by_width = {width: heads for width, _depth, heads, _hidden in SIZES.values()}
-    heads = queries[0].shape[0] if queries else described.get("num_attention_heads", by_width.get(dim))
+    told = asked.get("num_heads") or timm.get("model_args", {}).get("num_heads")
+    heads = queries[0].shape[0] if queries else described.get("num_attention_heads", told)
     if heads is None:
-        raise ValueError(f"nothing tells how many heads its width of {dim} has; name the model")
+        size, heads = next(((s, h) for s, (width, _, h, _) in SIZES.items() if width == dim), (None, None))
+        if heads is None:
+            raise ValueError(f"nothing tells how many heads its width of {dim} has; name the model or pass num_heads=")
+        notes.append(f"it does not say how many heads it has: {heads} are assumed, as vit_{size} has; pass num_heads=")
     fields: dict[str, Any] = dict(patch_size=tuple(patch), in_chans=in_chans, embed_dim=dim, num_heads=heads)
     fields |= dict(depth=depth_of(table, tensors), mlp_ratio=mlp_ratio(dim, hidden), img_size=tuple(patch))
+    if timm.get("global_pool") in ("token", "avg"):
+        fields["global_pool"] = timm["global_pool"]
+    if "norm_pre.weight" in ours:
+        fields["norm_eps"] = 1e-5  # as all CLIPs
     one_patch = ViTConfig(**fields)
-    grid = described_grid(described, one_patch) if described else None
-    own = ViTConfig(**fields | parts(table, ours, one_patch, grid))
-    rows, grid = pos_layout(table, pos, own, grid)
-    counts = {"all": own.num_prefix_tokens, "class": int(own.class_token), "none": 0}
-    usual = counts[table.prefix_rows.split()[0]]
-    if rows != usual and not own.reg_tokens and not described:
-        raise ValueError(f"its position embedding has {pos.shape[1]} rows, which fit no square; name the model")
-    return ViTConfig(**fields | {"img_size": tuple(n * p for n, p in zip(grid, patch, strict=True))})
+    if described and grid is None:
+        grid = described_grid(described, one_patch)
+    own = ViTConfig(**fields | parts(ours, one_patch) | {"no_embed_class": asked.get("no_embed_class", False)})
+    size = (timm.get("pretrained_cfg") or {}).get("input_size") or (0, 0, 0)
+    native = (size[1] // patch[0], size[2] // patch[1])
+    prefix, found, more = pos_layout(table, pos, own, grid, native, stated="no_embed_class" in asked)
+    if name == "timm" and prefix == 0 < own.num_prefix_tokens == 1 and not (grid or more or "no_embed_class" in asked):
+        raise ValueError(
+            f"its position embedding has {pos.shape[1]} rows, which fit no square with one for the class token; name "
+            f"the model, or pass grid_size={found} or another"
+        )
+    return ViTConfig(**fields | {"img_size": tuple(n * p for n, p in zip(found, patch, strict=True))}), notes + more
