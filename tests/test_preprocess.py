@@ -56,6 +56,35 @@ def test_transformers(kind, size, tmp_path):
         assert_same_pixels(preprocess.preprocessing("hf", (224, 224))(photo(size)), theirs, ours.std)
 
 
+FORMS = {
+    "an integer": {"size": 64},
+    "both sides": {"size": {"height": 64, "width": 48}},
+    "the shorter side": {"size": {"shortest_edge": 64}},
+    "an integer, cropped": {"size": 64, "crop_size": 40, "do_center_crop": True},
+    "both sides, cropped": {"size": {"height": 64, "width": 48}, "crop_size": {"height": 32, "width": 40}},
+    "cropped alone": {"do_resize": False, "crop_size": 150, "do_center_crop": True},
+    "not cropped": {"size": 64, "do_center_crop": False},
+    "not rescaled": {"do_rescale": False, "do_normalize": False},
+    "not normalised": {"do_normalize": False},
+    "another scale": {"rescale_factor": 1 / 128, "resample": 0, "image_std": [0.1, 0.2, 0.3]},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["ViT", "Bit", "DeiT", "CLIP"])
+def test_forms_of_a_processors_file(kind, form, tmp_path):
+    """Every processor reads the same words differently; what theirs refuses is not compared."""
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps({"image_processor_type": f"{kind}ImageProcessor"} | FORMS[form]))
+    try:
+        processor = getattr(import_transformers(), f"{kind}ImageProcessorPil").from_pretrained(tmp_path)
+        theirs = processor(photo("whole"), return_tensors="pt")["pixel_values"]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pytest.skip("transformers refuses it")
+    ours = preprocess.of_folder(tmp_path, (224, 224))
+    assert_same_pixels(ours(photo("whole")), theirs.float(), ours.std)
+
+
 @pytest.mark.parametrize("size", ["whole", "upright, odd", "odd margins"])
 @pytest.mark.parametrize(
     ("source", "model"),

@@ -395,6 +395,32 @@ def test_numerics_of_the_source_reach_every_module(dialect, tmp_path):
     assert changed.blocks[0].mlp.activation == "gelu_tanh" and changed.config.interpolation == "bicubic_antialias"
 
 
+HALF, IMAGENET = ((0.5,) * 3,) * 2, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+MEANS = {  # norm_eps, act_layer, interpolation, act_drop_rate; mean and std: as the libraries' sources say
+    "hf": (1e-12, "gelu", "bicubic", 0.0, HALF),
+    "hf_memory": (1e-12, "gelu", "bicubic", 0.0, HALF),
+    "torchvision": (1e-6, "gelu", "bicubic", None, IMAGENET),
+    "torchvision_old": (1e-6, "gelu", "bicubic", None, IMAGENET),
+    "google": (1e-6, "gelu_tanh", "bicubic", None, HALF),
+    "big_vision": (1e-6, "gelu_tanh", "bicubic", None, HALF),
+    "dinov2": (1e-6, "gelu", "bicubic_offset", None, IMAGENET),
+}
+
+
+@pytest.mark.parametrize("dialect", MEANS)
+def test_what_a_dialect_means_by_its_weights(dialect, tmp_path):
+    fields = {"num_classes": 0, "init_values": 0.1, "no_embed_class": True} if dialect == "dinov2" else {}
+    fields |= {"no_embed_class": True} if dialect == "big_vision" else {}
+    path = foreign(make(**fields), tmp_path / "model.npz", dialect)
+    config = {"norm_eps": 1e-3, "act_layer": "quick_gelu", "interpolation": "bicubic_antialias", "act_drop_rate": 0.3}
+    for target in (make(**fields | config), "vit_tiny_patch16_224"):
+        sizes = {} if target != "vit_tiny_patch16_224" else {k: v for k, v in SMALL.items() if k != "num_classes"}
+        model = load(target, path, **sizes, dialect=dialect)
+        found = tuple(getattr(model.config, name) for name in config)
+        cfg = model.pretrained_cfg
+        assert (*found, (tuple(cfg["mean"]), tuple(cfg["std"]))) == MEANS[dialect]
+
+
 def test_timm_numerics(tmp_path):
     """A named variant and CLIP keep theirs, another live model gets the usual ones and a warning."""
     torch.save(make().state_dict(), tmp_path / "m.pt")
@@ -460,6 +486,15 @@ def test_head_with_a_hidden_layer(tmp_path):
     named = vit.load_pretrained("vit_tiny_patch16_224", path, num_classes=3, **sizes)
     assert bits(named) == bits(model) and named.config.representation_size is None
     assert vit.load_pretrained("vit_tiny_patch16_224", path, **sizes).config.representation_size == 24
+
+
+@pytest.mark.parametrize("saved", [0, 32], ids=["no hidden layer", "hidden layer"])
+def test_a_new_head_of_a_live_model_goes_with_its_hidden_layer(saved, tmp_path):
+    """The configuration afterwards is that of the model: one made from it takes the state dict."""
+    file = foreign(make(num_classes=7, representation_size=saved or None), tmp_path / "model.pt")
+    model = load(make(representation_size=32), file, num_classes=3)
+    assert model.config.representation_size is None and model.config.num_classes == 3
+    vit.VisionTransformer(model.config).load_state_dict(model.state_dict())
 
 
 def test_a_classifier_of_hugging_face_does_not_read_a_pooler(tmp_path):

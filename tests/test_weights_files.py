@@ -163,6 +163,22 @@ def test_folder_of_hugging_face(tmp_path):
         vit.load_pretrained(model, tmp_path / "new")
 
 
+@pytest.mark.parametrize("count", [5, 12, 101])
+def test_class_names_have_the_order_of_their_numbers(count, tmp_path):
+    """JSON keeps them as text, in which "10" is before "2", and in any order."""
+    names = [f"class {(7 * i) % count}" for i in range(count)]
+    vit.save_pretrained(make(num_classes=count), tmp_path / "folder", "hf")
+    config = tmp_path / "folder" / "config.json"
+    told = json.loads(config.read_text()) | {"id2label": {str(i): names[i] for i in reversed(range(count))}}
+    config.write_text(json.dumps(told))
+    model = load(None, tmp_path / "folder")
+    assert model.pretrained_cfg["label_names"] == names
+    vit.save_pretrained(model, tmp_path / "again", "hf")
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert [again["id2label"][str(i)] for i in range(count)] == names
+    assert again["label2id"] == {name: i for i, name in enumerate(names)}
+
+
 def test_a_folder_that_others_changed(tmp_path):
     """transformers keeps words that it does not know: after its own training they are old."""
     pytest.importorskip("safetensors")
