@@ -230,6 +230,18 @@ def test_copies(name):
         model.load_state_dict(original.state_dict())
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("name", ["timm", "hf ViT"])
+def test_copies_keep_their_impl(name, impl):
+    model, file = vit.accelerate(zoo.build(name), impl=impl), io.BytesIO()
+    torch.save(model, file)
+    loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    want = vit.explain(model, zoo.images(name))
+    assert want and all(row.reason.startswith({"auto": "auto:", "reference": "asked for"}[impl]) for row in want)
+    for twin in (loaded, copy.deepcopy(model)):
+        assert vit.explain(twin, zoo.images(name)) == want
+
+
 def parts_of(model: nn.Module) -> list[str]:
     """One module of each class that is fused."""
     classes = {type(model.get_submodule(name)): name for name in fused_modules(model)}

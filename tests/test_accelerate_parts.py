@@ -81,6 +81,36 @@ def test_dropout_of_everything_or_nothing(name, p):
     compare(name, zoo.build(name, train=True), change)
 
 
+def dropouts(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Every place that can drop: (module, name of its rate)."""
+    names = {nn.Dropout: "p", nn.MultiheadAttention: "dropout"}
+    found = [(m, next((a for kind, a in names.items() if isinstance(m, kind)), "drop_prob")) for m in model.modules()]
+    found += [(m, "attention_dropout") for m in model.modules()]
+    return [(m, a) for m, a in found if isinstance(getattr(m, a, None), (int, float))]
+
+
+@pytest.mark.parametrize("name", ["timm", "timm DeiT", "torchvision", "hf ViT", "hf Dinov2"])
+def test_each_dropout_alone_drops(name):
+    options = {"drop_path_rate": 0.1} if name == "hf Dinov2" else {}
+    original = zoo.hf_model("Dinov2Model", "Dinov2Config", **options) if options else zoo.build(name)
+    randomise(original.train())
+    model, image, drops = vit.accelerate(copy.deepcopy(original)), zoo.images(name), []
+    for of in (original, model):
+        places = dropouts(of)
+        for place in places:
+            setattr(*place, 0.0)
+        with torch.no_grad():
+            still, seen = zoo.outputs("", of, image), []
+            for place in places:
+                setattr(*place, 0.5)
+                torch.manual_seed(0)
+                found = [zoo.outputs("", of, image) for _ in range(3)]
+                seen.append(any(not torch.allclose(f[k], still[k], rtol=1e-3) for f in found for k in still))
+                setattr(*place, 0.0)
+        drops.append(seen)
+    assert drops[0] == drops[1] and sum(drops[0]) >= 4
+
+
 @pytest.mark.parametrize("name", ["timm", "torchvision", "hf ViT", "hf Dinov2"])
 def test_parts_in_evaluation_within_a_model_in_training(name):
     """Each module's own ``training`` decides whether it drops out."""

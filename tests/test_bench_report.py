@@ -286,6 +286,21 @@ def test_rule_of_noise(folder, old, new, ratio):
     assert compare.change(one(old), one(new)) == (None if ratio is None else pytest.approx(ratio))
 
 
+@pytest.mark.parametrize(("lost", "code"), [({"error": "parity: rms 0.2"}, 1), ({"skipped": "budget"}, 0)])
+def test_compare_fails_for_a_point_that_fails_alone(lost, code, folder, capsys):
+    """Nothing is slower; what was timed in A fails in B, or was left out there."""
+
+    def lose(found):
+        timed = next(r for r in found["records"] if r.get("ms_p50"))
+        for key in ("ms_p20", "ms_p50", "ms_p80", "img_s", "sol_fraction", "tflops", "gbps", "peak_mem_mb"):
+            timed.pop(key, None)
+        timed.update(lost, ok=not lost.get("error"))
+
+    edit(folder / "results/sample/bench_vit.json", lose)
+    assert compare.main([str(SAMPLES / "before"), str(folder / "results/sample")]) == code
+    assert "18 points compared, 0 changed (0 slower), 1 only in A" in capsys.readouterr().out
+
+
 def test_compare_counts_a_smaller_largest_batch(folder):
     def halve(found):
         (record,) = [r for r in found["records"] if r.get("largest_batch") == 8000]

@@ -402,7 +402,7 @@ class Restless(torch.nn.Module):
         self.steps = self.steps + 1
         self.calls += 1
         self.drop.train()
-        if self.training:
+        if self.training or self.online.training:  # of a part alone, too
             self.moving.weight.data = 0.9 * self.moving.weight.data + 0.1 * self.online.weight.data
             with torch.no_grad():
                 self.moving.bias.lerp_(self.online.bias + 1, 0.1)

@@ -413,12 +413,16 @@ def test_what_a_dialect_means_by_its_weights(dialect, tmp_path):
     fields |= {"no_embed_class": True} if dialect == "big_vision" else {}
     path = foreign(make(**fields), tmp_path / "model.npz", dialect)
     config = {"norm_eps": 1e-3, "act_layer": "quick_gelu", "interpolation": "bicubic_antialias", "act_drop_rate": 0.3}
-    for target in (make(**fields | config), "vit_tiny_patch16_224"):
+    for target in (make(proj_drop_rate=0.5, **fields | config), "vit_tiny_patch16_224"):
         sizes = {} if target != "vit_tiny_patch16_224" else {k: v for k, v in SMALL.items() if k != "num_classes"}
         model = load(target, path, **sizes, dialect=dialect)
         found = tuple(getattr(model.config, name) for name in config)
         cfg = model.pretrained_cfg
         assert (*found, (tuple(cfg["mean"]), tuple(cfg["std"]))) == MEANS[dialect]
+        rate = model.config.proj_drop_rate if MEANS[dialect][3] is None else MEANS[dialect][3]
+        norms = [m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)]
+        assert {(b.mlp.activation, b.mlp.drop_rate) for b in model.blocks} == {(MEANS[dialect][1], rate)}
+        assert {norm.eps for norm in norms} == {MEANS[dialect][0]}
 
 
 def test_timm_numerics(tmp_path):
