@@ -185,6 +185,9 @@ def test_multihead_attention_and_all_that_it_takes(made):
         "mask": ((sequence, sequence, sequence), {"need_weights": False, "attn_mask": causal}),
         "padding": ((sequence, sequence, sequence), {"need_weights": False, "key_padding_mask": padding}),
         "cross": ((q, 2 * k, v), {"need_weights": False}),
+        "other values": ((sequence, sequence, 2 * sequence), {"need_weights": False}),
+        "other keys": ((sequence, 2 * sequence, sequence), {"need_weights": False}),
+        "other queries": ((2 * sequence, sequence, sequence), {"need_weights": False}),
         "equal values": ((sequence, sequence.clone(), sequence), {"need_weights": False}),
         "one sequence": ((sequence[0], sequence[0], sequence[0]), {"need_weights": False}),
     }
@@ -297,6 +300,23 @@ def test_a_class_whose_forward_is_replaced_afterwards_runs_it(name, cls, monkeyp
         patch.setattr(owner, "forward", doubled)
         assert_close(zoo.results(name, model, image), zoo.results(name, original, image))
     assert_close(before, zoo.results(name, model, image), 0.0)
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("part", ["mlp.fc1", "mlp.fc2", "attn.proj", "norm2", "mlp", "attn"])
+def test_a_forward_borrowed_from_another_module_is_called(part, after):
+    """It is a method of the same class, but it computes with the other module's parameters."""
+    original = zoo.build("timm")
+    model, image = copy.deepcopy(original), zoo.images("timm")
+    if after:
+        vit.accelerate(model)
+    for of in (model, original):
+        of.blocks[1].get_submodule(part).forward = of.blocks[0].get_submodule(part).forward
+    if not after:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            vit.accelerate(model)
+    assert_close(zoo.outputs("timm", model, image), zoo.outputs("timm", original, image))
 
 
 def test_linears_and_activations_of_our_own_model_count_likewise(monkeypatch):

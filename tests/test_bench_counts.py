@@ -67,6 +67,16 @@ def test_flops_against_pytorchs_counter(kind):
     assert total(launches, "flops") == both.get_total_flops() + logits_again
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(1, 17), (33, 7), (20, 20)])
+def test_flops_of_attention_by_hand(queries, keys):
+    """Two products forward and five backward, each of queries x keys; elements that repeat are multiplied anew."""
+    q, k, v = (meta(2, n, 4, 64).requires_grad_() for n in (queries, keys, keys))
+    launches = trace.trace(kernels.attention_qkv, q, k, v, train=True)
+    product = 2 * 2 * 4 * 64 * queries * keys
+    assert total(launches, "flops", "fwd") == 2 * product
+    assert total(launches, "flops", "bwd") in (5 * product, 7 * product)  # dq in a kernel of its own computes two again
+
+
 GFLOP = {"S/16": 9.198, "B/16": 35.13, "L/16": 123.11, "B/16@384": 110.97, "H/14": 334.59}  # per image, by hand
 
 

@@ -1,6 +1,7 @@
 """The commands: what each option does, what each exit status means, and what the checks behind them judge."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 import vit
 from vit import classify, cli, parity, parity_command, preprocess, warmup
 from vit.kernels import runtime
-from vit.testing import measure
+from vit.testing import Report, measure
 
 TINY = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 7}
 
@@ -151,6 +152,17 @@ def test_classify_prepares_as_it_is_told(photo, tmp_path):
         classify._source(model, alone)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model-00001-of-00001.safetensors"])
+def test_a_file_that_transformers_names_has_what_lies_beside_it(name, photo, tmp_path):
+    saved(tmp_path / "folder")
+    weights = tmp_path / "folder" / name
+    model = vit.load_pretrained(None, tmp_path / "folder")
+    (tmp_path / "folder" / "model.safetensors").unlink()
+    vit.save_pretrained(model, weights, "hf")
+    shown = classify.classify(photo, weights)
+    assert "preprocessor_config.json" in shown and "name 1" in shown
+
+
 def test_names_beside_a_file_of_another_name_are_not_its(photo, tmp_path):
     """model.safetensors has what lies beside it; weights of another name in the same folder have nothing."""
     saved(tmp_path / "folder")
@@ -178,6 +190,19 @@ def test_signed_bias_is_towards_or_away_from_zero():
             report = measure((exact + bias * exact.sign()).bfloat16(), eager.bfloat16(), exact, scope=scope)
             assert not report.ok, (scope, bias)
         assert measure((exact + 0.5).bfloat16(), eager.bfloat16(), exact, scope=scope).ok, scope
+
+
+def test_the_table_shows_a_tensor_that_failed_before_one_that_passed():
+    """The worst of a group, be it a NaN, whose share of a limit compares with nothing."""
+    good = Report("blocks.0.attn.qkv.weight", 0.9, 1.0, 1.1, 0.9, 1.0, 1.5, 0.0, 1.0)
+    nan = Report("blocks.1.attn.qkv.weight", *[math.nan, 1.0, 1.1], *[math.nan, 1.0, 1.5], math.nan, 1.0)
+    large = Report("blocks.2.attn.qkv.weight", 1.2, 1.0, 1.1, 0.9, 1.0, 1.5, 0.0, 1.0)
+    for bad in (nan, large):
+        for reports in ([good, bad], [bad, good]):
+            (row,) = [line for line in parity.table(reports).splitlines() if line.startswith("  gradient of")]
+            assert row.endswith("FAIL") and f"{bad.rms:.2e}" in row
+            assert "Parity: FAIL, 1 of 2 tensors" in parity.table(reports)
+    assert "Parity: pass, 1 of 1 tensors" in parity.table([good])
 
 
 @pytest.mark.skipif(not runtime.INTERPRETED and not torch.cuda.is_available(), reason="needs kernels")

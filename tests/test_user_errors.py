@@ -147,3 +147,24 @@ def test_explain_draws_no_random_numbers():
     before = torch.get_rng_state()
     vit.explain(model, torch.zeros(1, 3, 16, 16))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+RATES = [field.name for field in dataclasses.fields(vit.ViTConfig) if field.name.endswith(("drop_rate", "path_rate"))]
+
+
+@pytest.mark.parametrize("cls", [vit.VisionTransformer, Reference])
+@pytest.mark.parametrize("rate", RATES)
+def test_each_rate_alone_drops_in_training_and_only_there(rate, cls):
+    config = vit.ViTConfig(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=5, **{rate: 0.5})
+    model, image = cls(config, seed=0), torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+        still = model.eval()(image)
+        assert torch.equal(model(image), still)
+        torch.manual_seed(0)
+        drops = [model.train()(image) for _ in range(2)]
+    assert not any(torch.allclose(drop, still, rtol=1e-3) for drop in drops) and not torch.equal(*drops)
+    for wrong in (1.0, 1.5, -0.1):
+        with pytest.raises(ValueError, match=rate):
+            dataclasses.replace(config, **{rate: wrong})

@@ -50,6 +50,16 @@ def test_wrappers(wrap, tmp_path):
     assert bits(other) == bits(model)
 
 
+@pytest.mark.parametrize("raw", ["state_dict", "model"])
+@pytest.mark.parametrize("average", ["state_dict_ema", "model_ema"])
+@pytest.mark.parametrize("first", [False, True])
+def test_the_average_is_taken_before_what_it_averages(raw, average, first, tmp_path):
+    model = make()
+    content = {average: model.state_dict(), raw: make(seed=2).state_dict()}
+    torch.save(content if first else dict(reversed(content.items())), tmp_path / "m.pt")
+    assert bits(load(make(seed=1), tmp_path / "m.pt")) == bits(model)
+
+
 @pytest.mark.parametrize("prefix", ["backbone.", "model.vit.", "module.encoder.", "student.backbone."])
 @pytest.mark.parametrize("dialect", ["timm", "hf", "torchvision"])
 def test_a_vit_inside_another_model(dialect, prefix, tmp_path):
@@ -604,6 +614,47 @@ def test_what_a_dialect_cannot_hold(dialect, fields, match, tmp_path):
     with pytest.raises(ValueError, match=match):
         vit.save_pretrained(make(**fields), tmp_path / "m.npz", dialect)
     assert not os.listdir(tmp_path)
+
+
+PARTS = {
+    "registers": {"reg_tokens": 3, "no_embed_class": True},
+    "LayerScale": {"init_values": 0.1},
+    "no bias of q, k, v": {"qkv_bias": False},
+    "pre_norm": {"pre_norm": True},
+    "qk_norm": {"qk_norm": True},
+    "mask token": {"use_mask_token": True},
+    "hidden layer": {"representation_size": 24},
+    "no class token": GAP,
+    "average beside a class token": {"global_pool": "avg"},
+    "norm after pooling": {"global_pool": "avg", "fc_norm": True} | {"class_token": False},
+    "class row": {"no_embed_class": False},
+}
+HOLDS = {  # which of PARTS the libraries' models have
+    "timm": set(PARTS),
+    "hf": {"no bias of q, k, v", "mask token", "class row"},
+    "hf_memory": {"no bias of q, k, v", "mask token", "class row"},
+    "torchvision": {"hidden layer", "class row"},
+    "torchvision_old": {"hidden layer", "class row"},
+    "google": {"hidden layer", "no class token", "class row"},
+    "big_vision": {"hidden layer", "no class token"},
+    "dinov2": {"registers", "LayerScale", "no bias of q, k, v", "mask token", "class row"},
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("dialect", HOLDS)
+def test_what_each_dialect_holds(dialect, part, tmp_path):
+    """What it has no place for is an error before anything is written; the rest comes back to the same bits."""
+    fields = {"num_classes": 0} if dialect == "dinov2" else {}
+    fields |= {"no_embed_class": True} if dialect == "big_vision" else {}
+    model = make(**fields | PARTS[part])
+    if part not in HOLDS[dialect]:
+        with pytest.raises(ValueError):
+            vit.save_pretrained(model, tmp_path / "m.npz", dialect)
+        assert not os.listdir(tmp_path)
+        return
+    save(model, tmp_path / "m.npz", dialect)
+    assert bits(load(make(seed=1, **fields | PARTS[part]), tmp_path / "m.npz", dialect=dialect)) == bits(model)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

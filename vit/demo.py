@@ -173,28 +173,13 @@ def show_times(models: Models, images: Tensor) -> None:
 
 
 @torch.no_grad()
-def attention_probs(model: nn.Module, image: Tensor) -> Tensor:
-    """[depth, N, N]: each block's attention on one image, mean over heads, from the block's own q and k."""
-    inputs: list[Tensor] = []
-    hooks = [b.attn.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for b in model.blocks]
-    try:
-        model(image)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    maps = []
-    for block, y in zip(model.blocks, inputs, strict=True):
-        qkv = F.linear(y[0], block.attn.qkv.weight, block.attn.qkv.bias).float()  # [N, 3·D]
-        q, k, _ = qkv.unflatten(1, (3, block.attn.num_heads, -1)).permute(1, 2, 0, 3)  # [HEADS, N, HEAD_DIM] each
-        maps.append((q @ k.transpose(1, 2) * q.shape[2] ** -0.5).softmax(-1).mean(0))
-    return torch.stack(maps)
-
-
 def show_attention(model: nn.Module, image: Tensor, out: Path) -> None:
     """Writes the photograph beside itself under a map of the class token's attention."""
     config = model.config
     with step("drawing where the class token looks"):
-        share = attention_probs(model, image).mean(0)[0, config.num_prefix_tokens :].cpu()  # [num_patches]
+        _, maps = model.attention_maps(image)  # {block: [1, HEADS, N, N]}
+        mean = torch.cat(list(maps.values())).mean((0, 1))  # [N, N]
+        share = mean[0, config.num_prefix_tokens :].cpu()  # [num_patches]
         low, high = share.min().item(), share.max().item()
         grid = share.reshape(1, 1, *config.grid_size)
         smooth = F.interpolate(grid, size=(PANEL, PANEL), mode="bicubic", align_corners=False)[0, 0].numpy()
