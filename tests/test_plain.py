@@ -100,6 +100,21 @@ def test_counts(change, part):
     assert_alike(fast, reference, "cpu")
 
 
+@pytest.mark.parametrize("act_layer", ["gelu", "gelu_tanh", "quick_gelu"])
+@pytest.mark.parametrize("fields", [{}, {"qk_norm": True, "pre_norm": True, "reg_tokens": 2}], ids=["plain", "options"])
+def test_a_hook_that_does_nothing_changes_nothing(fields, act_layer):
+    """On one part after the other: a part that is called, and what is around it, compute what the fused op does."""
+    model = vit.VisionTransformer(vit.ViTConfig(**vars(CONFIG) | fields | {"act_layer": act_layer}))
+    randomise(model)
+    image = torch.randn(2, 3, 24, 16, generator=torch.Generator().manual_seed(1))
+    want = outputs_and_gradients(model, model, image)
+    hooked = [name for name, _ in model.named_modules() if name and "patch_embed.proj" not in name]
+    for name in hooked:
+        handle = model.get_submodule(name).register_forward_hook(lambda module, args, out: None)
+        assert_same(outputs_and_gradients(model, model, image), want, 2e-5)
+        handle.remove()
+
+
 @pytest.mark.parametrize(("change", "part"), [("LoRA", "blocks.0.attn.qkv"), ("forward hook", "blocks.0.norm2")])
 def test_counts_beside_kernels(change, part, device):
     fast, reference = twins("triton")
