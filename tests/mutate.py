@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import multiprocessing
 import os
 import shutil
@@ -19,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from strangers import STRANGERS
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -758,6 +760,7 @@ MUTANTS = [
         "if n != 1]",
         (f"{COUNTS}::test_regions_are_counted_once",),
     ),
+    *(Mutant(*row[:4], row[4:]) for row in STRANGERS),
 ]
 
 
@@ -793,9 +796,19 @@ def _pytest(folder: Path, tests: tuple[str, ...]) -> None:
     sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={folder}/tmp", *tests]))
 
 
+def compares(mutant: Mutant) -> bool:
+    """Whether its tests compare with another library: they have the mark `peers`."""
+    for file, _, name in (test.partition("[")[0].partition("::") for test in mutant.tests):
+        text = (ROOT / file).read_text()
+        decorators = text.partition(f"def {name}(")[0].rpartition("\n\n\n")[2] if name else ""
+        if "pytestmark = pytest.mark.peers" in text or "mark.peers" in decorators:
+            return True
+    return False
+
+
 def controls(chosen: list[Mutant]) -> list[Mutant]:
     """For each folder that ``chosen`` changes, the tests of one of them, with a comment for a bug."""
-    areas = {m.file.split("/")[0]: m for m in reversed(chosen)}
+    areas = {m.file.split("/")[0] + (" beside libraries" if compares(m) else ""): m for m in reversed(chosen)}
     comment = "\n# This changes nothing.\n"
     return [dataclasses.replace(m, name=f"control of {area}", old="", new=comment) for area, m in areas.items()]
 
@@ -834,6 +847,10 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="bugs at a time")
     args = parser.parse_args()
     chosen = [m for m in MUTANTS if not args.names or any(name in m.name for name in args.names)]
+    if importlib.util.find_spec("timm") is None:
+        there = len(chosen)
+        chosen = [m for m in chosen if not compares(m)]
+        print(f"{there - len(chosen)} bugs are left out: their tests need timm and transformers (make peers)")
     for control in controls(chosen):
         code, output = run(control)
         if code != 0:

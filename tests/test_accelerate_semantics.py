@@ -108,6 +108,7 @@ def test_backward_and_pre_hooks(part):
     for of in (model, original):
         module = of.blocks.get_submodule(part)
         module.register_full_backward_hook(lambda module, grad_in, grad_out: (grad_in[0] * 2,))
+        of.blocks[0].mlp.fc1.register_full_backward_pre_hook(lambda module, grad_out: (grad_out[0] * 3,))
         module.register_forward_pre_hook(lambda module, args: (args[0] * 0.5, *args[1:]))
     image = zoo.images("timm DINOv2")
     assert_close(zoo.results("timm DINOv2", model, image), zoo.results("timm DINOv2", original, image))

@@ -129,6 +129,32 @@ def test_gradients_are_those_of_the_reference(call, device):
 
 
 @every_call
+def test_each_gradient_alone(call, device):
+    """Where one argument learns and all others are frozen, it learns what it learns beside them."""
+    op, inputs, options = make(call, device)
+    exact = gradients(op, {n: t.double() for n, t in inputs.items()}, options, module=reference)[-len(inputs) :]
+    for name, want in zip(inputs, exact, strict=True):
+        alone = {n: t.detach().requires_grad_(n == name) for n, t in inputs.items()}
+        outs = [out for out in run(op, alone, options) if out.requires_grad]
+        (found,) = torch.autograd.grad(outs, [alone[name]], directions(outs))
+        torch.testing.assert_close(found.double(), want, atol=2e-5, rtol=1e-4, msg=name)
+
+
+@every_call
+def test_one_wide_argument_beside_fp16(call, device):
+    """Each that may be fp32, with and without those that share its dtype: both paths return the same types."""
+    op, inputs, options = make(call, device)
+    together = ("pos_embed", "prefix", "mask_token")
+    for name in [n for n, t in mixed(inputs).items() if t.dtype is torch.float32]:
+        group = together if name in together else (name,)
+        some = {n: t if n in group else t.half() for n, t in inputs.items()}
+        for gone in ([], [n for n in group if n not in (name, "mask_token")]):
+            kept = {n: t for n, t in some.items() if n not in gone}
+            found, want = (run(op, kept, options | {"impl": impl}) for impl in ("triton", "reference"))
+            assert [(o.dtype, o.shape) for o in found] == [(o.dtype, o.shape) for o in want], (name, gone)
+
+
+@every_call
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "wide beside fp16"])
 def test_both_paths_return_the_same_types(call, autocast, device):
     op, inputs, options = make(call, device)

@@ -1,5 +1,7 @@
 """transformers models with our attention from its registry, beside its own eager attention."""
 
+import types
+
 import pytest
 import torch
 from peers import assert_same, import_transformers, randomise
@@ -146,6 +148,13 @@ def test_the_registered_function_and_all_that_it_takes(causal, heads, scaling):
     found, weights = attend(module, q, k, v, None, scaling=scaling, is_causal=is_causal)
     torch.testing.assert_close(found, want)
     assert weights is None
+    if options["is_causal"] is False and heads == 4:
+        probs = torch.softmax((scaling or 0.25) * q @ k.mT, -1)
+        for asked in ({"output_attentions": True}, {}):  # the keyword, or the configuration
+            module.config = types.SimpleNamespace(output_attentions=not asked)
+            weights = attend(module, q, k, v, None, scaling=scaling, is_causal=is_causal, **asked)[1]
+            torch.testing.assert_close(weights, probs)
+        assert attend(module, q, k, v, None, scaling=scaling, is_causal=is_causal, output_attentions=False)[1] is None
     mask = torch.ones(6, 6, dtype=torch.bool).tril(2)[None, None]
     options = {"attn_mask": mask, "enable_gqa": True, "scale": scaling}
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)

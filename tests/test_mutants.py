@@ -4,6 +4,7 @@ import os
 from unittest.mock import patch
 
 import mutate
+import peers
 import pytest
 import torch
 
@@ -11,13 +12,24 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpret
 CHOSEN = mutate.MUTANTS[:: 1 if os.environ.get("THOROUGH") else 10]
 
 
-@pytest.mark.parametrize("mutant", CHOSEN, ids=lambda m: m.name)
+def marked(mutants):
+    """Those whose tests compare with other libraries have the mark of such tests."""
+    return [pytest.param(m, id=m.name, marks=[pytest.mark.peers] if mutate.compares(m) else []) for m in mutants]
+
+
+@pytest.fixture(autouse=True)
+def libraries(request):
+    if request.node.get_closest_marker("peers"):
+        peers.import_timm()
+
+
+@pytest.mark.parametrize("mutant", marked(CHOSEN))
 def test_caught(mutant):
     ok, output = mutate.caught(mutant)
     assert ok, f"{mutant.name} survived:\n{output[-3000:]}"
 
 
-@pytest.mark.parametrize("control", mutate.controls(CHOSEN), ids=lambda m: m.name)
+@pytest.mark.parametrize("control", marked(mutate.controls(CHOSEN)))
 def test_without_a_bug_the_tests_pass(control):
     code, output = mutate.run(control)
     assert code == 0 and " passed" in output, output[-3000:]

@@ -59,12 +59,18 @@ CHANGES = {
     "forward hook": on(lambda m: m.register_forward_hook(lambda _m, _args, out: out * 1.5)),
     "forward pre-hook": on(lambda m: m.register_forward_pre_hook(lambda _m, args: (args[0].square(),))),
     "backward hook": on(lambda m: m.register_full_backward_hook(lambda _m, grads, _outs: (grads[0] * 2,))),
+    "backward pre-hook": on(lambda m: m.register_full_backward_pre_hook(lambda _m, grads: (grads[0] * 2,))),
+    "other input": on(
+        lambda m: m.register_forward_pre_hook(lambda _m, args: (args[0] + args[0].roll(1, -1), *args[1:]))
+    ),
     "LoRA": wrap,
     "pruned": on(lambda m: prune.l1_unstructured(m, "weight", 0.5)),
     "weight_norm": on(parametrizations.weight_norm),
     "RMSNorm": other_norm,
 }
 CASES = [(change, part) for change in ("forward hook", "backward hook") for part in LINEARS + NORMS]
+CASES += [("backward pre-hook", part) for part in LINEARS + NORMS]
+CASES += [("other input", part) for part in ("blocks.0", "blocks.1", "blocks.1.attn", "blocks.0.mlp", "norm", "head")]
 CASES += [("forward pre-hook", part) for part in ("blocks.1.attn.qkv", "blocks.0.mlp.fc2", "blocks.1.norm2")]
 CASES += [(change, part) for change in ("LoRA", "pruned", "weight_norm") for part in LINEARS]
 CASES += [("RMSNorm", part) for part in NORMS]
@@ -95,7 +101,7 @@ def test_counts(change, part):
     plain = reference(torch.ones(1, 3, 24, 16))
     for model in (fast, reference):
         CHANGES[change](model, part)
-    if change not in ("backward hook", "weight_norm"):  # those show in the gradients
+    if change not in ("backward hook", "backward pre-hook", "weight_norm"):  # those show in the gradients
         assert not torch.allclose(reference(torch.ones(1, 3, 24, 16)), plain)  # or the case shows nothing
     assert_alike(fast, reference, "cpu")
 

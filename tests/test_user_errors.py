@@ -168,3 +168,16 @@ def test_each_rate_alone_drops_in_training_and_only_there(rate, cls):
     for wrong in (1.0, 1.5, -0.1):
         with pytest.raises(ValueError, match=rate):
             dataclasses.replace(config, **{rate: wrong})
+
+
+@pytest.mark.parametrize(("rate", "kept"), [(0.0, 16), (0.1, 14), (0.5, 8), (0.9, 1), (0.95, 1), (0.99, 1)])
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_patch_dropout_keeps_as_many_as_timm(rate, kept, prefix):
+    """int(16 · (1 − rate)) patches, at least one, and all prefix tokens."""
+    tokens = {"class_token": prefix > 0, "reg_tokens": max(prefix - 1, 0), "global_pool": "avg"}
+    config = vit.ViTConfig(
+        img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, patch_drop_rate=rate, **tokens
+    )
+    model, image = vit.VisionTransformer(config, seed=0), torch.randn(2, 3, 32, 32)
+    assert model.train().forward_features(image).shape == (2, prefix + kept, 32)
+    assert model.eval().forward_features(image).shape == (2, prefix + 16, 32)
