@@ -22,6 +22,10 @@ import vit
 from vit.config import ViTConfig
 
 
+def other_weights():
+    return make(seed=2).state_dict()
+
+
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -35,7 +39,10 @@ from vit.config import ViTConfig
         lambda s: {"n_averaged": torch.tensor(3)} | prefixed("module.", s),  # AveragedModel, SWA
         lambda s: {"state_dict": prefixed("model.", s)},  # Lightning
         lambda s: {"state_dict": prefixed("net._orig_mod.", s), "hyper_parameters": {"lr": 0.1}},
-        lambda s: {"teacher": prefixed("backbone.", s), "student": prefixed("module.backbone.", changed())},  # DINO
+        lambda s: {
+            "student": prefixed("module.backbone.", other_weights()),
+            "teacher": prefixed("backbone.", s),
+        },  # DINO
         lambda s: {"net": {"state_dict": s}},
         lambda s: {k.replace("blocks.0.", "blocks.0._fsdp_wrapped_module."): v for k, v in s.items()},
         lambda s: {k.replace("blocks.1.", "blocks.1._checkpoint_wrapped_module."): v for k, v in s.items()},
