@@ -5,7 +5,7 @@ import torch
 
 import vit
 from vit.reference import VisionTransformer as Reference
-from vit.testing import check, measure, pool
+from vit.testing import as_good, check, check_mirror, check_op, measure, pool
 
 
 def results(dtype, shape=(64, 96)):
@@ -137,3 +137,48 @@ def test_shapes_and_dtypes_must_agree():
         measure(ours, eager, exact.float())
     with pytest.raises(AssertionError, match="dtype"):
         measure(ours.half(), eager, exact)
+
+
+def spoiled(x, how):
+    """x, with an error that every judge must see."""
+    wrong = x.clone()
+    wrong.view(-1)[3] = {"nan": float("nan"), "infinite": float("inf"), "large": 9.0 + 9.0 * x.abs().max().item()}[how]
+    return wrong
+
+
+class Spoiled(torch.autograd.Function):
+    """The identity, with a wrong result or a wrong gradient."""
+
+    @staticmethod
+    def forward(ctx, x, how, where):
+        ctx.spoils = how if where == "gradient" else None
+        return spoiled(x, how) if where == "output" else x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return (spoiled(dy, ctx.spoils) if ctx.spoils else dy), None, None
+
+
+@pytest.mark.parametrize("how", ["nan", "infinite", "large"])
+@pytest.mark.parametrize("where", ["output", "gradient"])
+def test_every_judge_sees_an_error_that_any_would(how, where, dtype):
+    """`check_op`, `check_mirror` and `as_good`; and each passes what is right."""
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+
+    def right(x):
+        return x * 3
+
+    def wrong(x):
+        return Spoiled.apply(x * 3, how, where)
+
+    check_op(right, right, {"x": x}, dtype)
+    check_mirror(right, right, right, {"x": x}, dtype)
+    with pytest.raises(AssertionError):
+        check_op(wrong, right, {"x": x}, dtype)
+    with pytest.raises(AssertionError):
+        check_mirror(wrong, right, right, {"x": x}, dtype)
+    exact = x.double() * 3
+    mirror = exact.to(dtype)
+    as_good(mirror, mirror, exact)
+    with pytest.raises(AssertionError):
+        as_good(spoiled(mirror, how), mirror, exact)
