@@ -101,6 +101,31 @@ def test_a_replaced_forward_is_honoured(name, part, after):
     assert part == "" or "forward" in vars(model.get_submodule(part))  # somebody else's stays
 
 
+@BEFORE_OR_AFTER
+@pytest.mark.parametrize(("name", "part"), [case for case in PART_CASES if case[1]])
+def test_a_subclass_runs_its_own_forward(name, part, after):
+    """A class that somebody derives from a part's counts as another one, wherever the part is."""
+    original = zoo.build(name)
+    model = copy.deepcopy(original)
+    for of, accelerated in ((model, after), (original, False)):
+        if accelerated:
+            vit.accelerate(model)
+        module = of.get_submodule(part)
+        base = type(module)
+
+        def forward(self, *args, base=base, **kwargs):
+            return changed(base.forward(self, *args, **kwargs), 1.5)
+
+        module.__class__ = type(base.__name__, (base,), {"forward": forward})
+    image = zoo.images(name)
+    want = zoo.outputs(name, original, image)
+    if not after:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            vit.accelerate(model)
+    assert_close(zoo.outputs(name, model, image), want)
+
+
 @pytest.mark.parametrize("part", ["1", "0.attn.proj", "1.norm1", "1.ls1", "0.mlp.act"])
 def test_backward_and_pre_hooks(part):
     original = zoo.build("timm DINOv2")

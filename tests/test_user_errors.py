@@ -181,3 +181,23 @@ def test_patch_dropout_keeps_as_many_as_timm(rate, kept, prefix):
     model, image = vit.VisionTransformer(config, seed=0), torch.randn(2, 3, 32, 32)
     assert model.train().forward_features(image).shape == (2, prefix + kept, 32)
     assert model.eval().forward_features(image).shape == (2, prefix + 16, 32)
+
+
+def test_frozen_parameters_do_not_move_the_learning_rates():
+    """A layer's scale is 0.75 to the power of the layers above it, whatever of them learns."""
+    config = vit.ViTConfig(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=5)
+    model = vit.VisionTransformer(config, seed=0)
+
+    def scales():
+        groups = vit.param_groups_layer_decay(model, weight_decay=0.1, layer_decay=0.75)
+        names = {param: name for name, param in model.named_parameters()}
+        return {names[param]: group["lr_scale"] for group in groups for param in group["params"]}
+
+    every = scales()
+    assert every["head.weight"] == 1.0 and every["blocks.2.mlp.fc1.weight"] == 0.75 and len(set(every.values())) == 5
+    for frozen in ("head.", "blocks.1.", "patch_embed."):
+        for name, param in model.named_parameters():
+            param.requires_grad_(not name.startswith(frozen))
+        found = scales()
+        assert found and found == {name: every[name] for name in found}
+        assert not any(name.startswith(frozen) for name in found)

@@ -180,6 +180,46 @@ def test_folder_of_hugging_face(tmp_path):
         vit.load_pretrained(model, tmp_path / "new")
 
 
+@pytest.mark.parametrize("name", ["folder", "m.safetensors", "m.pt", "m.npz"])
+def test_what_is_known_of_the_images_comes_back(name, tmp_path):
+    """Through every kind of file, whatever its dialect and that of the source."""
+    if name in ("folder", "m.safetensors"):
+        pytest.importorskip("safetensors")
+    model = make()
+    model.pretrained_cfg = {
+        "source": "torchvision", "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "label_names": list("abcde"),
+    }  # fmt: skip
+    for dialect in ("hf",) if name == "folder" else ("timm", "hf", "torchvision"):
+        save(model, tmp_path / name, dialect)
+        found = load(None, tmp_path / name).pretrained_cfg
+        assert {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()} == {
+            k: list(v) if isinstance(v, tuple) else v for k, v in model.pretrained_cfg.items()
+        }
+
+
+@pytest.mark.parametrize("size", [(32, 16), (16, 32), 32])
+def test_the_grid_that_a_config_json_says(size, tmp_path):
+    """image_size is [height, width] in transformers; the embedding is taken as it is."""
+    pytest.importorskip("safetensors")
+    model = make(img_size=size)
+    save(model, tmp_path / "folder", "hf")
+    config = tmp_path / "folder" / "config.json"
+    told = {k: v for k, v in json.loads(config.read_text()).items() if k != "fused_vit"}
+    config.write_text(json.dumps(told))
+    weights = dict(load(None, tmp_path / "folder").state_dict())
+    vit.save_pretrained(model, tmp_path / "plain.pt", "hf")
+    tensors = dict(torch.load(tmp_path / "plain.pt", weights_only=True))
+    (tmp_path / "folder" / "model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "folder" / "pytorch_model.bin")  # says nothing of itself
+    assert told["image_size"] == (list(size) if isinstance(size, tuple) else size)
+    for found in (
+        weights,
+        load(None, tmp_path / "folder").state_dict(),
+        load(make(img_size=size, seed=1), tmp_path / "folder").state_dict(),
+    ):
+        assert torch.equal(found["pos_embed"], model.pos_embed)
+
+
 @pytest.mark.parametrize("count", [5, 12, 101])
 def test_class_names_have_the_order_of_their_numbers(count, tmp_path):
     """JSON keeps them as text, in which "10" is before "2", and in any order."""
@@ -635,6 +675,7 @@ PARTS = {
     "average beside a class token": {"global_pool": "avg"},
     "norm after pooling": {"global_pool": "avg", "fc_norm": True} | {"class_token": False},
     "class row": {"no_embed_class": False},
+    "no pooling": {"global_pool": ""},
 }
 HOLDS = {  # which of PARTS the libraries' models have
     "timm": set(PARTS),
@@ -644,7 +685,7 @@ HOLDS = {  # which of PARTS the libraries' models have
     "torchvision_old": {"hidden layer", "class row"},
     "google": {"hidden layer", "no class token", "class row"},
     "big_vision": {"hidden layer", "no class token"},
-    "dinov2": {"registers", "LayerScale", "no bias of q, k, v", "mask token", "class row"},
+    "dinov2": {"registers", "LayerScale", "no bias of q, k, v", "mask token", "class row", "no pooling"},
 }
 
 
