@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import zoo
 from peers import _import, import_timm, import_transformers
 
 import vit
@@ -349,3 +350,16 @@ def test_wrong_arguments(args, capsys):
         cli.main(["parity", "--model", "timm:x", *args])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and "usage: vit parity" in said and len(said) < 1500
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_only_one_of_the_three_copies_is_accelerated(accelerated):
+    """Of an accelerated model, too: what it is compared with runs its library's own modules."""
+    model, image = zoo.build("timm"), zoo.images("timm")
+    if accelerated:
+        vit.accelerate(model)
+    models = copies(model, image)
+    assert vit.explain(models.fast, image)
+    assert not vit.explain(models.eager, image) and not vit.explain(models.exact, image.double())
+    assert bool(vit.explain(model, image)) == accelerated

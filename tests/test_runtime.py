@@ -161,6 +161,8 @@ def bad_graphs():
     unknown.register_forward_hook(lambda module, args, out: Unknown(out))
     half, _ = make()
     half.eval().blocks[1].mlp.train()
+    elsewhere = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4, affine=False, device="meta"))
+    elsewhere.eval()
     return {
         "shape": (
             lambda: run(image[:2]),
@@ -185,6 +187,7 @@ def bad_graphs():
         ),
         "a part in training": (lambda: vit.graph(half, image), ValueError, r"blocks.1.mlp is in training"),
         "two devices": (lambda: vit.graph(model, image.to("meta")), ValueError, r"got meta and cpu \(cls_token\)"),
+        "a buffer elsewhere": (lambda: vit.graph(elsewhere, image), ValueError, r"got cpu and meta \(1.running_mean\)"),
         "no example": (lambda: vit.graph(model, ()), TypeError, "example must be a tensor"),
         "a list": (lambda: vit.graph(model, [[1.0]]), TypeError, "example must be a tensor"),
         "tensor option": (lambda: vit.graph(model, image, mask=image), TypeError, "mask is a tensor"),

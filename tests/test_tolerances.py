@@ -182,3 +182,14 @@ def test_every_judge_sees_an_error_that_any_would(how, where, dtype):
     as_good(mirror, mirror, exact)
     with pytest.raises(AssertionError):
         as_good(spoiled(mirror, how), mirror, exact)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_the_mirrors_error_has_no_floor_in_16_bits(dtype):
+    """One unit in the last place more on every element: a rounding floor would let that through."""
+    exact = torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mirror = exact.to(dtype)
+    ours = mirror + (torch.finfo(dtype).eps * mirror.abs().log2().floor().exp2()).to(dtype)
+    as_good(mirror, mirror, exact)
+    with pytest.raises(AssertionError, match="mirror"):
+        as_good(ours, mirror, exact)

@@ -19,6 +19,14 @@ def nan_padded(t: Tensor) -> Tensor:
     return view
 
 
+def wide_rows(t: Tensor) -> Tensor:
+    """The values of t as columns of a wider buffer, whose others are NaN: its rows keep one stride, a longer one."""
+    buffer = torch.full([*t.shape[:-1], t.shape[-1] + 8], float("nan"), dtype=t.dtype, device=t.device)
+    view = buffer[..., : t.shape[-1]]
+    view.copy_(t)
+    return view
+
+
 @contextlib.contextmanager
 def last_programs_only(count: int) -> Iterator[None]:
     """Of every interpreted launch inside the last ``count`` programs run, under their own numbers; the grid is on x."""
