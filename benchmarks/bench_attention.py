@@ -48,13 +48,13 @@ def xformers(qkv):
 
 
 PROVIDERS = {
-    "ours": kernels.attention,
+    "ours": kernels.attention_qkvpacked,
     "eager": eager,
     "sdpa-flash": functools.partial(sdpa, SDPBackend.FLASH_ATTENTION),
     "sdpa-cudnn": functools.partial(sdpa, SDPBackend.CUDNN_ATTENTION),
     "sdpa-efficient": functools.partial(sdpa, SDPBackend.EFFICIENT_ATTENTION),
-    "reference": reference.attention,
+    "reference": reference.attention_qkvpacked,
     "flash-attn": flash_attn,
     "xformers": xformers,
 }
-BENCHES = [Bench("attention", "attention", inputs, work, reference.attention, PROVIDERS)]
+BENCHES = [Bench("attention", "attention", inputs, work, reference.attention_qkvpacked, PROVIDERS)]

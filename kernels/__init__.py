@@ -5,7 +5,7 @@ an unrelated package that transformers looks for: under that name it stays empty
 """
 
 if __name__ == "vit.kernels":
-    from .attention import attention, attention_qkv
+    from .attention import attention, attention_qkvpacked
     from .attention_maps import attention_probs
     from .dropout import dropout, dropout_seed
     from .layer_norm import layer_norm, residual_layer_norm
@@ -14,6 +14,14 @@ if __name__ == "vit.kernels":
     from .patch_embed import patch_embed
 
     __all__ = [
-        "attention", "attention_probs", "attention_qkv", "dropout", "dropout_seed", "layer_norm", "linear", "mlp",
-        "patch_embed", "residual_layer_norm",
+        "attention",
+        "attention_probs",
+        "attention_qkvpacked",
+        "dropout",
+        "dropout_seed",
+        "layer_norm",
+        "linear",
+        "mlp",
+        "patch_embed",
+        "residual_layer_norm",
     ]  # fmt: skip

@@ -270,65 +270,65 @@ def _launch_bwd(
     )  # fmt: skip
 
 
-@torch.library.custom_op("vit::attention_qkv_fwd", mutates_args=())
-def attention_qkv_fwd(
+@torch.library.custom_op("vit::attention_fwd", mutates_args=())
+def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, scale: float, save: bool,
     seed: Tensor | None = None, dropout_p: float = 0.0, site: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(o [B, NQ, H·E], m [B, H, NQ], log_l [B, H, NQ]); m and log_l are empty unless ``save``."""
-    o, m, log_l = _attention_qkv_fwd_fake(q, k, v, scale, save)
+    o, m, log_l = _attention_fwd_fake(q, k, v, scale, save)
     _launch_fwd(*_unit_rows(q, k, v), o.view(q.shape), m, log_l, scale, seed, dropout_p, site)
     return o, m, log_l
 
 
-@attention_qkv_fwd.register_fake
-def _attention_qkv_fwd_fake(q, k, v, scale, save, seed=None, dropout_p=0.0, site=0):
+@attention_fwd.register_fake
+def _attention_fwd_fake(q, k, v, scale, save, seed=None, dropout_p=0.0, site=0):
     B, NQ, HEADS, HEAD_DIM = q.shape
     dtype = torch.promote_types(q.dtype, torch.float32)
     stats = (q.new_empty((B, HEADS, NQ) if save else 0, dtype=dtype) for _ in range(2))
     return q.new_empty(B, NQ, HEADS * HEAD_DIM), *stats
 
 
-@torch.library.custom_op("vit::attention_qkv_bwd", mutates_args=())
-def attention_qkv_bwd(
+@torch.library.custom_op("vit::attention_bwd", mutates_args=())
+def attention_bwd(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, m: Tensor, log_l: Tensor,
     scale: float, need_dq: bool, need_dkv: bool,
     seed: Tensor | None = None, dropout_p: float = 0.0, site: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv), contiguous; what is not needed is empty."""
-    dq, dk, dv = _attention_qkv_bwd_fake(do, q, k, v, o, m, log_l, scale, need_dq, need_dkv)
+    dq, dk, dv = _attention_bwd_fake(do, q, k, v, o, m, log_l, scale, need_dq, need_dkv)
     q, k, v, do = _unit_rows(q, k, v, do.unflatten(-1, q.shape[2:]))
     wanted = (dq if need_dq else None, *((dk, dv) if need_dkv else (None, None)))
     _launch_bwd(q, k, v, o.view(q.shape), do, m, log_l, *wanted, scale, seed, dropout_p, site)
     return dq, dk, dv
 
 
-@attention_qkv_bwd.register_fake
-def _attention_qkv_bwd_fake(
+@attention_bwd.register_fake
+def _attention_bwd_fake(
     do, q, k, v, o, m, log_l, scale, need_dq, need_dkv, seed=None, dropout_p=0.0, site=0
 ):  # fmt: skip
     kv_shape = k.shape if need_dkv else (0,)
     return q.new_empty(q.shape if need_dq else 0), k.new_empty(kv_shape), v.new_empty(kv_shape)
 
 
-@torch.library.custom_op("vit::attention_fwd", mutates_args=())
-def attention_fwd(
+@torch.library.custom_op("vit::attention_qkvpacked_fwd", mutates_args=())
+def attention_qkvpacked_fwd(
     qkv: Tensor, scale: float, save: bool, seed: Tensor | None = None, dropout_p: float = 0.0, site: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`attention_qkv_fwd` of packed qkv [B, N, 3, H, E]."""
-    o, m, log_l = _attention_fwd_fake(qkv, scale, save)
+    """`attention_fwd` of packed qkv [B, N, 3, H, E]."""
+    o, m, log_l = _attention_qkvpacked_fwd_fake(qkv, scale, save)
     q, k, v = _unit_rows(qkv)[0].unbind(dim=2)
     _launch_fwd(q, k, v, o.view(q.shape), m, log_l, scale, seed, dropout_p, site)
     return o, m, log_l
 
 
-@attention_fwd.register_fake
-def _attention_fwd_fake(qkv, scale, save, seed=None, dropout_p=0.0, site=0):
-    return _attention_qkv_fwd_fake(*qkv.unbind(dim=2), scale, save)
+@attention_qkvpacked_fwd.register_fake
+def _attention_qkvpacked_fwd_fake(qkv, scale, save, seed=None, dropout_p=0.0, site=0):
+    return _attention_fwd_fake(*qkv.unbind(dim=2), scale, save)
 
 
-@torch.library.custom_op("vit::attention_bwd", mutates_args=())
-def attention_bwd(
+@torch.library.custom_op("vit::attention_qkvpacked_bwd", mutates_args=())
+def attention_qkvpacked_bwd(
     do: Tensor, qkv: Tensor, o: Tensor, m: Tensor, log_l: Tensor, scale: float,
     seed: Tensor | None = None, dropout_p: float = 0.0, site: int = 0,
 ) -> Tensor:  # fmt: skip
@@ -340,8 +340,8 @@ def attention_bwd(
     return dqkv
 
 
-@attention_bwd.register_fake
-def _attention_bwd_fake(do, qkv, o, m, log_l, scale, seed=None, dropout_p=0.0, site=0):
+@attention_qkvpacked_bwd.register_fake
+def _attention_qkvpacked_bwd_fake(do, qkv, o, m, log_l, scale, seed=None, dropout_p=0.0, site=0):
     return qkv.new_empty(qkv.shape)
 
 
@@ -353,32 +353,32 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*tensors, o, m, log_l, seed)
 
 
-def _attention_backward(ctx, do, _dm, _dlog_l):
+def _attention_qkvpacked_backward(ctx, do, _dm, _dlog_l):
     if do is None:
         return (None,) * 6
     *saved, seed = ctx.saved_tensors
-    return attention_bwd(do, *saved, ctx.scale, seed, ctx.dropout_p, ctx.site), *[None] * 5
+    return attention_qkvpacked_bwd(do, *saved, ctx.scale, seed, ctx.dropout_p, ctx.site), *[None] * 5
 
 
-def _attention_qkv_backward(ctx, do, _dm, _dlog_l):
+def _attention_backward(ctx, do, _dm, _dlog_l):
     if do is None:
         return (None,) * 8
     need_dq, need_dk, need_dv = ctx.needs_input_grad[:3]
     *saved, seed = ctx.saved_tensors
-    dq, dk, dv = attention_qkv_bwd(
+    dq, dk, dv = attention_bwd(
         do, *saved, ctx.scale, need_dq, need_dk or need_dv, seed, ctx.dropout_p, ctx.site
     )  # fmt: skip
     return dq if need_dq else None, dk if need_dk else None, dv if need_dv else None, *[None] * 5
 
 
+attention_qkvpacked_fwd.register_autograd(_attention_qkvpacked_backward, setup_context=_setup_context)
 attention_fwd.register_autograd(_attention_backward, setup_context=_setup_context)
-attention_qkv_fwd.register_autograd(_attention_qkv_backward, setup_context=_setup_context)
+runtime.refuse_second_derivative("attention_qkvpacked", attention_qkvpacked_bwd)
 runtime.refuse_second_derivative("attention", attention_bwd)
-runtime.refuse_second_derivative("attention_qkv", attention_qkv_bwd)
 
 
 @runtime.autocasts()
-def attention(
+def attention_qkvpacked(
     qkv: Tensor,
     *,
     num_heads: int | None = None,
@@ -410,7 +410,7 @@ def attention(
         TypeError: not a floating-point tensor, not a seed.
         RuntimeError: ``impl="triton"`` where the kernels cannot run.
     """
-    op = "attention"
+    op = "attention_qkvpacked"
     runtime.check_floating(op, qkv=qkv)
     if num_heads is not None:
         if qkv.dim() != 3 or num_heads < 1 or qkv.shape[-1] % (3 * num_heads):
@@ -427,13 +427,15 @@ def attention(
     if dropout_p == 0.0:
         seed, site = None, 0
     if not runtime.use_triton(op, impl, [qkv], _unsupported(qkv.shape[-1])):
-        return reference.attention(qkv, scale, return_lse=return_lse, dropout_p=dropout_p, seed=seed, site=site)
-    out, m, log_l = attention_fwd(qkv, scale, return_lse or runtime.needs_grad(qkv), seed, dropout_p, site)
+        return reference.attention_qkvpacked(
+            qkv, scale, return_lse=return_lse, dropout_p=dropout_p, seed=seed, site=site
+        )
+    out, m, log_l = attention_qkvpacked_fwd(qkv, scale, return_lse or runtime.needs_grad(qkv), seed, dropout_p, site)
     return (out, scale * m + log_l) if return_lse else out
 
 
 @runtime.autocasts()
-def attention_qkv(
+def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -457,7 +459,7 @@ def attention_qkv(
 
     Raises: as for `attention`.
     """
-    op = "attention_qkv"
+    op = "attention"
     runtime.check_floating(op, q=q, k=k, v=v)
     check_heads(op, q, k=k, v=v)
     if k.shape != v.shape:
@@ -467,10 +469,10 @@ def attention_qkv(
     if dropout_p == 0.0:
         seed, site = None, 0
     if not runtime.use_triton(op, impl, [q, k, v], _unsupported(q.shape[-1])):
-        return reference.attention_qkv(
+        return reference.attention(
             q, k, v, scale, return_lse=return_lse, dropout_p=dropout_p, seed=seed, site=site
         )  # fmt: skip
-    out, m, log_l = attention_qkv_fwd(
+    out, m, log_l = attention_fwd(
         q, k, v, scale, return_lse or runtime.needs_grad(q, k, v), seed, dropout_p, site
     )  # fmt: skip
     return (out, scale * m + log_l) if return_lse else out

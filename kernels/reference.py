@@ -153,7 +153,7 @@ def mlp(
     return F.linear(dropout(act, dropout_p, seed, site), fc2_weight, fc2_bias)
 
 
-def attention_qkv(
+def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -179,6 +179,6 @@ def attention_qkv(
     return out, logits.detach().to(wide).logsumexp(dim=-1)
 
 
-def attention(qkv: Tensor, scale: float | None = None, **options) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention_qkv` of packed qkv [B, N, 3, H, E]."""
-    return attention_qkv(*qkv.unbind(dim=2), scale, **options)
+def attention_qkvpacked(qkv: Tensor, scale: float | None = None, **options) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of packed qkv [B, N, 3, H, E]."""
+    return attention(*qkv.unbind(dim=2), scale, **options)

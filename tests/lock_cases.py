@@ -67,12 +67,12 @@ def _patch_embed_tokens(make: Make, dtype: torch.dtype | None, masked: bool) -> 
 def _attention(make: Make, tokens: int, heads: int, head_dim: int, dropout_p: float = 0.0) -> Tensor:
     qkv = make(64, tokens, 3, heads, head_dim)
     seed = torch.zeros(1, dtype=torch.int64) if dropout_p else None
-    return kernels.attention(qkv, dropout_p=dropout_p, seed=seed, site=3, impl="triton")
+    return kernels.attention_qkvpacked(qkv, dropout_p=dropout_p, seed=seed, site=3, impl="triton")
 
 
-def _attention_qkv(make: Make, queries: int, keys: int, heads: int, head_dim: int) -> Tensor:
+def _attention(make: Make, queries: int, keys: int, heads: int, head_dim: int) -> Tensor:
     q, k, v = (make(64, n, heads, head_dim) for n in (queries, keys, keys))
-    return kernels.attention_qkv(q, k, v, impl="triton")
+    return kernels.attention(q, k, v, impl="triton")
 
 
 # tf32 changes nothing where there is no dot; fp16 compiles to what bf16 does, so one shape an op is enough.
@@ -93,7 +93,7 @@ CASES: dict[str, Case] = {
     "attention_so400m": Case("64 + 8 of 16, 729 tokens", lambda m: _attention(m, 729, 16, 72), ("bf16",)),
     "attention_big_g": Case("ViT-G: 64 + 32 + 8 of 16", lambda m: _attention(m, 257, 16, 104), ("bf16",)),
     "attention_128": Case("widest head", lambda m: _attention(m, 257, 8, 128), ("bf16", "fp32")),
-    "attention_cls": Case("one query an image", lambda m: _attention_qkv(m, 1, 197, 12, 64), ("bf16",)),
+    "attention_cls": Case("one query an image", lambda m: _attention(m, 1, 197, 12, 64), ("bf16",)),
     "norm_ti": Case("ViT-Ti, 192 wide: many rows a program", lambda m: _norm(m, 64, 197, 192), NO_DOTS),
     "norm_b": Case("ViT-B, 768 wide", lambda m: _norm(m, 64, 197, 768), ("bf16", "fp16", "fp32")),
     "norm_b1": Case("one image: sizes not divisible by 16", lambda m: _norm(m, 1, 197, 768), ("bf16",)),

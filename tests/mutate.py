@@ -106,8 +106,8 @@ MUTANTS = [
     Mutant(
         "attention: softmax scale off by 0.3 %",
         "kernels/attention.py",
-        "    out, m, log_l = attention_fwd(qkv, scale,",
-        "    out, m, log_l = attention_fwd(qkv, 1.003 * scale,",
+        "    out, m, log_l = attention_qkvpacked_fwd(qkv, scale,",
+        "    out, m, log_l = attention_qkvpacked_fwd(qkv, 1.003 * scale,",
         (f"{ATTENTION}::test_packed",),
     ),
     Mutant(
@@ -677,9 +677,9 @@ MUTANTS = [
     Mutant(
         "attention: the log-sum-exp without the scale",
         "kernels/attention.py",
-        """    out, m, log_l = attention_fwd(qkv, scale, return_lse or runtime.needs_grad(qkv), seed, dropout_p, site)
+        """needs_grad(qkv), seed, dropout_p, site)
     return (out, scale * m + log_l)""",
-        """    out, m, log_l = attention_fwd(qkv, scale, return_lse or runtime.needs_grad(qkv), seed, dropout_p, site)
+        """needs_grad(qkv), seed, dropout_p, site)
     return (out, qkv.shape[-1] ** -0.5 * m + log_l)""",
         (f"{CONTRACT}::test_lse_of_any_scale",),
     ),

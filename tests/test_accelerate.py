@@ -73,9 +73,23 @@ def test_cpu_path_under_autocast(name):
 # Of two blocks: the first norm, three pairs of an add and a norm, the last norm. Where blocks are not in a
 # nn.Sequential, the add at a block's end and the norm of the next one stay apart.
 FUSED = {
-    "timm": {"patch_embed": 1, "layer_norm": 2, "residual_layer_norm": 3, "attention": 2, "linear": 4, "mlp": 2},
-    "torchvision": {"patch_embed": 1, "layer_norm": 2, "residual_layer_norm": 3, "attention": 2, "linear": 4, "mlp": 2},
-    "hf ViT": {"patch_embed": 1, "layer_norm": 3, "residual_layer_norm": 2, "attention_qkv": 2, "linear": 8, "mlp": 2},
+    "timm": {
+        "patch_embed": 1,
+        "layer_norm": 2,
+        "residual_layer_norm": 3,
+        "attention_qkvpacked": 2,
+        "linear": 4,
+        "mlp": 2,
+    },
+    "torchvision": {
+        "patch_embed": 1,
+        "layer_norm": 2,
+        "residual_layer_norm": 3,
+        "attention_qkvpacked": 2,
+        "linear": 4,
+        "mlp": 2,
+    },
+    "hf ViT": {"patch_embed": 1, "layer_norm": 3, "residual_layer_norm": 2, "attention": 2, "linear": 8, "mlp": 2},
 }
 
 
@@ -115,7 +129,7 @@ def test_kernels_fp32(name, device):
         assert_parity(name, original, accelerated, device, draws=3)
     ops = {choice.op for choice in choices}
     assert {"mlp", "layer_norm", "residual_layer_norm", "patch_embed"} <= ops
-    assert {"attention", "attention_qkv"} & ops and {choice.path for choice in choices} == {"triton"}
+    assert {"attention_qkvpacked", "attention"} & ops and {choice.path for choice in choices} == {"triton"}
 
 
 LIBRARIES = ["timm DINOv2", "timm qk_norm", "torchvision", "hf ViT", "hf Dinov2"]
@@ -180,7 +194,7 @@ def test_each_feature_alone(name, feature):
     model = vit.accelerate(copy.deepcopy(original), **only)
     with vit.kernels.runtime.record_choices() as choices:
         assert_close(zoo.results(name, model, image), zoo.results(name, original, image))
-    inside = {"attention": {"attention", "attention_qkv"}, "mlp": {"mlp"}, "patch_embed": {"patch_embed"}}
+    inside = {"attention": {"attention_qkvpacked", "attention"}, "mlp": {"mlp"}, "patch_embed": {"patch_embed"}}
     inside["norm"] = {"layer_norm", "residual_layer_norm"}
     assert inside.pop(feature) & {choice.op for choice in choices}
     assert not set().union(*inside.values()) & {choice.op for choice in choices}

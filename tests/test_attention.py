@@ -1,4 +1,4 @@
-"""attention and attention_qkv: accuracy, gradients, determinism, strides."""
+"""attention and attention_qkvpacked: accuracy, gradients, determinism, strides."""
 
 import math
 
@@ -10,33 +10,33 @@ from torch import Tensor
 from torch.testing import make_tensor
 from views import last_programs_only, nan_padded
 
-from vit.kernels import attention, attention_qkv, configs, reference, runtime
+from vit.kernels import attention, attention_qkvpacked, configs, reference, runtime
 from vit.kernels.attention import (
     _launch_bwd,
     _launch_fwd,
     attention_bwd,
     attention_fwd,
-    attention_qkv_bwd,
-    attention_qkv_fwd,
+    attention_qkvpacked_bwd,
+    attention_qkvpacked_fwd,
     head_parts,
 )
 from vit.testing import check, check_op
 
 
 def ours_packed(qkv: Tensor) -> Tensor:
-    return attention(qkv, impl="triton")
+    return attention_qkvpacked(qkv, impl="triton")
 
 
 def reference_packed(qkv: Tensor) -> Tensor:
-    return reference.attention(qkv)
+    return reference.attention_qkvpacked(qkv)
 
 
 def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return attention_qkv(q, k, v, impl="triton")
+    return attention(q, k, v, impl="triton")
 
 
 def reference_qkv(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return reference.attention_qkv(q, k, v)
+    return reference.attention(q, k, v)
 
 
 def grads(fn, leaves: list[Tensor], do: Tensor) -> list[Tensor]:
@@ -121,8 +121,8 @@ def test_logits_without_gradient(randn, dtype, kind):
 
 def test_scale(randn, dtype):
     check_op(
-        lambda qkv: attention(qkv, scale=0.37, impl="triton"),
-        lambda qkv: reference.attention(qkv, scale=0.37),
+        lambda qkv: attention_qkvpacked(qkv, scale=0.37, impl="triton"),
+        lambda qkv: reference.attention_qkvpacked(qkv, scale=0.37),
         {"qkv": randn(2, 17, 3, 1, 32)},
         dtype,
     )
@@ -131,21 +131,21 @@ def test_scale(randn, dtype):
 def test_lse(randn, dtype):
     """Natural logarithm, fp32, no gradient, the same whether or not gradients are wanted."""
     q, k, v = ((6 * randn(2, n, 2, 48)).to(dtype) for n in (33, 40, 40))
-    out, lse = attention_qkv(q, k, v, return_lse=True, impl="triton")
-    eager = reference.attention_qkv(q, k, v, return_lse=True)[1]
+    out, lse = attention(q, k, v, return_lse=True, impl="triton")
+    eager = reference.attention(q, k, v, return_lse=True)[1]
     exact = torch.einsum("bqhe,bkhe->bhqk", q.double(), k.double()).div(math.sqrt(48)).logsumexp(-1)
     assert lse.dtype is torch.float32
     assert (lse - exact).abs().max() < 2e-6 * exact.abs().max()
     if dtype is torch.float32:
         check(lse, eager, exact, name="lse")
-    assert torch.equal(out, attention_qkv(q, k, v, impl="triton"))
+    assert torch.equal(out, attention(q, k, v, impl="triton"))
 
     packed = torch.stack([k, k, v], dim=2).requires_grad_()
-    _, lse = attention(packed, return_lse=True, impl="triton")
+    _, lse = attention_qkvpacked(packed, return_lse=True, impl="triton")
     assert not lse.requires_grad
-    assert not attention(packed, return_lse=True, impl="reference")[1].requires_grad
+    assert not attention_qkvpacked(packed, return_lse=True, impl="reference")[1].requires_grad
     torch.testing.assert_close(
-        lse, reference.attention(packed.double(), return_lse=True)[1].float(), rtol=1e-5, atol=1e-5
+        lse, reference.attention_qkvpacked(packed.double(), return_lse=True)[1].float(), rtol=1e-5, atol=1e-5
     )
 
 
@@ -174,7 +174,7 @@ def test_as_near_to_fp64_as_pytorchs_own(half, head_dim):
 
     def padded(q, k, v):  # zeros change no logit
         q, k, v = (F.pad(t, (0, 16 - head_dim)) for t in (q, k, v))
-        out = attention_qkv(q, k, v, scale=head_dim**-0.5, impl="triton")
+        out = attention(q, k, v, scale=head_dim**-0.5, impl="triton")
         return out.unflatten(2, (4, 16))[..., :head_dim]
 
     def sdpa(q, k, v):
@@ -244,16 +244,16 @@ def test_gradcheck(randn):
 def test_opcheck(randn):
     B, NQ, NK, H, E = 1, 3, 5, 2, 16
     q, k, v = randn(B, NQ, H, E), randn(B, NK, H, E), randn(B, NK, H, E)
-    o, m, log_l = attention_qkv_fwd(q, k, v, 0.25, True)
+    o, m, log_l = attention_fwd(q, k, v, 0.25, True)
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
-    torch.library.opcheck(attention_qkv_fwd, (*leaves, 0.25, True))
+    torch.library.opcheck(attention_fwd, (*leaves, 0.25, True))
     for needs in [(True, True), (True, False), (False, True)]:
-        torch.library.opcheck(attention_qkv_bwd, (randn(*o.shape), q, k, v, o, m, log_l, 0.25, *needs))
+        torch.library.opcheck(attention_bwd, (randn(*o.shape), q, k, v, o, m, log_l, 0.25, *needs))
     qkv = randn(B, NQ, 3, H, E)
-    o, m, log_l = attention_fwd(qkv, 0.25, True)
-    torch.library.opcheck(attention_fwd, (qkv.clone().requires_grad_(), 0.25, True))
-    torch.library.opcheck(attention_fwd, (qkv, 0.25, False))
-    torch.library.opcheck(attention_bwd, (randn(*o.shape), qkv, o, m, log_l, 0.25))
+    o, m, log_l = attention_qkvpacked_fwd(qkv, 0.25, True)
+    torch.library.opcheck(attention_qkvpacked_fwd, (qkv.clone().requires_grad_(), 0.25, True))
+    torch.library.opcheck(attention_qkvpacked_fwd, (qkv, 0.25, False))
+    torch.library.opcheck(attention_qkvpacked_bwd, (randn(*o.shape), qkv, o, m, log_l, 0.25))
 
 
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "qk", "kv", "qv"])
@@ -269,16 +269,16 @@ def test_frozen_inputs(randn, wanted):
 
 def test_backward_computes_only_what_is_wanted(randn):
     q, do = randn(2, 17, 2, 16), randn(2, 17, 32)
-    saved = attention_qkv_fwd(q, q, q, 0.25, True)
-    dq, dk, dv = attention_qkv_bwd(do, q, q, q, *saved, 0.25, False, True)
+    saved = attention_fwd(q, q, q, 0.25, True)
+    dq, dk, dv = attention_bwd(do, q, q, q, *saved, 0.25, False, True)
     assert dq.numel() == 0 and dk.shape == dv.shape == q.shape
-    dq, dk, dv = attention_qkv_bwd(do, q, q, q, *saved, 0.25, True, False)
+    dq, dk, dv = attention_bwd(do, q, q, q, *saved, 0.25, True, False)
     assert dk.numel() == dv.numel() == 0 and dq.shape == q.shape
 
 
 def test_no_grad_saves_nothing(randn):
     qkv = randn(1, 5, 3, 2, 16)
-    assert [t.numel() for t in attention_fwd(qkv, 0.25, False)] == [1 * 5 * 32, 0, 0]
+    assert [t.numel() for t in attention_qkvpacked_fwd(qkv, 0.25, False)] == [1 * 5 * 32, 0, 0]
     assert not ours_packed(qkv).requires_grad
     with torch.inference_mode():
         inferred = ours_packed(qkv.clone().requires_grad_())
@@ -296,8 +296,8 @@ def test_forward_mode_raises_and_auto_is_right(randn):
 
 def test_compile_fullgraph(randn):
     def fn(x, q, k, v):
-        out, lse = attention(x, num_heads=2, return_lse=True, impl="triton")
-        return out + attention_qkv(q, k, v, impl="triton"), lse
+        out, lse = attention_qkvpacked(x, num_heads=2, return_lse=True, impl="triton")
+        return out + attention(q, k, v, impl="triton"), lse
 
     leaves = [randn(2, 5, 96).requires_grad_(), *(randn(2, n, 2, 16).requires_grad_() for n in (5, 7, 7))]
     direct, compiled = fn(*leaves), torch.compile(fn, fullgraph=True, backend="aot_eager")(*leaves)
@@ -314,17 +314,17 @@ def test_autocast(randn, impl, low):
     drop = {"dropout_p": 0.2, "seed": torch.tensor([3], device=qkv.device), "site": 1}
 
     def packed(x):
-        return attention(x, **drop, impl=impl)
+        return attention_qkvpacked(x, **drop, impl=impl)
 
     def unpacked(q, k, v):
-        return attention_qkv(q, k=k, v=v, **drop, impl=impl)  # keywords are cast, too
+        return attention(q, k=k, v=v, **drop, impl=impl)  # keywords are cast, too
 
     for fn, leaves in [(packed, [qkv]), (unpacked, list(qkv.unbind(2)))]:
         want = grads(lambda *t, fn=fn: fn(*(x.to(low) for x in t)), leaves, do)
         with torch.autocast(qkv.device.type, low):
             got = grads(fn, leaves, do)
-            _, lse = attention(qkv, return_lse=True, impl=impl)
-            assert attention(qkv.double(), impl="reference").dtype is torch.float64
+            _, lse = attention_qkvpacked(qkv, return_lse=True, impl=impl)
+            assert attention_qkvpacked(qkv.double(), impl="reference").dtype is torch.float64
         assert got[0].dtype is low and lse.dtype is torch.float32
         assert all(t.dtype is torch.float32 for t in got[1:])
         bits_equal(want, got, "autocast")
@@ -336,7 +336,7 @@ def test_autocast_compiled(randn, impl):
 
     def fn(x):
         with torch.autocast(x.device.type, torch.bfloat16):
-            return attention(x, num_heads=2, impl=impl)
+            return attention_qkvpacked(x, num_heads=2, impl=impl)
 
     direct, compiled = fn(qkv), torch.compile(fn, fullgraph=True, backend="aot_eager")(qkv)
     assert compiled.dtype is torch.bfloat16 and torch.equal(direct, compiled)
@@ -369,7 +369,7 @@ def test_same_bits_packed(randn, dtype):
     for name, variant in variants.items():
         bits_equal(first, grads(ours_packed, [variant[0]], variant[1]), name)
 
-    out, dqkv = grads(lambda x: attention(x, num_heads=H, impl="triton"), [qkv.flatten(2)], do)
+    out, dqkv = grads(lambda x: attention_qkvpacked(x, num_heads=H, impl="triton"), [qkv.flatten(2)], do)
     bits_equal(first, [out, dqkv.unflatten(2, (3, H, E))], "num_heads")
     one = torch.ones((), dtype=dtype, device=qkv.device).expand(B, N, H * E)  # what .sum().backward() hands over
     bits_equal(grads(ours_packed, [qkv], one.contiguous()), grads(ours_packed, [qkv], one), "stride 0")
@@ -490,19 +490,19 @@ def test_many_heads(randn):
 def test_unsupported_head_dim(randn, head_dim):
     qkv = randn(1, 5, 3, 2, head_dim)
     with pytest.raises(RuntimeError, match=f"from 16 to 128 in steps of 8, not {head_dim}"):
-        attention(qkv, impl="triton")
+        attention_qkvpacked(qkv, impl="triton")
     with pytest.raises(RuntimeError, match="steps of 8"):
-        attention_qkv(*qkv.unbind(2), impl="triton")
-    assert torch.equal(attention(qkv), reference_packed(qkv))
-    assert torch.equal(attention_qkv(*qkv.unbind(2)), reference_packed(qkv))
+        attention(*qkv.unbind(2), impl="triton")
+    assert torch.equal(attention_qkvpacked(qkv), reference_packed(qkv))
+    assert torch.equal(attention(*qkv.unbind(2)), reference_packed(qkv))
 
 
 def test_reference_path(randn):
     qkv = randn(2, 5, 3, 2, 20)
-    out, lse = attention(qkv.flatten(2), num_heads=2, return_lse=True, impl="reference")
-    expected = reference.attention(qkv, return_lse=True)
+    out, lse = attention_qkvpacked(qkv.flatten(2), num_heads=2, return_lse=True, impl="reference")
+    expected = reference.attention_qkvpacked(qkv, return_lse=True)
     assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
-    out, lse = attention_qkv(*qkv.unbind(2), return_lse=True, impl="reference")
+    out, lse = attention(*qkv.unbind(2), return_lse=True, impl="reference")
     assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
 
 
@@ -525,7 +525,7 @@ def test_reference_path(randn):
 )
 def test_bad_input(change, error, message):
     with pytest.raises(error, match=message):
-        attention(**{"qkv": torch.ones(2, 5, 3, 2, 16)} | change)
+        attention_qkvpacked(**{"qkv": torch.ones(2, 5, 3, 2, 16)} | change)
 
 
 @pytest.mark.parametrize(
@@ -547,4 +547,4 @@ def test_bad_input(change, error, message):
 def test_bad_qkv_input(change, error, message):
     args = {"q": torch.ones(2, 5, 2, 16), "k": torch.ones(2, 7, 2, 16), "v": torch.ones(2, 7, 2, 16)} | change
     with pytest.raises(error, match=message):
-        attention_qkv(**args)
+        attention(**args)

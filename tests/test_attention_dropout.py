@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from views import last_programs_only, nan_padded
 
-from vit.kernels import attention, attention_qkv, configs, dropout_seed, reference
+from vit.kernels import attention, attention_qkvpacked, configs, dropout_seed, reference
 from vit.kernels.attention import (
     _launch_bwd,
     _launch_fwd,
     attention_bwd,
     attention_fwd,
-    attention_qkv_bwd,
-    attention_qkv_fwd,
+    attention_qkvpacked_bwd,
+    attention_qkvpacked_fwd,
 )
 from vit.testing import check_op
 
@@ -34,8 +34,8 @@ def grads(fn, leaves: list[Tensor], do: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize(("B", "N", "H", "E", "p"), [(2, 17, 3, 16, 0.1), (1, 65, 2, 80, 0.5)])
 def test_packed(randn, drop, dtype, B, N, H, E, p):
     check_op(
-        lambda qkv: attention(qkv, **drop | {"dropout_p": p}, impl="triton"),
-        lambda qkv: reference.attention(qkv, **drop | {"dropout_p": p}),
+        lambda qkv: attention_qkvpacked(qkv, **drop | {"dropout_p": p}, impl="triton"),
+        lambda qkv: reference.attention_qkvpacked(qkv, **drop | {"dropout_p": p}),
         {"qkv": randn(B, N, 3, H, E)},
         dtype,
     )
@@ -45,8 +45,8 @@ def test_packed(randn, drop, dtype, B, N, H, E, p):
 def test_unpacked(randn, drop, dtype, NQ, NK, H, E):
     inputs = {"q": randn(2, NQ, H, E), "k": randn(2, NK, H, E), "v": randn(2, NK, H, E)}
     check_op(
-        lambda **a: attention_qkv(**a, **drop, scale=0.2, impl="triton"),
-        lambda **a: reference.attention_qkv(**a, scale=0.2, **drop),
+        lambda **a: attention(**a, **drop, scale=0.2, impl="triton"),
+        lambda **a: reference.attention(**a, scale=0.2, **drop),
         inputs,
         dtype,
     )
@@ -57,8 +57,8 @@ def test_the_mask_does_not_depend_on_tiles(randn, drop, monkeypatch, block_m, bl
     for name in ("attention_fwd", "attention_bwd"):
         monkeypatch.setattr(configs, name, lambda *_, **__: configs.Config(block_m=block_m, block_n=block_n))
     check_op(
-        lambda **a: attention_qkv(**a, **drop, impl="triton"),
-        lambda **a: reference.attention_qkv(**a, **drop),
+        lambda **a: attention(**a, **drop, impl="triton"),
+        lambda **a: reference.attention(**a, **drop),
         {"q": randn(1, 33, 2, 24), "k": randn(1, 50, 2, 24), "v": randn(1, 50, 2, 24)},
         torch.float32,
     )
@@ -75,7 +75,7 @@ def test_forward_and_backward_draw_one_mask(randn, drop):
     want = reference.keep(drop["seed"].cpu(), drop["site"], torch.Size((B, H, NQ, NK)), drop["dropout_p"]).float()
     device = drop["seed"].device
     q, k, v = (t.to(device).requires_grad_() for t in (q, k, v))
-    out = attention_qkv(q, k, v, **drop, impl="triton").view(B, NQ, H, NK)
+    out = attention(q, k, v, **drop, impl="triton").view(B, NQ, H, NK)
     torch.testing.assert_close(out.detach().cpu().transpose(1, 2) * NK, want, rtol=1e-6, atol=0.0)
 
     eye = torch.eye(32, device=device)[:NQ, None].expand(B, NQ, H, 32)  # do of query i is unit vector i
@@ -87,14 +87,14 @@ def test_forward_and_backward_draw_one_mask(randn, drop):
     tiny = 1e-6  # logits stay equal
     with torch.no_grad():
         k.copy_(tiny * torch.eye(NK, device=device)[:, None].expand(B, NK, H, NK))
-    out = attention_qkv(q, k, v, **drop, scale=1.0, impl="triton")
+    out = attention(q, k, v, **drop, scale=1.0, impl="triton")
     (dq,) = torch.autograd.grad(out, q, ones)
     exact = (want - want.mean(-1, keepdim=True)) / NK
     torch.testing.assert_close(dq.cpu().transpose(1, 2) / tiny, exact, rtol=1e-4, atol=1e-6)
     with torch.no_grad():
         k.zero_()
         q.copy_(tiny * eye)
-    out = attention_qkv(q, k, v, **drop, scale=1.0, impl="triton")
+    out = attention(q, k, v, **drop, scale=1.0, impl="triton")
     (dk,) = torch.autograd.grad(out, k, ones)
     torch.testing.assert_close(dk[..., :NQ].cpu().permute(0, 2, 3, 1) / tiny, exact, rtol=1e-4, atol=1e-6)
 
@@ -108,24 +108,24 @@ def test_agrees_with_scaled_dot_product_attention(randn, drop):
     )
     keep = reference.keep(drop["seed"], drop["site"], probs.shape, drop["dropout_p"]).to(probs)
     want = ((probs * keep) @ v.transpose(1, 2)).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(attention_qkv(q, k, v, **drop, impl="triton"), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(attention(q, k, v, **drop, impl="triton"), want, rtol=1e-5, atol=1e-6)
 
 
 def test_statistics(randn):
     """Over seeds the mean is attention without dropout; the standard error says how closely."""
     qkv, p, draws = randn(1, 20, 3, 2, 16), 0.4, 400
     outs = torch.stack([
-        reference.attention(qkv, dropout_p=p, seed=torch.tensor([i], device=qkv.device)) for i in range(draws)
+        reference.attention_qkvpacked(qkv, dropout_p=p, seed=torch.tensor([i], device=qkv.device)) for i in range(draws)
     ])  # fmt: skip
-    error = (outs.mean(0) - reference.attention(qkv)) / (outs.std(0) / draws**0.5)
+    error = (outs.mean(0) - reference.attention_qkvpacked(qkv)) / (outs.std(0) / draws**0.5)
     assert error.abs().max() < 5 and 0.8 < error.square().mean() < 1.2
 
 
 def test_lse_is_that_of_all_probabilities(randn, drop):
     qkv = randn(1, 20, 3, 2, 16)
     for impl in ("triton", "reference"):
-        _, lse = attention(qkv, return_lse=True, impl=impl)
-        assert torch.equal(attention(qkv, return_lse=True, **drop, impl=impl)[1], lse)
+        _, lse = attention_qkvpacked(qkv, return_lse=True, impl=impl)
+        assert torch.equal(attention_qkvpacked(qkv, return_lse=True, **drop, impl=impl)[1], lse)
 
 
 def test_off_is_off(randn, drop):
@@ -133,40 +133,40 @@ def test_off_is_off(randn, drop):
     qkv = randn(1, 20, 3, 2, 16)
     off = drop | {"dropout_p": 0.0}
     for impl in ("triton", "reference"):
-        assert torch.equal(attention(qkv, **off, impl=impl), attention(qkv, impl=impl))
+        assert torch.equal(attention_qkvpacked(qkv, **off, impl=impl), attention_qkvpacked(qkv, impl=impl))
         q, k, v = qkv.unbind(2)
-        assert torch.equal(attention_qkv(q, k, v, **off, impl=impl), attention(qkv, impl=impl))
+        assert torch.equal(attention(q, k, v, **off, impl=impl), attention_qkvpacked(qkv, impl=impl))
 
 
 @pytest.mark.interpreted
 def test_gradcheck(randn, drop):
     qkv = randn(1, 3, 3, 2, 24).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: attention(x, **drop, impl="triton"), qkv, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda x: attention_qkvpacked(x, **drop, impl="triton"), qkv, fast_mode=True)
     q, k, v = (randn(1, n, 2, 16).double().requires_grad_() for n in (35, 20, 20))
-    assert torch.autograd.gradcheck(lambda *t: attention_qkv(*t, **drop, impl="triton"), (q, k, v), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda *t: attention(*t, **drop, impl="triton"), (q, k, v), fast_mode=True)
 
 
 def test_opcheck(randn, drop):
     last = (drop["seed"], drop["dropout_p"], drop["site"])
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     q, k = randn(1, 3, 2, 16), randn(1, 5, 2, 16)
-    o, m, log_l = attention_qkv_fwd(q, k, k, 0.25, True, *last)
+    o, m, log_l = attention_fwd(q, k, k, 0.25, True, *last)
     leaves = [t.clone().requires_grad_() for t in (q, k, k)]
-    torch.library.opcheck(attention_qkv_fwd, (*leaves, 0.25, True, *last))
+    torch.library.opcheck(attention_fwd, (*leaves, 0.25, True, *last))
     args = (randn(*o.shape), q, k, k, o, m, log_l, 0.25, True, True, *last)
-    torch.library.opcheck(attention_qkv_bwd, args, test_utils=tests)
+    torch.library.opcheck(attention_bwd, args, test_utils=tests)
     qkv = randn(1, 3, 3, 2, 16)
-    o, m, log_l = attention_fwd(qkv, 0.25, True, *last)
-    torch.library.opcheck(attention_fwd, (qkv.clone().requires_grad_(), 0.25, True, *last))
-    torch.library.opcheck(attention_bwd, (randn(*o.shape), qkv, o, m, log_l, 0.25, *last), test_utils=tests)
+    o, m, log_l = attention_qkvpacked_fwd(qkv, 0.25, True, *last)
+    torch.library.opcheck(attention_qkvpacked_fwd, (qkv.clone().requires_grad_(), 0.25, True, *last))
+    torch.library.opcheck(attention_qkvpacked_bwd, (randn(*o.shape), qkv, o, m, log_l, 0.25, *last), test_utils=tests)
 
 
 @pytest.mark.parametrize("wanted", ["q", "v", "kv"])
 def test_frozen_inputs(randn, drop, wanted):
     tensors, do = [randn(1, n, 2, 16) for n in (17, 20, 20)], randn(1, 17, 32)
-    every = grads(lambda *t: attention_qkv(*t, **drop, impl="triton"), tensors, do)[1:]
+    every = grads(lambda *t: attention(*t, **drop, impl="triton"), tensors, do)[1:]
     leaves = [t.clone().requires_grad_(n in wanted) for n, t in zip("qkv", tensors, strict=True)]
-    attention_qkv(*leaves, **drop, impl="triton").backward(do)
+    attention(*leaves, **drop, impl="triton").backward(do)
     for name, leaf, want in zip("qkv", leaves, every, strict=True):
         assert torch.equal(leaf.grad, want) if name in wanted else leaf.grad is None
 
@@ -176,19 +176,19 @@ def test_same_bits(randn, drop, dtype):
     qkv, do = randn(2, 17, 3, 2, 24).to(dtype), randn(2, 17, 48).to(dtype)
 
     def packed(x):
-        return attention(x, **drop, impl="triton")
+        return attention_qkvpacked(x, **drop, impl="triton")
 
     first = grads(packed, [qkv], do)
     tokens_first = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (qkv, do)]
     for x, cotangent in [(qkv, do), tokens_first, (nan_padded(qkv), nan_padded(do)), (qkv.mT.contiguous().mT, do)]:
         assert all(map(torch.equal, first, grads(packed, [x], cotangent)))
-    out, *three = grads(lambda *t: attention_qkv(*t, **drop, impl="triton"), list(qkv.unbind(2)), do)
+    out, *three = grads(lambda *t: attention(*t, **drop, impl="triton"), list(qkv.unbind(2)), do)
     assert torch.equal(first[0], out) and torch.equal(first[1], torch.stack(three, dim=2))
 
 
 def test_compiled_code_draws_anew_at_every_call(randn):
     def fn(x):
-        return attention(x, dropout_p=0.5, seed=dropout_seed(x), site=3, impl="triton")
+        return attention_qkvpacked(x, dropout_p=0.5, seed=dropout_seed(x), site=3, impl="triton")
 
     compiled, qkv = torch.compile(fn, fullgraph=True, backend="aot_eager"), randn(1, 5, 3, 2, 16).requires_grad_()
     torch.manual_seed(5)
@@ -236,7 +236,9 @@ def test_rows_beyond_32_bits(randn, drop, tmp_path):
 
 def test_empty(randn, drop):
     for shape in [(0, 5, 3, 2, 16), (2, 0, 3, 2, 16)]:
-        out, dqkv = grads(lambda x: attention(x, **drop, impl="triton"), [randn(*shape)], randn(*shape[:2], 32))
+        out, dqkv = grads(
+            lambda x: attention_qkvpacked(x, **drop, impl="triton"), [randn(*shape)], randn(*shape[:2], 32)
+        )
         assert out.shape == (*shape[:2], 32) and dqkv.shape == shape
 
 
@@ -255,6 +257,6 @@ def test_empty(randn, drop):
 def test_bad_input(randn, drop, impl, change, error, message):
     qkv = randn(1, 5, 3, 2, 16)
     with pytest.raises(error, match=f"^attention: .*{message}"):
-        attention(qkv, **drop | change, impl=impl)
-    with pytest.raises(error, match=f"^attention_qkv: .*{message}"):
-        attention_qkv(*qkv.unbind(2), **drop | change, impl=impl)
+        attention_qkvpacked(qkv, **drop | change, impl=impl)
+    with pytest.raises(error, match=f"^attention: .*{message}"):
+        attention(*qkv.unbind(2), **drop | change, impl=impl)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vit.kernels import attention, attention_probs, attention_qkv
+from vit.kernels import attention, attention_probs, attention_qkvpacked
 from vit.testing import check
 
 
@@ -29,9 +29,9 @@ def test_they_are_those_of_the_fused_forward(randn, dtype):
     """Times v they give its output, and unnormalised its logsumexp; it gives the same bits with and without."""
     qkv = randn(2, 33, 3, 2, 32).to(dtype)
     q, k, v = qkv.unbind(2)
-    before, lse = attention(qkv, return_lse=True, impl="triton")
+    before, lse = attention_qkvpacked(qkv, return_lse=True, impl="triton")
     probs = attention_probs(q, k)
-    assert torch.equal(attention(qkv, impl="triton"), before)
+    assert torch.equal(attention_qkvpacked(qkv, impl="triton"), before)
     out = torch.einsum("bhqk,bkhe->bqhe", probs, v.float()).flatten(2)
     unit = max(torch.finfo(dtype).eps, 1e-6)
     torch.testing.assert_close(out, before.float(), rtol=2 * unit, atol=2 * unit)
@@ -62,7 +62,7 @@ def test_autocast(randn):
     q, k = randn(1, 5, 2, 16).requires_grad_(), randn(1, 7, 2, 16)
     with torch.autocast(q.device.type, torch.bfloat16):
         probs = attention_probs(q, k)
-        assert attention_qkv(q, k, k).dtype is torch.bfloat16
+        assert attention(q, k, k).dtype is torch.bfloat16
     assert torch.equal(probs, attention_probs(q.bfloat16(), k.bfloat16())) and probs.dtype is torch.float32
     assert torch.autograd.grad(probs.square().sum(), q)[0].dtype is torch.float32
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vit.kernels import attention_qkv, configs, reference, runtime
+from vit.kernels import attention, configs, reference, runtime
 
 FACTOR = 1.25
 NAMES = ("output", "dq", "dk", "dv")
@@ -59,7 +59,7 @@ def mirror(q: Tensor, k: Tensor, v: Tensor, do: Tensor, scale: float, keep: Tens
 def kernels(q: Tensor, k: Tensor, v: Tensor, do: Tensor, scale: float, **drop):
     """(o, dq, dk, dv) of the kernels, from and to [B, H, N, E]."""
     leaves = [t.transpose(1, 2).detach().requires_grad_() for t in (q, k, v)]
-    out = attention_qkv(*leaves, scale=scale, impl="triton", **drop)
+    out = attention(*leaves, scale=scale, impl="triton", **drop)
     results = [out.detach().view(leaves[0].shape)]
     results += torch.autograd.grad(out, leaves, do.transpose(1, 2).flatten(2))
     return [t.transpose(1, 2) for t in results]

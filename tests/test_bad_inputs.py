@@ -11,7 +11,16 @@ import pytest
 import torch
 
 import vit
-from vit.kernels import attention, attention_qkv, layer_norm, linear, mlp, patch_embed, residual_layer_norm, runtime
+from vit.kernels import (
+    attention,
+    attention_qkvpacked,
+    layer_norm,
+    linear,
+    mlp,
+    patch_embed,
+    residual_layer_norm,
+    runtime,
+)
 
 SMALL = vit.ViTConfig(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=3)
 
@@ -93,8 +102,8 @@ def calls(dtype=torch.float32, other=None, **options):
         "residual_layer_norm": lambda: residual_layer_norm(x, x, second, **options),
         "linear": lambda: linear(x, square, **options),
         "mlp": lambda: mlp(x, square, None, square, None, **options),
-        "attention": lambda: attention(torch.ones(1, 4, 3, 2, 16, dtype=dtype), **options),
-        "attention_qkv": lambda: attention_qkv(heads, heads.to(other or "cpu"), heads, **options),
+        "attention_qkvpacked": lambda: attention_qkvpacked(torch.ones(1, 4, 3, 2, 16, dtype=dtype), **options),
+        "attention": lambda: attention(heads, heads.to(other or "cpu"), heads, **options),
         "patch_embed": lambda: patch_embed(image, torch.ones(32, 3, 8, 8, dtype=dtype, device=other), **options),
     }
 
@@ -114,7 +123,7 @@ def test_integer_tensors(op):
         calls(dtype=torch.int32)[op]()
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op != "attention"])
+@pytest.mark.parametrize("op", [op for op in OPS if op != "attention_qkvpacked"])
 def test_tensors_on_two_devices(op):
     with pytest.raises(ValueError, match="all tensors must be on one device, got cpu and meta"):
         calls(other="meta")[op]()

@@ -71,7 +71,7 @@ def test_flops_against_pytorchs_counter(kind):
 def test_flops_of_attention_by_hand(queries, keys):
     """Two products forward and five backward, each of queries x keys; elements that repeat are multiplied anew."""
     q, k, v = (meta(2, n, 4, 64).requires_grad_() for n in (queries, keys, keys))
-    launches = trace.trace(kernels.attention_qkv, q, k, v, train=True)
+    launches = trace.trace(kernels.attention, q, k, v, train=True)
     product = 2 * 2 * 4 * 64 * queries * keys
     assert total(launches, "flops", "fwd") == 2 * product
     assert total(launches, "flops", "bwd") in (5 * product, 7 * product)  # dq in a kernel of its own computes two again
@@ -95,7 +95,7 @@ def test_bytes_of_one_launch_by_hand():
     x, branch, w, b = meta(4, 197, 768), meta(4, 197, 768), meta(768), meta(768)
     (launch,) = trace.trace(kernels.residual_layer_norm, x, branch, w, b)
     assert launch.bytes == (4 * rows * width + 2 * width) * 2 and launch.flops == 0
-    (launch,) = trace.trace(kernels.attention, meta(4, 197, 3, 12, 64))
+    (launch,) = trace.trace(kernels.attention_qkvpacked, meta(4, 197, 3, 12, 64))
     assert launch.bytes == 4 * rows * width * 2 and launch.flops == 4 * rows * 197 * width
     gelu = trace.trace(kernels.mlp, x, meta(3072, 768), meta(3072), meta(768, 3072), b)[0]
     assert gelu.bytes == (rows * 768 + 3072 * 768 + 3072 + rows * 3072) * 2 and gelu.flops == 2 * rows * 768 * 3072

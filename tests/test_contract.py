@@ -27,12 +27,12 @@ CALLS = {
     "mlp": ("mlp", {"x": (2, 5, 24), **LAYERS}, {}),
     "mlp, no biases": ("mlp", {"x": (2, 5, 24), **LAYERS, "fc1_bias": None, "fc2_bias": None}, {}),
     "mlp, dropout": ("mlp", {"x": (2, 5, 24), **LAYERS}, DROP),
-    "attention": ("attention", {"qkv": (2, 5, 3, 2, 16)}, {}),
-    "attention, one token": ("attention", {"qkv": (1, 1, 3, 2, 16)}, {"scale": 0.7}),
-    "attention, scale, dropout": ("attention", {"qkv": (2, 5, 3, 2, 24)}, {"scale": 0.7, **DROP}),
-    "attention_qkv": ("attention_qkv", {"q": (2, 5, 2, 16), "k": (2, 7, 2, 16), "v": (2, 7, 2, 16)}, {}),
-    "attention_qkv, scale, dropout": (
-        "attention_qkv", {"q": (2, 5, 2, 24), "k": (2, 7, 2, 24), "v": (2, 7, 2, 24)}, {"scale": 0.7, **DROP}
+    "attention_qkvpacked": ("attention_qkvpacked", {"qkv": (2, 5, 3, 2, 16)}, {}),
+    "attention_qkvpacked, one token": ("attention_qkvpacked", {"qkv": (1, 1, 3, 2, 16)}, {"scale": 0.7}),
+    "attention_qkvpacked, scale, dropout": ("attention_qkvpacked", {"qkv": (2, 5, 3, 2, 24)}, {"scale": 0.7, **DROP}),
+    "attention": ("attention", {"q": (2, 5, 2, 16), "k": (2, 7, 2, 16), "v": (2, 7, 2, 16)}, {}),
+    "attention, scale, dropout": (
+        "attention", {"q": (2, 5, 2, 24), "k": (2, 7, 2, 24), "v": (2, 7, 2, 24)}, {"scale": 0.7, **DROP}
     ),
     "layer_norm": ("layer_norm", {"x": (2, 5, 24), **NORM}, {}),
     "layer_norm, no bias": ("layer_norm", {"x": (2, 5, 24), "weight": (24,)}, {}),
@@ -49,7 +49,7 @@ CALLS = {
     "dropout": ("dropout", {"x": (2, 5, 24)}, {"p": 0.4, "seed": DROP["seed"]}),
 }  # fmt: skip
 # Results that the backward reads: changing them is an error, as for PyTorch's attention and for the input of its norm.
-SAVED = {("attention", 0), ("attention_qkv", 0), ("residual_layer_norm", 0)}
+SAVED = {("attention_qkvpacked", 0), ("attention", 0), ("residual_layer_norm", 0)}
 CHANGED = "modified by an inplace operation"
 
 every_call = pytest.mark.parametrize("call", CALLS)
@@ -276,11 +276,11 @@ def test_batches_of_none_and_one(call, device):
 
 
 @pytest.mark.parametrize("scale", [None, 0.05, 2.0])
-@pytest.mark.parametrize("call", ["attention", "attention_qkv", "attention_qkv, scale, dropout"])
+@pytest.mark.parametrize("call", ["attention_qkvpacked", "attention", "attention, scale, dropout"])
 def test_lse_of_any_scale(call, scale, device):
     """Beside PyTorch's own logsumexp, not beside the reference of this package alone."""
     op, inputs, options = make(call, device)
-    q, k, *_ = inputs["qkv"].unbind(2) if op == "attention" else inputs.values()
+    q, k, *_ = inputs["qkv"].unbind(2) if op == "attention_qkvpacked" else inputs.values()
     want = (torch.einsum("bqhe,bkhe->bhqk", q, k) * (scale or q.shape[-1] ** -0.5)).logsumexp(dim=-1)
     for module in (kernels, reference):
         _, lse = run(op, inputs, options | {"scale": scale, "return_lse": True}, module)

@@ -22,7 +22,7 @@ from vit import ViTConfig  # noqa: E402
 from vit.reference import VisionTransformer  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal; with a GPU, make gpu is the real thing")
-OPS = {"patch_embed", "layer_norm", "residual_layer_norm", "linear", "mlp", "attention", "attention_qkv"}
+OPS = {"patch_embed", "layer_norm", "residual_layer_norm", "linear", "mlp", "attention_qkvpacked", "attention"}
 
 
 def python(*args: str, **env: str) -> subprocess.CompletedProcess:

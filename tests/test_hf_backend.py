@@ -89,7 +89,7 @@ def test_weights_on_request(make):
 @pytest.mark.parametrize("make", [vit_model, dinov2, siglip, clip])
 def test_it_is_what_runs(make):
     ours, _, _, image = pair(make)
-    assert [row.op for row in vit.explain(ours, image)] == ["attention_qkv"]
+    assert [row.op for row in vit.explain(ours, image)] == ["attention"]
 
 
 def test_masks_take_sdpa():

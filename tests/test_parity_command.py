@@ -114,7 +114,7 @@ def test_grouping():
     assert {name: group_of(name) for name in tensors} == tensors
 
 
-@pytest.mark.parametrize("op", ["linear", "attention_qkv", "residual_layer_norm", "mlp"])
+@pytest.mark.parametrize("op", ["linear", "attention", "residual_layer_norm", "mlp"])
 def test_a_wrong_op_fails(op, monkeypatch, capsys):
     """In every library that runs it; here Hugging Face's, whose attention is not packed."""
     right = getattr(kernels, op)
@@ -283,8 +283,8 @@ def test_command_on_a_file(capsys, tmp_path, monkeypatch):
 
 def test_a_failing_command(capsys, monkeypatch):
     import_timm()
-    attention = kernels.attention
-    monkeypatch.setattr(kernels, "attention", lambda *args, **kwargs: attention(*args, **kwargs) * (1 + 1e-4))
+    attention = kernels.attention_qkvpacked
+    monkeypatch.setattr(kernels, "attention_qkvpacked", lambda *args, **kwargs: attention(*args, **kwargs) * (1 + 1e-4))
     code, out, _ = run(capsys, "timm:vit_tiny_patch16_224", *TINY)
     assert code == 1 and "Parity: FAIL" in out and "  FAIL logits: rms" in out
 

@@ -91,13 +91,13 @@ scales = st.sampled_from([None, 0.05, 1.0])
 
 
 @st.composite
-def attention_cases(draw):
+def attention_qkvpacked_cases(draw):
     shape = (draw(batch), draw(st.integers(1, 40)), 3, draw(st.integers(1, 2)), draw(head_dims))
     return {"qkv": shape}, {"scale": draw(scales)} | draw(drop())
 
 
 @st.composite
-def attention_qkv_cases(draw):
+def attention_cases(draw):
     B, HEADS, E = draw(batch), draw(st.integers(1, 2)), draw(head_dims)
     NQ, NK = draw(st.integers(0, 40)), draw(st.integers(1, 40))
     shapes = {"q": (B, NQ, HEADS, E), "k": (B, NK, HEADS, E), "v": (B, NK, HEADS, E)}
@@ -130,8 +130,8 @@ CASES = {
     "residual_layer_norm": (residual_cases, reference.residual_layer_norm),
     "linear": (linear_cases, reference.linear),
     "mlp": (mlp_cases, reference.mlp),
+    "attention_qkvpacked": (attention_qkvpacked_cases, reference.attention_qkvpacked),
     "attention": (attention_cases, reference.attention),
-    "attention_qkv": (attention_qkv_cases, reference.attention_qkv),
     "patch_embed": (patch_embed_cases, reference.patch_embed),
     "dropout": (dropout_cases, reference.dropout),
 }

@@ -275,7 +275,7 @@ from vit.kernels import runtime
 x, qkv = torch.empty(8, 64), torch.empty(1, 8, 3, 2, 32)
 calls = {
     "linear": lambda: kernels.linear(x, torch.empty(64, 64), impl="triton"),
-    "attention": lambda: kernels.attention(qkv, impl="triton"),
+    "attention_qkvpacked": lambda: kernels.attention_qkvpacked(qkv, impl="triton"),
 }
 found = {}
 with runtime.dry_run(90, lambda kernel, *_: found.update({kernel.__name__: kernel.cache_key})):
@@ -289,7 +289,7 @@ def test_kernels_have_one_cache_key_whatever_runs_first():
     """Else what `vit warmup` compiled is compiled again by a process that calls its ops in another order."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     keys = set()
-    for order in (["linear", "attention"], ["attention", "linear"]):
+    for order in (["linear", "attention_qkvpacked"], ["attention_qkvpacked", "linear"]):
         done = subprocess.run([sys.executable, "-c", ORDER, *order], env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         keys.add(done.stdout)
@@ -311,7 +311,7 @@ def test_export_with_any_batch(impl, strict, device, tmp_path):
     batch = torch.export.Dim("batch")
     program = torch.export.export(model.eval(), (image,), dynamic_shapes=({0: batch},), strict=strict)
     ops = {str(node.target) for node in program.graph.nodes if str(node.target).startswith("vit.")}
-    kinds = ("patch_embed", "layer_norm", "linear", "attention", "mlp")
+    kinds = ("patch_embed", "layer_norm", "linear", "attention_qkvpacked", "mlp")
     assert ops == ({f"vit.{kind}_fwd.default" for kind in kinds} if impl == "triton" else set())
     torch.export.save(program, tmp_path / "model.pt2")
     loaded = torch.export.load(tmp_path / "model.pt2").module()
@@ -340,7 +340,7 @@ def test_checkpointed_by_the_user(reentrant):
 def test_selective_checkpointing_by_the_names_of_our_ops(device):
     model, image = make("triton", device, depth=1)
     direct = results(model, image)
-    kept = {torch.ops.vit.attention_fwd.default, torch.ops.vit.linear_fwd.default}
+    kept = {torch.ops.vit.attention_qkvpacked_fwd.default, torch.ops.vit.linear_fwd.default}
 
     def policy(ctx, op, *args, **kwargs):
         return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
@@ -352,7 +352,7 @@ def test_selective_checkpointing_by_the_names_of_our_ops(device):
         found = results(model, image)
     assert all(torch.equal(direct[k], found[k]) for k in direct)
     # Of a block: qkv, proj; of the model: the head. The norms before and after the MLP and the MLP itself run twice.
-    assert calls.count["attention_fwd"] == 1 and calls.count["linear_fwd"] == 3
+    assert calls.count["attention_qkvpacked_fwd"] == 1 and calls.count["linear_fwd"] == 3
     assert calls.count["mlp_fwd"] == 2 and calls.count["layer_norm_fwd"] == 1 + 2 * 2
 
 
@@ -510,7 +510,7 @@ def freeze_first_block(model):
 FROZEN = {
     freeze_backbone: {"linear_bwd": 1},
     # The first norm of the second block is applied by the first, whose last add is then the deepest backward.
-    freeze_first_block: {"linear_bwd": 3, "attention_bwd": 1, "mlp_bwd": 1, "layer_norm_bwd": 3},
+    freeze_first_block: {"linear_bwd": 3, "attention_qkvpacked_bwd": 1, "mlp_bwd": 1, "layer_norm_bwd": 3},
 }
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vit.kernels import attention, layer_norm, linear, mlp
+from vit.kernels import attention_qkvpacked, layer_norm, linear, mlp
 
 W, H = torch.randn(24, 16, generator=torch.Generator().manual_seed(0)), torch.eye(16, 24)
 OPS = {
@@ -15,8 +15,8 @@ OPS = {
         lambda x: F.linear(F.gelu(F.linear(x, W.to(x))), H.to(x)),
         (5, 16),
     ),
-    "attention": (
-        lambda x, **a: attention(x[None], **a)[0],
+    "attention_qkvpacked": (
+        lambda x, **a: attention_qkvpacked(x[None], **a)[0],
         lambda x: F.scaled_dot_product_attention(*x.permute(1, 2, 0, 3)).transpose(0, 1).flatten(1),
         (5, 3, 2, 16),
     ),

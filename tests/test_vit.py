@@ -170,7 +170,7 @@ def test_explain_names_every_op(device):
         "patch_embed": ("triton", 1),
         "layer_norm": ("triton", 1),
         "linear": ("triton", 5),
-        "attention": ("triton", 2),
+        "attention_qkvpacked": ("triton", 2),
         "residual_layer_norm": ("triton", 4),
         "mlp": ("triton", 2),
     }

@@ -136,9 +136,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, seed: Tensor | None = None) -> Tensor:
         options = {"impl": self.impl} | dropping(self, seed, self.site)
         if self.q_norm is None:
-            o = kernels.attention(self.project(x), num_heads=self.num_heads, **options)  # [B, N, D]
+            o = kernels.attention_qkvpacked(self.project(x), num_heads=self.num_heads, **options)  # [B, N, D]
         else:
-            o = kernels.attention_qkv(*self.heads(x), **options)
+            o = kernels.attention(*self.heads(x), **options)
         return linear(self.proj, o, self.impl)
 
     def project(self, x: Tensor) -> Tensor:

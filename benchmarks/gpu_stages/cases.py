@@ -80,8 +80,8 @@ def op_cases(device: torch.device, rehearse: bool, head_dim: int = 0, heads: int
         Case("residual_layer_norm", {"residual": x, "branch": rand(batch, tokens, dim), "gamma": rand(dim)} | norm),
         Case("linear", {"x": x, "weight": rand(dim, dim) * dim**-0.5, "bias": rand(dim)}),
         Case("mlp", {"x": x, "fc1_weight": fc1, "fc1_bias": rand(hidden), "fc2_weight": fc2, "fc2_bias": rand(dim)}),
-        Case("attention", {"qkv": qkv}),
-        Case("attention_qkv", {"q": q, "k": k, "v": v}),
+        Case("attention_qkvpacked", {"qkv": qkv}),
+        Case("attention", {"q": q, "k": k, "v": v}),
     ]
 
 

@@ -28,7 +28,10 @@ def heads(log: Log, rehearse: bool) -> None:
         turn = 2 if rehearse else 65_536 // head_count  # the first sample with a head whose number needs 17 bits
         q, k, v = (_rand(device, batch, tokens, head_count, head_dim) for _ in range(3))
         packed = torch.stack([q, k, v], dim=2)
-        for case in (cases.Case("attention", {"qkv": packed}), cases.Case("attention_qkv", {"q": q, "k": k, "v": v})):
+        for case in (
+            cases.Case("attention_qkvpacked", {"qkv": packed}),
+            cases.Case("attention", {"q": q, "k": k, "v": v}),
+        ):
             log.attempt(
                 functools.partial(_check_samples, case, list(case.tensors), [turn - 1, turn]),
                 op=case.op, batch=batch, heads=head_count, tokens=tokens, head_dim=head_dim,
@@ -37,7 +40,7 @@ def heads(log: Log, rehearse: bool) -> None:
 
 def large(log: Log, rehearse: bool) -> None:
     """Each op with tensors of more than 2³¹ elements: 2.2·10⁹ in [B, N, D], 6.5·10⁹ in packed qkv."""
-    for op in ("layer_norm", "residual_layer_norm", "patch_embed", "attention", "attention_qkv", "linear", "mlp"):
+    for op in ("layer_norm", "residual_layer_norm", "patch_embed", "attention_qkvpacked", "attention", "linear", "mlp"):
         log.attempt(functools.partial(_large, op, rehearse), op=op)
 
 
@@ -58,8 +61,8 @@ def _large(op: str, rehearse: bool) -> dict:
             "image": rand(batch, 3, grid * patch, grid * patch), "weight": rand(dim, 3, patch, patch) * 0.04,
             "bias": rand(dim), "pos_embed": rand(1, tokens, dim), "prefix": rand(1, 1, dim),
         },
-        "attention": lambda: {"qkv": rand(batch, tokens, 3, head_count, dim // head_count)},
-        "attention_qkv": lambda: {"q": head(), "k": head(), "v": head()},
+        "attention_qkvpacked": lambda: {"qkv": rand(batch, tokens, 3, head_count, dim // head_count)},
+        "attention": lambda: {"q": head(), "k": head(), "v": head()},
         "linear": lambda: {"x": x(), "weight": rand(dim, dim) * dim**-0.5, "bias": rand(dim)},
         "mlp": lambda: {
             "x": x(), "fc1_weight": rand(dim, dim) * dim**-0.5, "fc1_bias": rand(dim),

@@ -92,7 +92,7 @@ def multihead_attention(base: type, impl: str):
                 self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         qkv = kernels.linear(query, self.in_proj_weight, self.in_proj_bias, impl=impl)
-        o = kernels.attention(qkv, num_heads=self.num_heads, impl=impl, **options)
+        o = kernels.attention_qkvpacked(qkv, num_heads=self.num_heads, impl=impl, **options)
         return linear(self.out_proj, o, impl), None
 
     return forward

@@ -85,13 +85,13 @@ def attention_and_maps(q: Tensor, k: Tensor, v: Tensor, wanted: bool, **options:
     Under autograd the result is computed from the probabilities, so that they have the gradient that eager ones have.
     """
     if not wanted:
-        return kernels.attention_qkv(q, k, v, **options), None
+        return kernels.attention(q, k, v, **options), None
     maps = kernels.attention_probs(q, k, scale=options["scale"]).to(v.dtype)
     if "seed" in options:
         maps = kernels.dropout(maps, options["dropout_p"], options["seed"])  # the mask that the op draws
     if maps.requires_grad:
         return (maps @ v.transpose(1, 2)).transpose(1, 2).flatten(2), maps
-    return kernels.attention_qkv(q, k, v, **options), maps
+    return kernels.attention(q, k, v, **options), maps
 
 
 def dropping(module: nn.Module | None, x: Tensor) -> dict[str, Any] | None:

@@ -48,11 +48,11 @@ def attention(base: type, impl: str):
         qkv = linear(self.qkv, x, impl)
         options = {"scale": self.scale, "impl": impl} | drop
         if packed:
-            o = kernels.attention(qkv, num_heads=self.num_heads, **options)  # [B, N, D]
+            o = kernels.attention_qkvpacked(qkv, num_heads=self.num_heads, **options)  # [B, N, D]
         else:
             q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)  # [B, N, HEADS, HEAD_DIM] each
             q, k = parts.layer_norm(self.q_norm, q, impl), parts.layer_norm(self.k_norm, k, impl)
-            o = kernels.attention_qkv(q, k, v, **options)
+            o = kernels.attention(q, k, v, **options)
         o = parts.layer_norm(self.norm, o, impl) if hasattr(self, "norm") else o
         o = o if gate is None else o * gate
         return self.proj_drop(linear(self.proj, o, impl))
