@@ -90,7 +90,7 @@ def label(launch: Launch) -> str:
         return f"{launch.name} {' '.join('x'.join(map(str, shape)) for shape in launch.shapes[:2])}".strip()
     name = launch.name.removeprefix("_").removesuffix("_kernel")
     if launch.args.get("ACTIVATION") is not None:
-        name += " dgelu" if launch.args["pre_ptr"] is not None else " gelu"
+        name += " dgelu" if launch.args["preact_ptr"] is not None else " gelu"
     return name + (" + residual" if launch.args.get("branch_ptr") is not None else "")
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels of a Vision Transformer: functions on tensors, each with an eager reference of the same signature.
+"""Triton kernels of a Vision Transformer: functions on tensors. `reference` has the eager formula of each.
 
 The folder is imported as ``vit.kernels``. From the repository's root it is also importable as ``kernels``, the name of
 an unrelated package that transformers looks for: under that name it stays empty, so that no op registers twice.

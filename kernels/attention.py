@@ -9,8 +9,8 @@ would put errors of 1e-5 into P, which eager PyTorch does not have in fp32. P is
 Backward, from do:
     P = exp(scale · (s − m) − log l),  delta = Σ_e do · o,  dS = P · (do vᵀ − delta)
     dv = Pᵀ do,  dk = scale · dSᵀ q,  dq = scale · dS k
-With dropout, K = `tile.keep` of row (b · H + h) · NQ + query and column key: K · P multiplies v and gives dv, and
-dP = K · (do vᵀ) stands for do vᵀ. l and lse are those of P, and delta is the same sum of o, for Σ P · dP = Σ do · o.
+With dropout, K = `tile.dropout_scale` of row (b · H + h) · NQ + query and column key: K · P multiplies v and gives dv,
+and dP = K · (do vᵀ) takes the place of do vᵀ. l and lse are those of P. delta stays, because Σ P · dP = Σ do · o.
 One launch, two roles: some programs own a tile of keys (dk, dv) and walk the queries, the others own a tile of queries
 (dq) and walk the keys. Each recomputes P, dS and delta, so nothing is shared between programs, every sum has one fixed
 order, and there is neither scratch memory nor an atomic: seven products instead of five.
@@ -30,14 +30,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, reference, runtime, tile
+from .dropout import seed_and_offset
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["OFFSET"])
 def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, seed_ptr, o_ptr, m_ptr, log_l_ptr,
-    HEADS, SITE,
+    HEADS, OFFSET,
     stride_q, stride_k, stride_v, stride_o,  # each (batch, token, head)
     NQ: tl.constexpr, NK: tl.constexpr, SCALE: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -70,7 +71,7 @@ def _attention_fwd_kernel(
         alpha = tile.exp_scaled(m_i - m_new, SCALE)
         l_i = l_i * alpha + tl.sum(p, axis=1)
         if seed_ptr is not None:
-            p *= tile.keep(seed, SITE, (head * NQ + offs_m)[:, None], offs_n[None, :], P).to(ACC)
+            p *= tile.dropout_scale(seed, OFFSET, (head * NQ + offs_m)[:, None], offs_n[None, :], P).to(ACC)
         acc = tile.dot_into_parts(p, v, tile.scale_parts(acc, alpha[:, None]), PRECISION)
         m_i = m_new
 
@@ -81,10 +82,10 @@ def _attention_fwd_kernel(
         tl.store(log_l_ptr + head * NQ + offs_m, tl.log(l_i), mask=mask_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["OFFSET"])
 def _attention_bwd_kernel(
     q_ptr, k_ptr, v_ptr, seed_ptr, o_ptr, do_ptr, m_ptr, log_l_ptr, dq_ptr, dk_ptr, dv_ptr,
-    HEADS, SITE,
+    HEADS, OFFSET,
     stride_q, stride_k, stride_v, stride_o, stride_do, stride_dq, stride_dk, stride_dv,  # each (batch, token, head)
     NQ: tl.constexpr, NK: tl.constexpr, SCALE: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -109,7 +110,7 @@ def _attention_bwd_kernel(
             dv = tile.head_rows(dv_ptr, stride_dv, b, h, ALIGN)
             offs_n = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
             _dk_dv(
-                q, k, v, seed_ptr, o, do, m_ptr, log_l_ptr, dk, dv, offs_n, head * NQ, SITE,
+                q, k, v, seed_ptr, o, do, m_ptr, log_l_ptr, dk, dv, offs_n, head * NQ, OFFSET,
                 NQ, NK, SCALE, P, PARTS, ALIGN, PRECISION, ACC, BLOCK_M, BLOCK_N,
             )  # fmt: skip
     else:
@@ -117,14 +118,14 @@ def _attention_bwd_kernel(
             dq = tile.head_rows(dq_ptr, stride_dq, b, h, ALIGN)
             offs_m = (pid_m - TILES_K) * BLOCK_M + tl.arange(0, BLOCK_M)
             _dq(
-                q, k, v, seed_ptr, o, do, m_ptr, log_l_ptr, dq, offs_m, head * NQ, SITE,
+                q, k, v, seed_ptr, o, do, m_ptr, log_l_ptr, dq, offs_m, head * NQ, OFFSET,
                 NQ, NK, SCALE, P, PARTS, ALIGN, PRECISION, ACC, BLOCK_M, BLOCK_N,
             )  # fmt: skip
 
 
 @triton.jit
 def _dk_dv(
-    q_rows, k_rows, v_rows, seed_ptr, o_rows, do_rows, m_ptr, log_l_ptr, dk_rows, dv_rows, offs_n, first_row, SITE,
+    q_rows, k_rows, v_rows, seed_ptr, o_rows, do_rows, m_ptr, log_l_ptr, dk_rows, dv_rows, offs_n, first_row, OFFSET,
     NQ: tl.constexpr, NK: tl.constexpr, SCALE: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -155,9 +156,11 @@ def _dk_dv(
         dp = tile.dot_parts(v, do, PRECISION, ACC)
         kept = p
         if seed_ptr is not None:
-            keep = tile.keep(seed, SITE, (first_row + offs_m)[None, :], offs_n.to(tl.int32)[:, None], P).to(ACC)
-            kept *= keep
-            dp *= keep
+            drop_scale = tile.dropout_scale(
+                seed, OFFSET, (first_row + offs_m)[None, :], offs_n.to(tl.int32)[:, None], P
+            ).to(ACC)
+            kept *= drop_scale
+            dp *= drop_scale
         ds = p * (dp - delta[None, :])
         dv = tile.dot_into_parts(kept, do, dv, PRECISION)
         dk = tile.dot_into_parts(ds, q, dk, PRECISION)
@@ -168,7 +171,7 @@ def _dk_dv(
 
 @triton.jit
 def _dq(
-    q_rows, k_rows, v_rows, seed_ptr, o_rows, do_rows, m_ptr, log_l_ptr, dq_rows, offs_m, first_row, SITE,
+    q_rows, k_rows, v_rows, seed_ptr, o_rows, do_rows, m_ptr, log_l_ptr, dq_rows, offs_m, first_row, OFFSET,
     NQ: tl.constexpr, NK: tl.constexpr, SCALE: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -194,7 +197,7 @@ def _dq(
         p = tile.attn_probs(logits, m[:, None], log_l[:, None], SCALE)
         dp = tile.dot_parts(do, v, PRECISION, ACC)
         if seed_ptr is not None:
-            dp *= tile.keep(seed, SITE, (first_row + offs_m)[:, None], offs_n[None, :], P).to(ACC)
+            dp *= tile.dropout_scale(seed, OFFSET, (first_row + offs_m)[:, None], offs_n[None, :], P).to(ACC)
         ds = p * (dp - delta[:, None])
         dq = tile.dot_into_parts(ds, k, dq, PRECISION)
 
@@ -230,7 +233,7 @@ def _unit_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _launch_fwd(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, m: Tensor, log_l: Tensor,
-    scale: float, seed: Tensor | None, dropout_p: float, site: int,
+    scale: float, seed: Tensor | None, dropout_p: float, offset: int,
 ) -> None:  # fmt: skip
     """Fills o, and m and log_l unless empty. q, o [B, NQ, H, E] and k, v [B, NK, H, E] with unit last stride."""
     B, NQ, HEADS, HEAD_DIM = q.shape
@@ -239,7 +242,7 @@ def _launch_fwd(
         _attention_fwd_kernel, B * HEADS * triton.cdiv(NQ, config.block_m),
         q_ptr=q, k_ptr=k, v_ptr=v, seed_ptr=seed, o_ptr=o,
         m_ptr=m if m.numel() else None, log_l_ptr=log_l if m.numel() else None,
-        HEADS=HEADS, SITE=site,
+        HEADS=HEADS, OFFSET=offset,
         stride_q=_strides(q), stride_k=_strides(k), stride_v=_strides(v), stride_o=_strides(o),
         NQ=NQ, NK=k.shape[1], SCALE=scale, P=dropout_p, PARTS=head_parts(HEAD_DIM), ALIGN=_align(q, k, v, o),
         PRECISION=runtime.precision(q.dtype), ACC=runtime.acc_type(q.dtype),
@@ -250,7 +253,7 @@ def _launch_fwd(
 def _launch_bwd(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor, m: Tensor, log_l: Tensor,
     dq: Tensor | None, dk: Tensor | None, dv: Tensor | None,
-    scale: float, seed: Tensor | None, dropout_p: float, site: int,
+    scale: float, seed: Tensor | None, dropout_p: float, offset: int,
 ) -> None:  # fmt: skip
     """Fills dq, and dk with dv, as far as given; all [B, N, H, E] with unit last stride."""
     B, NQ, HEADS, HEAD_DIM = q.shape
@@ -261,7 +264,7 @@ def _launch_bwd(
         _attention_bwd_kernel, B * HEADS * tiles,
         q_ptr=q, k_ptr=k, v_ptr=v, seed_ptr=seed, o_ptr=o, do_ptr=do, m_ptr=m, log_l_ptr=log_l,
         dq_ptr=dq, dk_ptr=dk, dv_ptr=dv,
-        HEADS=HEADS, SITE=site,
+        HEADS=HEADS, OFFSET=offset,
         stride_q=_strides(q), stride_k=_strides(k), stride_v=_strides(v), stride_o=_strides(o), stride_do=_strides(do),
         stride_dq=_strides(dq), stride_dk=_strides(dk), stride_dv=_strides(dv),
         NQ=NQ, NK=NK, SCALE=scale, P=dropout_p, PARTS=head_parts(HEAD_DIM), ALIGN=_align(q, k, v, o, do, dq, dk, dv),
@@ -273,16 +276,16 @@ def _launch_bwd(
 @torch.library.custom_op("vit::attention_fwd", mutates_args=())
 def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, scale: float, save: bool,
-    seed: Tensor | None = None, dropout_p: float = 0.0, site: int = 0,
+    seed: Tensor | None = None, dropout_p: float = 0.0, offset: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(o [B, NQ, H·E], m [B, H, NQ], log_l [B, H, NQ]); m and log_l are empty unless ``save``."""
     o, m, log_l = _attention_fwd_fake(q, k, v, scale, save)
-    _launch_fwd(*_unit_rows(q, k, v), o.view(q.shape), m, log_l, scale, seed, dropout_p, site)
+    _launch_fwd(*_unit_rows(q, k, v), o.view(q.shape), m, log_l, scale, seed, dropout_p, offset)
     return o, m, log_l
 
 
 @attention_fwd.register_fake
-def _attention_fwd_fake(q, k, v, scale, save, seed=None, dropout_p=0.0, site=0):
+def _attention_fwd_fake(q, k, v, scale, save, seed=None, dropout_p=0.0, offset=0):
     B, NQ, HEADS, HEAD_DIM = q.shape
     dtype = torch.promote_types(q.dtype, torch.float32)
     stats = (q.new_empty((B, HEADS, NQ) if save else 0, dtype=dtype) for _ in range(2))
@@ -293,19 +296,19 @@ def _attention_fwd_fake(q, k, v, scale, save, seed=None, dropout_p=0.0, site=0):
 def attention_bwd(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, m: Tensor, log_l: Tensor,
     scale: float, need_dq: bool, need_dkv: bool,
-    seed: Tensor | None = None, dropout_p: float = 0.0, site: int = 0,
+    seed: Tensor | None = None, dropout_p: float = 0.0, offset: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv), contiguous; what is not needed is empty."""
     dq, dk, dv = _attention_bwd_fake(do, q, k, v, o, m, log_l, scale, need_dq, need_dkv)
     q, k, v, do = _unit_rows(q, k, v, do.unflatten(-1, q.shape[2:]))
     wanted = (dq if need_dq else None, *((dk, dv) if need_dkv else (None, None)))
-    _launch_bwd(q, k, v, o.view(q.shape), do, m, log_l, *wanted, scale, seed, dropout_p, site)
+    _launch_bwd(q, k, v, o.view(q.shape), do, m, log_l, *wanted, scale, seed, dropout_p, offset)
     return dq, dk, dv
 
 
 @attention_bwd.register_fake
 def _attention_bwd_fake(
-    do, q, k, v, o, m, log_l, scale, need_dq, need_dkv, seed=None, dropout_p=0.0, site=0
+    do, q, k, v, o, m, log_l, scale, need_dq, need_dkv, seed=None, dropout_p=0.0, offset=0
 ):  # fmt: skip
     kv_shape = k.shape if need_dkv else (0,)
     return q.new_empty(q.shape if need_dq else 0), k.new_empty(kv_shape), v.new_empty(kv_shape)
@@ -313,40 +316,40 @@ def _attention_bwd_fake(
 
 @torch.library.custom_op("vit::attention_qkvpacked_fwd", mutates_args=())
 def attention_qkvpacked_fwd(
-    qkv: Tensor, scale: float, save: bool, seed: Tensor | None = None, dropout_p: float = 0.0, site: int = 0
+    qkv: Tensor, scale: float, save: bool, seed: Tensor | None = None, dropout_p: float = 0.0, offset: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`attention_fwd` of packed qkv [B, N, 3, H, E]."""
     o, m, log_l = _attention_qkvpacked_fwd_fake(qkv, scale, save)
     q, k, v = _unit_rows(qkv)[0].unbind(dim=2)
-    _launch_fwd(q, k, v, o.view(q.shape), m, log_l, scale, seed, dropout_p, site)
+    _launch_fwd(q, k, v, o.view(q.shape), m, log_l, scale, seed, dropout_p, offset)
     return o, m, log_l
 
 
 @attention_qkvpacked_fwd.register_fake
-def _attention_qkvpacked_fwd_fake(qkv, scale, save, seed=None, dropout_p=0.0, site=0):
+def _attention_qkvpacked_fwd_fake(qkv, scale, save, seed=None, dropout_p=0.0, offset=0):
     return _attention_fwd_fake(*qkv.unbind(dim=2), scale, save)
 
 
 @torch.library.custom_op("vit::attention_qkvpacked_bwd", mutates_args=())
 def attention_qkvpacked_bwd(
     do: Tensor, qkv: Tensor, o: Tensor, m: Tensor, log_l: Tensor, scale: float,
-    seed: Tensor | None = None, dropout_p: float = 0.0, site: int = 0,
+    seed: Tensor | None = None, dropout_p: float = 0.0, offset: int = 0,
 ) -> Tensor:  # fmt: skip
     """Packed dqkv [B, N, 3, H, E], contiguous: the kernel writes into it."""
     dqkv = qkv.new_empty(qkv.shape)
     qkv, do = _unit_rows(qkv, do.unflatten(-1, qkv.shape[3:]))
     q, k, v = qkv.unbind(dim=2)
-    _launch_bwd(q, k, v, o.view(q.shape), do, m, log_l, *dqkv.unbind(dim=2), scale, seed, dropout_p, site)
+    _launch_bwd(q, k, v, o.view(q.shape), do, m, log_l, *dqkv.unbind(dim=2), scale, seed, dropout_p, offset)
     return dqkv
 
 
 @attention_qkvpacked_bwd.register_fake
-def _attention_qkvpacked_bwd_fake(do, qkv, o, m, log_l, scale, seed=None, dropout_p=0.0, site=0):
+def _attention_qkvpacked_bwd_fake(do, qkv, o, m, log_l, scale, seed=None, dropout_p=0.0, offset=0):
     return qkv.new_empty(qkv.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.scale, _, seed, ctx.dropout_p, ctx.site = inputs
+    *tensors, ctx.scale, _, seed, ctx.dropout_p, ctx.offset = inputs
     o, m, log_l = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(m, log_l)
@@ -357,7 +360,7 @@ def _attention_qkvpacked_backward(ctx, do, _dm, _dlog_l):
     if do is None:
         return (None,) * 6
     *saved, seed = ctx.saved_tensors
-    return attention_qkvpacked_bwd(do, *saved, ctx.scale, seed, ctx.dropout_p, ctx.site), *[None] * 5
+    return attention_qkvpacked_bwd(do, *saved, ctx.scale, seed, ctx.dropout_p, ctx.offset), *[None] * 5
 
 
 def _attention_backward(ctx, do, _dm, _dlog_l):
@@ -366,7 +369,7 @@ def _attention_backward(ctx, do, _dm, _dlog_l):
     need_dq, need_dk, need_dv = ctx.needs_input_grad[:3]
     *saved, seed = ctx.saved_tensors
     dq, dk, dv = attention_bwd(
-        do, *saved, ctx.scale, need_dq, need_dk or need_dv, seed, ctx.dropout_p, ctx.site
+        do, *saved, ctx.scale, need_dq, need_dk or need_dv, seed, ctx.dropout_p, ctx.offset
     )  # fmt: skip
     return dq if need_dq else None, dk if need_dk else None, dv if need_dv else None, *[None] * 5
 
@@ -386,7 +389,7 @@ def attention_qkvpacked(
     return_lse: bool = False,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    site: int = 0,
+    offset: int = 0,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Multi-head self-attention on packed queries, keys and values, as the qkv projection of a ViT writes them.
@@ -397,7 +400,7 @@ def attention_qkvpacked(
         num_heads: H, exactly when qkv has three dimensions.
         scale: of the logits, positive; 1/sqrt(E) if None.
         return_lse: also return the logsumexp of each query's logits.
-        dropout_p, seed, site: dropout of the probabilities, as in `vit.kernels.dropout` of [B, H, N, N]. They are
+        dropout_p, seed, offset: dropout of the probabilities, as in `vit.kernels.dropout` of [B, H, N, N]. They are
             normalised before, and the logsumexp knows nothing of it.
         impl: "auto", "triton" or "reference".
 
@@ -406,7 +409,7 @@ def attention_qkvpacked(
         natural-log logsumexp, fp32 [B, H, N], through which no gradient flows.
 
     Raises:
-        ValueError: shapes that do not fit, dropout_p outside [0, 1), no seed, unknown impl.
+        ValueError: shapes that do not fit, dropout_p outside [0, 1), unknown impl.
         TypeError: not a floating-point tensor, not a seed.
         RuntimeError: ``impl="triton"`` where the kernels cannot run.
     """
@@ -423,14 +426,12 @@ def attention_qkvpacked(
             f"{op}: qkv must have shape [B, N, 3, H, E], or [B, N, 3·H·E] with num_heads given, got {tuple(qkv.shape)}"
         )
     scale = check_scale(op, scale, qkv.shape[-1])
-    runtime.check_dropout(op, dropout_p, seed, qkv)
-    if dropout_p == 0.0:
-        seed, site = None, 0
+    seed, offset = seed_and_offset(op, dropout_p, seed, offset, qkv)
     if not runtime.use_triton(op, impl, [qkv], _unsupported(qkv.shape[-1])):
-        return reference.attention_qkvpacked(
-            qkv, scale, return_lse=return_lse, dropout_p=dropout_p, seed=seed, site=site
-        )
-    out, m, log_l = attention_qkvpacked_fwd(qkv, scale, return_lse or runtime.needs_grad(qkv), seed, dropout_p, site)
+        options = {"scale": scale, "return_lse": return_lse, "dropout_p": dropout_p, "seed": seed, "offset": offset}
+        return reference.attention_qkvpacked(qkv, **options)
+    save = return_lse or runtime.needs_grad(qkv)
+    out, m, log_l = attention_qkvpacked_fwd(qkv, scale, save, seed, dropout_p, offset)
     return (out, scale * m + log_l) if return_lse else out
 
 
@@ -444,7 +445,7 @@ def attention(
     return_lse: bool = False,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    site: int = 0,
+    offset: int = 0,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` of separate queries, keys and values, whose lengths may differ.
@@ -452,7 +453,7 @@ def attention(
     Args:
         q: [B, NQ, H, E]. k, v: [B, NK, H, E]. Any strides (a transposed view of [B, H, N, E] too), read in place unless
             the last stride is not 1; one dtype.
-        scale, return_lse, dropout_p, seed, site, impl: as for `attention`; the dropped tensor is [B, H, NQ, NK].
+        scale, return_lse, dropout_p, seed, offset, impl: as for `attention`; the dropped tensor is [B, H, NQ, NK].
 
     Returns:
         [B, NQ, H·E], contiguous; with ``return_lse`` also the logsumexp [B, H, NQ].
@@ -465,16 +466,12 @@ def attention(
     if k.shape != v.shape:
         raise ValueError(f"{op}: k and v must have the same shape, got {tuple(k.shape)} and {tuple(v.shape)}")
     scale = check_scale(op, scale, q.shape[-1])
-    runtime.check_dropout(op, dropout_p, seed, q)
-    if dropout_p == 0.0:
-        seed, site = None, 0
+    seed, offset = seed_and_offset(op, dropout_p, seed, offset, q)
     if not runtime.use_triton(op, impl, [q, k, v], _unsupported(q.shape[-1])):
-        return reference.attention(
-            q, k, v, scale, return_lse=return_lse, dropout_p=dropout_p, seed=seed, site=site
-        )  # fmt: skip
-    out, m, log_l = attention_fwd(
-        q, k, v, scale, return_lse or runtime.needs_grad(q, k, v), seed, dropout_p, site
-    )  # fmt: skip
+        options = {"scale": scale, "return_lse": return_lse, "dropout_p": dropout_p, "seed": seed, "offset": offset}
+        return reference.attention(q, k, v, **options)
+    save = return_lse or runtime.needs_grad(q, k, v)
+    out, m, log_l = attention_fwd(q, k, v, scale, save, seed, dropout_p, offset)
     return (out, scale * m + log_l) if return_lse else out
 
 

@@ -1,10 +1,10 @@
-"""Dropout whose mask is a function of (seed, site, element), and the seed itself.
+"""Dropout whose mask is a function of (seed, offset, element), and the seed itself.
 
-    y = x · keep(seed, site, row, column),  keep ∈ {0, 1/(1 − p)}
+    y = x · k(seed, offset, row, column),  k ∈ {0, 1/(1 − p)}
 
-`tile.keep` draws it anew wherever it is needed, so no mask is stored and backward, recomputation, compilation and graph
-replay agree. Backward: dx = dy · keep, the same kernel. The ops that drop inside (`residual_layer_norm`, `mlp`,
-`attention`) use the same function; this one is for what has no op of its own (embeddings, the head).
+`tile.dropout_scale` computes k again wherever it is needed. So no mask is stored, and backward, recomputation,
+compilation and graph replay agree. Backward: dx = dy · k, the same kernel. The ops that drop inside
+(`residual_layer_norm`, `mlp`, `attention`) use the same function. This op is for embeddings and the head.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 from . import configs, reference, runtime, tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["OFFSET"])
 def _dropout_kernel(
     x_ptr, seed_ptr, y_ptr,
-    M, D, SITE, stride_xm,
+    M, D, OFFSET, stride_xm,
     P: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
@@ -30,7 +30,7 @@ def _dropout_kernel(
     mask = (offs_m < M)[:, None] & (offs_d < D)[None, :]
 
     x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_d[None, :], mask=mask, other=0.0).to(ACC)
-    y = x * tile.keep(tl.load(seed_ptr), SITE, offs_m[:, None], offs_d[None, :], P).to(ACC)
+    y = x * tile.dropout_scale(tl.load(seed_ptr), OFFSET, offs_m[:, None], offs_d[None, :], P).to(ACC)
     tl.store(y_ptr + offs_m[:, None] * D + offs_d[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -53,7 +53,7 @@ def dropout_seed(like: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("vit::dropout", mutates_args=())
-def dropout_fwd(x: Tensor, p: float, seed: Tensor, site: int) -> Tensor:
+def dropout_fwd(x: Tensor, p: float, seed: Tensor, offset: int) -> Tensor:
     """x [..., D] -> contiguous [..., D]."""
     y = x.new_empty(x.shape)
     x_rows = runtime.rows(x)
@@ -61,7 +61,7 @@ def dropout_fwd(x: Tensor, p: float, seed: Tensor, site: int) -> Tensor:
     config = configs.elementwise(runtime.arch(x.device), D)
     runtime.launch(
         _dropout_kernel, triton.cdiv(M, config.block_m) * triton.cdiv(D, config.block_n),
-        x_ptr=x_rows, seed_ptr=seed, y_ptr=y, M=M, D=D, SITE=site, stride_xm=x_rows.stride(0),
+        x_ptr=x_rows, seed_ptr=seed, y_ptr=y, M=M, D=D, OFFSET=offset, stride_xm=x_rows.stride(0),
         P=p, ACC=runtime.acc_type(x.dtype), BLOCK_M=config.block_m, BLOCK_D=config.block_n,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -69,58 +69,77 @@ def dropout_fwd(x: Tensor, p: float, seed: Tensor, site: int) -> Tensor:
 
 
 @dropout_fwd.register_fake
-def _dropout_fake(x, p, seed, site):
+def _dropout_fake(x, p, seed, offset):
     return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("vit::dropout_bwd", mutates_args=())
-def dropout_bwd(dy: Tensor, p: float, seed: Tensor, site: int) -> Tensor:
+def dropout_bwd(dy: Tensor, p: float, seed: Tensor, offset: int) -> Tensor:
     """dx, contiguous. An op of its own, so that a second derivative raises as everywhere."""
-    return torch.ops.vit.dropout(dy, p, seed, site)
+    return torch.ops.vit.dropout(dy, p, seed, offset)
 
 
 @dropout_bwd.register_fake
-def _dropout_bwd_fake(dy, p, seed, site):
+def _dropout_bwd_fake(dy, p, seed, offset):
     return dy.new_empty(dy.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    _, ctx.p, seed, ctx.site = inputs
+    _, ctx.p, seed, ctx.offset = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(seed)
 
 
 def _backward(ctx, dy):
-    return None if dy is None else dropout_bwd(dy, ctx.p, *ctx.saved_tensors, ctx.site), None, None, None
+    return None if dy is None else dropout_bwd(dy, ctx.p, *ctx.saved_tensors, ctx.offset), None, None, None
 
 
 dropout_fwd.register_autograd(_backward, setup_context=_setup_context)
 runtime.refuse_second_derivative("dropout", dropout_bwd)
 
 
-def dropout(x: Tensor, p: float, seed: Tensor | None = None, site: int = 0, *, impl: str = "auto") -> Tensor:
+def seed_and_offset(op: str, p: float, seed: Tensor | None, offset: int, x: Tensor) -> tuple[Tensor | None, int]:
+    """What an op of `x` drops out with: the seed (a new one for None) and the offset; (None, 0) for p = 0.
+
+    Raises unless ``p`` is a probability below 1 and ``seed`` is None or one int64 number on the device of x.
+    """
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {p}")
+    if p == 0.0:
+        return None, 0
+    if seed is None:
+        return dropout_seed(x), offset
+    if not isinstance(seed, torch.Tensor) or seed.dtype is not torch.int64 or seed.numel() != 1:
+        got = f"{seed.dtype} {tuple(seed.shape)}" if isinstance(seed, torch.Tensor) else type(seed).__name__
+        raise TypeError(f"{op}: seed must be an int64 tensor of one element, as dropout_seed(x) returns it, got {got}")
+    if seed.device != x.device:
+        raise ValueError(f"{op}: all tensors must be on one device, got {x.device} and {seed.device} (seed)")
+    return seed, offset
+
+
+def dropout(x: Tensor, p: float, seed: Tensor | None = None, offset: int = 0, *, impl: str = "auto") -> Tensor:
     """Sets each element to 0 with probability p and divides the others by 1 − p (Srivastava et al., 2014).
 
     Args:
         x: [..., D], any strides; fp32, fp16 or bf16.
         p: in [0, 1); 0 returns ``x`` itself.
-        seed: int64 tensor of one element beside ``x``, see `dropout_seed`; not needed for p = 0.
-        site: which dropout of the network this is, from 0 to 2³¹ − 1. Two with the same seed and site drop alike.
+        seed: int64 tensor of one element on the device of ``x``, see `dropout_seed`. None draws one.
+        offset: which dropout of the network this is, from 0 to 2³¹ − 1. Two with the same seed and offset drop alike.
         impl: "auto", "triton" or "reference". All draw the same mask, and `torch.nn.functional.dropout` another.
 
     Returns:
         Like ``x``, contiguous.
 
     Raises:
-        ValueError: p outside [0, 1), no seed, unknown impl. TypeError: not a floating-point tensor, not a seed.
+        ValueError: p outside [0, 1), unknown impl. TypeError: not a floating-point tensor, not a seed.
         RuntimeError: ``impl="triton"`` where the kernel cannot run.
     """
     runtime.check_floating("dropout", x=x)
-    runtime.check_dropout("dropout", p, seed, x)
+    seed, offset = seed_and_offset("dropout", p, seed, offset, x)
     if p == 0.0:
         return x
     if x.dim() == 0:
         raise ValueError("dropout: x must have at least one dimension, got a scalar")
     if not runtime.use_triton("dropout", impl, [x]):
-        return reference.dropout(x, p, seed, site)
-    return dropout_fwd(x, p, seed, site)
+        return reference.dropout(x, p, seed, offset)
+    return dropout_fwd(x, p, seed, offset)

@@ -1,6 +1,6 @@
 """LayerNorm, alone or fused with the residual add before it: one read and one write of the stream.
 
-Forward, per row of D elements (r: row scale of the sample, g: LayerScale gamma, k: 0 or 1/(1 − p), see `tile.keep`):
+Forward, per row of D elements (r: row scale of the sample, g: LayerScale gamma, k: `tile.dropout_scale`):
     s = residual + r · g · k · branch        (layer_norm: s = x)
     x_hat = (s − mean(s)) · rstd,  rstd = 1 / sqrt(var(s) + eps)
     y = x_hat · w + b
@@ -26,12 +26,14 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, reference, runtime, tile
+from .dropout import seed_and_offset
+from .reference import ResidualLayerNorm
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["OFFSET"])
 def _layer_norm_fwd_kernel(
     x_ptr, branch_ptr, gamma_ptr, row_scale_ptr, w_ptr, b_ptr, seed_ptr, stream_ptr, y_ptr, mean_ptr, rstd_ptr,
-    M, D, ROWS_PER_SCALE, SITE,
+    M, D, ROWS_PER_SCALE, OFFSET,
     stride_xm, stride_branchm,
     EPS: tl.constexpr, P: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +49,7 @@ def _layer_norm_fwd_kernel(
     if branch_ptr is not None:
         branch = tl.load(branch_ptr + offs_m[:, None] * stride_branchm + offs_d[None, :], mask=mask, other=0.0).to(ACC)
         if seed_ptr is not None:
-            branch *= tile.keep(tl.load(seed_ptr), SITE, offs_m[:, None], offs_d[None, :], P).to(ACC)
+            branch *= tile.dropout_scale(tl.load(seed_ptr), OFFSET, offs_m[:, None], offs_d[None, :], P).to(ACC)
         if gamma_ptr is not None:
             branch *= tl.load(gamma_ptr + offs_d, mask=mask_d, other=0.0).to(ACC)[None, :]
         if row_scale_ptr is not None:
@@ -68,11 +70,11 @@ def _layer_norm_fwd_kernel(
         tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["OFFSET"])
 def _layer_norm_bwd_kernel(
     dy_ptr, ds_out_ptr, s_ptr, mean_ptr, rstd_ptr, w_ptr, branch_ptr, gamma_ptr, row_scale_ptr, seed_ptr,
     ds_ptr, dbranch_ptr, dw_ptr, db_ptr, dgamma_ptr,
-    M, D, ROWS_PER_SCALE, SITE,
+    M, D, ROWS_PER_SCALE, OFFSET,
     stride_dym, stride_ds_outm, stride_sm, stride_branchm,
     P: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +117,7 @@ def _layer_norm_bwd_kernel(
         if row_scale_ptr is not None:
             ds *= tl.load(row_scale_ptr + offs_m // ROWS_PER_SCALE, mask=mask_m, other=0.0).to(ACC)[:, None]
         if seed_ptr is not None:
-            ds *= tile.keep(tl.load(seed_ptr), SITE, offs_m[:, None], offs_d[None, :], P).to(ACC)
+            ds *= tile.dropout_scale(tl.load(seed_ptr), OFFSET, offs_m[:, None], offs_d[None, :], P).to(ACC)
         if dgamma_ptr is not None:
             offs_branch = offs_m[:, None] * stride_branchm + offs_d[None, :]
             dgamma += tl.sum(ds * tl.load(branch_ptr + offs_branch, mask=mask, other=0.0).to(ACC), axis=0)
@@ -139,12 +141,12 @@ def _stat_dtype(x: Tensor) -> torch.dtype:
 @torch.library.custom_op("vit::layer_norm_fwd", mutates_args=())
 def layer_norm_fwd(
     x: Tensor, branch: Tensor | None, gamma: Tensor | None, row_scale: Tensor | None,
-    weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, eps: float, dropout_p: float, site: int,
+    weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, eps: float, dropout_p: float, offset: int,
     out_dtype: torch.dtype, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(stream, y, mean, rstd); stream is empty without a branch, the statistics are empty unless ``save``."""
     stream, y, mean, rstd = _layer_norm_fwd_fake(
-        x, branch, gamma, row_scale, weight, bias, seed, eps, dropout_p, site, out_dtype, save
+        x, branch, gamma, row_scale, weight, bias, seed, eps, dropout_p, offset, out_dtype, save
     )
     rows = runtime.rows(x)
     branch_rows = None if branch is None else runtime.rows(branch)
@@ -155,7 +157,7 @@ def layer_norm_fwd(
         x_ptr=rows, branch_ptr=branch_rows, gamma_ptr=gamma, row_scale_ptr=row_scale, w_ptr=weight, b_ptr=bias,
         seed_ptr=seed, stream_ptr=None if branch is None else stream, y_ptr=y,
         mean_ptr=mean if save else None, rstd_ptr=rstd if save else None,
-        M=M, D=D, ROWS_PER_SCALE=_rows_per_scale(M, row_scale), SITE=site,
+        M=M, D=D, ROWS_PER_SCALE=_rows_per_scale(M, row_scale), OFFSET=offset,
         stride_xm=rows.stride(0), stride_branchm=0 if branch is None else branch_rows.stride(0),
         EPS=eps, P=dropout_p, ACC=runtime.acc_type(x.dtype), BLOCK_M=config.block_m, BLOCK_D=config.block_n,
         num_warps=config.num_warps, num_stages=config.num_stages,
@@ -164,7 +166,7 @@ def layer_norm_fwd(
 
 
 @layer_norm_fwd.register_fake
-def _layer_norm_fwd_fake(x, branch, gamma, row_scale, weight, bias, seed, eps, dropout_p, site, out_dtype, save):
+def _layer_norm_fwd_fake(x, branch, gamma, row_scale, weight, bias, seed, eps, dropout_p, offset, out_dtype, save):
     rows = math.prod(x.shape[:-1]) if save else 0  # numel() of a shape would make its symbols constants
     stats = x.new_empty(rows, dtype=_stat_dtype(x)), x.new_empty(rows, dtype=_stat_dtype(x))
     return x.new_empty(0 if branch is None else x.shape), x.new_empty(x.shape, dtype=out_dtype), *stats
@@ -174,7 +176,7 @@ def _layer_norm_fwd_fake(x, branch, gamma, row_scale, weight, bias, seed, eps, d
 def layer_norm_bwd(
     dy: Tensor, ds_out: Tensor | None, s: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None,
     branch: Tensor | None, gamma: Tensor | None, row_scale: Tensor | None, seed: Tensor | None,
-    dropout_p: float, site: int, need_dbranch: bool, need_dw: bool, need_db: bool, need_dgamma: bool,
+    dropout_p: float, offset: int, need_dbranch: bool, need_dw: bool, need_db: bool, need_dgamma: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(ds, dbranch, dw, db, dgamma); what is not needed is empty. dw, db and dgamma are in the accumulator's type."""
     ds = s.new_empty(s.shape)
@@ -196,7 +198,7 @@ def layer_norm_bwd(
         branch_ptr=branch_rows if need_dgamma else None, gamma_ptr=gamma, row_scale_ptr=row_scale,
         seed_ptr=seed,
         ds_ptr=ds, dbranch_ptr=dbranch if need_dbranch else None, dw_ptr=dw, db_ptr=db, dgamma_ptr=dgamma,
-        M=M, D=D, ROWS_PER_SCALE=_rows_per_scale(M, row_scale), SITE=site,
+        M=M, D=D, ROWS_PER_SCALE=_rows_per_scale(M, row_scale), OFFSET=offset,
         stride_dym=dy_rows.stride(0), stride_ds_outm=0 if ds_out is None else ds_out_rows.stride(0),
         stride_sm=s_rows.stride(0), stride_branchm=branch_rows.stride(0) if need_dgamma else 0,
         P=dropout_p, ACC=runtime.acc_type(s.dtype), BLOCK_M=config.block_m, BLOCK_D=config.block_n,
@@ -207,7 +209,7 @@ def layer_norm_bwd(
 
 @layer_norm_bwd.register_fake
 def _layer_norm_bwd_fake(
-    dy, ds_out, s, mean, rstd, weight, branch, gamma, row_scale, seed, dropout_p, site,
+    dy, ds_out, s, mean, rstd, weight, branch, gamma, row_scale, seed, dropout_p, offset,
     need_dbranch, need_dw, need_db, need_dgamma,
 ):  # fmt: skip
     sums = (mean.new_empty(s.shape[-1] if needed else 0) for needed in (need_dw, need_db, need_dgamma))
@@ -219,7 +221,7 @@ def _rows_per_scale(M: int, row_scale: Tensor | None) -> int:
 
 
 def _setup_context(ctx, inputs, output):
-    x, branch, gamma, row_scale, weight, bias, seed, _eps, ctx.dropout_p, ctx.site, ctx.y_dtype, _save = inputs
+    x, branch, gamma, row_scale, weight, bias, seed, _eps, ctx.dropout_p, ctx.offset, ctx.y_dtype, _save = inputs
     stream, _, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd, *([stream] if branch is None else []))
@@ -240,7 +242,7 @@ def _backward(ctx, ds_out, dy, _dmean, _drstd):
     separate = need_dbranch and any(t is not None for t in (gamma, row_scale, seed))
     ds, dbranch, dw, db, dgamma = layer_norm_bwd(
         dy, ds_out if ctx.branch_dtype else None, s, mean, rstd, weight, branch, gamma, row_scale, seed,
-        ctx.dropout_p, ctx.site, separate, need_dw, need_db, need_dgamma,
+        ctx.dropout_p, ctx.offset, separate, need_dw, need_db, need_dgamma,
     )  # fmt: skip
     return (
         ds if need_dx else None,
@@ -303,9 +305,9 @@ def residual_layer_norm(
     row_scale: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    site: int = 0,
+    offset: int = 0,
     impl: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> ResidualLayerNorm:
     """Residual add and the LayerNorm that follows it, in one pass over the stream.
 
     ``stream = residual + row_scale · gamma · dropout(branch)``, ``y = layer_norm(stream)``.
@@ -317,11 +319,11 @@ def residual_layer_norm(
         eps: added to the biased variance.
         gamma: [D], LayerScale (Touvron et al., 2021), or None; in a dtype that ``weight`` may have.
         row_scale: [B], a factor per sample (stochastic depth), or None. Carries no gradient.
-        dropout_p, seed, site: dropout of the branch, as in `vit.kernels.dropout`.
+        dropout_p, seed, offset: dropout of the branch, as in `vit.kernels.dropout`.
         impl: "auto", "triton" or "reference".
 
     Returns:
-        (stream, y): stream in the dtype of ``residual``, y in the dtype of ``branch``.
+        `ResidualLayerNorm` (stream, y): stream in the dtype of ``residual``, y in the dtype of ``branch``.
 
     Raises:
         ValueError: shapes that do not fit, negative eps, dropout_p outside [0, 1). TypeError: dtypes that do not fit.
@@ -344,21 +346,18 @@ def residual_layer_norm(
         raise ValueError(f"{op}: row_scale must have shape ({residual.shape[0]},), got {tuple(row_scale.shape)}")
     if row_scale is not None and row_scale.requires_grad:
         raise ValueError(f"{op}: row_scale carries no gradient; pass row_scale.detach()")
-    runtime.check_dropout(op, dropout_p, seed, residual)
-    if dropout_p == 0.0:
-        seed = None
+    seed, offset = seed_and_offset(op, dropout_p, seed, offset, residual)
     tensors = [residual, branch, weight, bias, gamma, row_scale]
     if not runtime.use_triton(op, impl, tensors, _too_wide(residual)):
-        drop = {"dropout_p": dropout_p, "seed": seed, "site": site}
-        return reference.residual_layer_norm(
-            residual, branch, weight, bias, eps, gamma=gamma, row_scale=row_scale, **drop
-        )
+        drop = {"dropout_p": dropout_p, "seed": seed, "offset": offset}
+        factors = {"gamma": gamma, "row_scale": row_scale}
+        return reference.residual_layer_norm(residual, branch, weight, bias, eps, **factors, **drop)
     weight, bias, gamma, row_scale = (None if t is None else t.contiguous() for t in (weight, bias, gamma, row_scale))
     save = runtime.needs_grad(residual, branch, weight, bias, gamma)
     stream, y, _, _ = layer_norm_fwd(
-        residual, branch, gamma, row_scale, weight, bias, seed, eps, dropout_p, site, branch.dtype, save
+        residual, branch, gamma, row_scale, weight, bias, seed, eps, dropout_p, offset, branch.dtype, save
     )
-    return stream, y
+    return ResidualLayerNorm(stream, y)
 
 
 def _check(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:

@@ -6,7 +6,7 @@ the accumulator's type:
     acc + bias
     h = acc + bias, out = gelu(h), and h itself as a second output if the backward will need it
     out = acc · gelu'(h), and gelu(h) as a second output, so that the forward need not save it
-with a seed gelu and gelu' are those of dropout behind the activation: times `tile.keep` of the element.
+with a seed gelu and gelu' are those of dropout behind the activation: times `tile.dropout_scale` of the element.
 
 Forward:  y = x·Wᵀ + b, or h = x·Wᵀ + b and y = gelu(h).
 Backward: dh = dy (with an activation dy · gelu'(h): no product precedes it, so the epilogue is a pass of its own),
@@ -46,10 +46,10 @@ def _load(desc, row, col, TRANS: tl.constexpr):
     return desc.load([col, row]).T if TRANS else desc.load([row, col])
 
 
-@triton.jit(do_not_specialize=["SITE"])  # one kernel for all blocks of a network
+@triton.jit(do_not_specialize=["OFFSET"])  # one kernel for all blocks of a network
 def _gemm_kernel(
-    a_ptr, b_ptr, bias_ptr, pre_ptr, seed_ptr, out_ptr, second_ptr,
-    M, N, K, SITE,
+    a_ptr, b_ptr, bias_ptr, preact_ptr, seed_ptr, out_ptr, aux_ptr,
+    M, N, K, OFFSET,
     stride_a, stride_b,
     TRANS_A: tl.constexpr, TRANS_B: tl.constexpr, ACTIVATION: tl.constexpr, P: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
@@ -77,8 +77,8 @@ def _gemm_kernel(
         pieces = _halves(pieces[0]) + _halves(pieces[1])
     for i in tl.static_range(SPLIT):
         _epilogue(
-            pieces[i], pid_m, start_n + i * (BLOCK_N // SPLIT), bias_ptr, pre_ptr, seed_ptr, out_ptr, second_ptr,
-            M, N, SITE, ACTIVATION, P, CHEAP,
+            pieces[i], pid_m, start_n + i * (BLOCK_N // SPLIT), bias_ptr, preact_ptr, seed_ptr, out_ptr, aux_ptr,
+            M, N, OFFSET, ACTIVATION, P, CHEAP,
         )  # fmt: skip
 
 
@@ -91,8 +91,8 @@ def _halves(x):
 @triton.jit
 def _epilogue(
     acc, pid_m, start_n,
-    bias_ptr, pre_ptr, seed_ptr, out_ptr, second_ptr,
-    M, N, SITE,
+    bias_ptr, preact_ptr, seed_ptr, out_ptr, aux_ptr,
+    M, N, OFFSET,
     ACTIVATION: tl.constexpr, P: tl.constexpr, CHEAP: tl.constexpr,
 ):  # fmt: skip
     """Bias, activation and dropout for the rows of tile row pid_m and the columns from start_n, and the stores.
@@ -111,28 +111,30 @@ def _epilogue(
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(acc.dtype)[None, :]
     if ACTIVATION is not None:
         NO_ERF: tl.constexpr = out_ptr.dtype.element_ty.primitive_bitwidth == 16 if CHEAP is None else CHEAP
-        if pre_ptr is not None:
-            pre = tl.load(pre_ptr + first_row * N + offs_out, mask=mask, other=0.0).to(acc.dtype)
-            second, factor = tile.gelu_and_grad(pre, ACTIVATION, NO_ERF)
+        if preact_ptr is not None:
+            preact = tl.load(preact_ptr + first_row * N + offs_out, mask=mask, other=0.0).to(acc.dtype)
+            aux, factor = tile.gelu_and_grad(preact, ACTIVATION, NO_ERF)
             acc *= factor
         else:
-            second = acc
+            aux = acc
             acc, _ = tile.gelu_and_grad(acc, ACTIVATION, NO_ERF)
         if seed_ptr is not None:
-            keep = tile.keep(tl.load(seed_ptr), SITE, (first_row + offs_m)[:, None], offs_n[None, :], P).to(acc.dtype)
-            acc *= keep
-            if pre_ptr is not None:
-                second *= keep
-        if second_ptr is not None:
-            tl.store(second_ptr + first_row * N + offs_out, second.to(second_ptr.dtype.element_ty), mask=mask)
+            drop_scale = tile.dropout_scale(
+                tl.load(seed_ptr), OFFSET, (first_row + offs_m)[:, None], offs_n[None, :], P
+            ).to(acc.dtype)
+            acc *= drop_scale
+            if preact_ptr is not None:
+                aux *= drop_scale
+        if aux_ptr is not None:
+            tl.store(aux_ptr + first_row * N + offs_out, aux.to(aux_ptr.dtype.element_ty), mask=mask)
 
     tl.store(out_ptr + first_row * N + offs_out, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["SITE"])
+@triton.jit(do_not_specialize=["OFFSET"])
 def _activation_kernel(
-    x_ptr, pre_ptr, seed_ptr, out_ptr,
-    M, N, SITE,
+    x_ptr, preact_ptr, seed_ptr, out_ptr,
+    M, N, OFFSET,
     ACTIVATION: tl.constexpr, P: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The epilogue on a matrix that is there already."""
@@ -144,7 +146,7 @@ def _activation_kernel(
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
 
     x = tl.load(x_ptr + offs_m[:, None] * N + offs_n[None, :], mask=mask, other=0.0).to(ACC)
-    _epilogue(x, pid_m, start_n, None, pre_ptr, seed_ptr, out_ptr, None, M, N, SITE, ACTIVATION, P, None)
+    _epilogue(x, pid_m, start_n, None, preact_ptr, seed_ptr, out_ptr, None, M, N, OFFSET, ACTIVATION, P, None)
 
 
 def _operand(x: Tensor) -> Tensor:
@@ -167,20 +169,20 @@ def gemm(
     b: Tensor,
     bias: Tensor | None = None,
     activation: str | None = None,
-    pre: Tensor | None = None,
+    preact: Tensor | None = None,
     *,
     trans_a: bool = False,
     trans_b: bool = False,
-    second: bool = False,
+    aux: bool = False,
     seed: Tensor | None = None,
     dropout_p: float = 0.0,
-    site: int = 0,
+    offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Launches the kernel: (out, second), second empty unless wanted.
+    """Launches the kernel: (out, aux), aux empty unless wanted.
 
     a is [M, K], or [K, M] with ``trans_a``; b is [K, N], or [N, K] with ``trans_b``; any strides. With ``activation``
-    out is gelu(acc + bias) and second the argument of that gelu; with ``pre`` [M, N] as well, out is acc · gelu'(pre)
-    and second is gelu(pre). bias and pre are contiguous. With ``seed`` dropout follows the gelu, see `vit.kernels.mlp`.
+    out is gelu(acc + bias) and aux is acc + bias. With ``preact`` [M, N] as well, out is acc · gelu'(preact) and aux is
+    gelu(preact). bias and preact are contiguous. With ``seed`` dropout follows the gelu, see `vit.kernels.mlp`.
     """
     M, K = a.shape[::-1] if trans_a else a.shape
     N = b.shape[0] if trans_b else b.shape[1]
@@ -189,9 +191,9 @@ def gemm(
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
     if max(M, K, N * block_m) > 2**31 - block_k:
         raise ValueError(f"a product of [{M}, {K}] and [{K}, {N}] has a side too long for 32-bit tile coordinates")
-    out, extra = a.new_empty(M, N), a.new_empty((M, N) if second else 0)
+    out, aux_out = a.new_empty(M, N), a.new_empty((M, N) if aux else 0)
     if M == 0 or N == 0:
-        return out, extra
+        return out, aux_out
     if K == 0:  # a descriptor has no empty dimension, but a product over nothing is one over a zero
         K, a, b = 1, a.new_zeros((1, M) if trans_a else (M, 1)), b.new_zeros((N, 1) if trans_b else (1, N))
     a, b = _operand(a), _operand(b)
@@ -203,8 +205,8 @@ def gemm(
         _gemm_kernel, triton.cdiv(M, block_m) * triton.cdiv(N, block_n),
         a_ptr=TensorDescriptor.from_tensor(a, [block_k, block_m] if trans_a else [block_m, block_k]) if host else a,
         b_ptr=TensorDescriptor.from_tensor(b, [block_n, block_k] if trans_b else [block_k, block_n]) if host else b,
-        bias_ptr=bias, pre_ptr=pre, seed_ptr=seed, out_ptr=out, second_ptr=extra if second else None,
-        M=M, N=N, K=K, SITE=site,
+        bias_ptr=bias, preact_ptr=preact, seed_ptr=seed, out_ptr=out, aux_ptr=aux_out if aux else None,
+        M=M, N=N, K=K, OFFSET=offset,
         stride_a=None if host else a.stride(0), stride_b=None if host else b.stride(0),
         TRANS_A=trans_a, TRANS_B=trans_b, ACTIVATION=activation, P=dropout_p,
         PRECISION=precision, ACC=runtime.acc_type(a.dtype),
@@ -212,19 +214,19 @@ def gemm(
         SPLIT=config.split, CHEAP=config.cheap, WARP_SPECIALIZE=config.warp_specialize,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return out, extra
+    return out, aux_out
 
 
 def activate(
-    x: Tensor, activation: str, pre: Tensor | None = None,
-    *, seed: Tensor | None = None, dropout_p: float = 0.0, site: int = 0,
+    x: Tensor, activation: str, preact: Tensor | None = None,
+    *, seed: Tensor | None = None, dropout_p: float = 0.0, offset: int = 0,
 ) -> Tensor:  # fmt: skip
-    """gelu(x), or x · gelu'(pre), then dropout as in `gemm`, rounded once; contiguous matrices [M, N]."""
+    """gelu(x), or x · gelu'(preact), then dropout as in `gemm`, rounded once; contiguous matrices [M, N]."""
     out, (M, N) = torch.empty_like(x), x.shape
     config = configs.elementwise(runtime.arch(x.device), N)
     runtime.launch(
         _activation_kernel, triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),
-        x_ptr=x, pre_ptr=pre, seed_ptr=seed, out_ptr=out, M=M, N=N, SITE=site,
+        x_ptr=x, preact_ptr=preact, seed_ptr=seed, out_ptr=out, M=M, N=N, OFFSET=offset,
         ACTIVATION=activation, P=dropout_p, ACC=runtime.acc_type(x.dtype),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -264,8 +266,8 @@ def linear_fwd(
     shape = (*x.shape[:-1], weight.shape[0])
     if activation is None:
         return reshaped(matmul(rows(x), weight, bias, trans_b=True, impl=impl), shape), x.new_empty(0)
-    y, pre = gemm(rows(x), weight, bias, activation, trans_b=True, second=save)
-    return reshaped(y, shape), reshaped(pre, shape) if save else pre
+    y, preact = gemm(rows(x), weight, bias, activation, trans_b=True, aux=save)
+    return reshaped(y, shape), reshaped(preact, shape) if save else preact
 
 
 @linear_fwd.register_fake
@@ -276,13 +278,13 @@ def _linear_fwd_fake(x, weight, bias, activation, save, impl):
 
 @torch.library.custom_op("vit::linear_bwd", mutates_args=())
 def linear_bwd(
-    dy: Tensor, x: Tensor | None, weight: Tensor | None, pre: Tensor | None,
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, preact: Tensor | None,
     activation: str | None, need_db: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dw, db). dx needs weight and dw needs x: without them, as without ``need_db``, the gradient is empty."""
     dh = rows(dy).contiguous()
     if activation is not None:
-        dh = activate(dh, activation, rows(pre).contiguous())
+        dh = activate(dh, activation, rows(preact).contiguous())
     dx = dy.new_empty(0)
     if weight is not None:
         dx = reshaped(matmul(dh, weight, impl=impl), (*dy.shape[:-1], weight.shape[1]))
@@ -291,7 +293,7 @@ def linear_bwd(
 
 
 @linear_bwd.register_fake
-def _linear_bwd_fake(dy, x, weight, pre, activation, need_db, impl):
+def _linear_bwd_fake(dy, x, weight, preact, activation, need_db, impl):
     N = dy.shape[-1]
     return (
         dy.new_empty(0 if weight is None else (*dy.shape[:-1], weight.shape[1])),
@@ -302,15 +304,15 @@ def _linear_bwd_fake(dy, x, weight, pre, activation, need_db, impl):
 
 def _setup_context(ctx, inputs, output):
     x, weight, _, activation, _, impl = inputs
-    _, pre = output
+    _, preact = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(pre)
+    ctx.mark_non_differentiable(preact)
     need_dx, need_dw = ctx.needs_input_grad[:2]
-    ctx.save_for_backward(x if need_dw else None, weight if need_dx else None, None if activation is None else pre)
+    ctx.save_for_backward(x if need_dw else None, weight if need_dx else None, None if activation is None else preact)
     ctx.activation, ctx.impl = activation, impl
 
 
-def _backward(ctx, dy, _dpre):
+def _backward(ctx, dy, _dpreact):
     need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
     if dy is None:
         return (None,) * 6

@@ -1,10 +1,10 @@
 """MLP block fc2(dropout(gelu(fc1(x)))) as one autograd op, on the GEMM of `linear`.
 
-Forward:  h = x·W1ᵀ + b1 and a = keep · gelu(h) from one epilogue,  y = a·W2ᵀ + b2
-Backward: dh = (dy·W2) · keep · gelu'(h) and a = keep · gelu(h) again from one epilogue,
+Forward:  h = x·W1ᵀ + b1 and a = k · gelu(h) from one epilogue,  y = a·W2ᵀ + b2
+Backward: dh = (dy·W2) · k · gelu'(h) and a = k · gelu(h) again from one epilogue,
     dx = dh·W1,  dW1 = dhᵀ·x,  db1 = Σ_rows dh,  dW2 = dyᵀ·a,  db2 = Σ_rows dy
 Saved: x, h, W1, W2 and the seed, each only if a wanted gradient reads it. a is as wide as h and is not saved, nor is
-keep, the mask of the dropout: both are computed again. Without gradients h is not written at all.
+k, the dropout scale: both are computed again. Without gradients h is not written at all.
 
 Fused, by our kernel: bias, GELU and dropout behind fc1, their derivative behind the gradient of fc2's input. The other
 products are plain: cuBLAS, or our kernel with ``impl="triton"`` (`configs.gemm_provider`).
@@ -16,26 +16,27 @@ import torch
 from torch import Tensor
 
 from . import configs, reference, runtime
+from .dropout import seed_and_offset
 from .linear import activate, check_activation, check_layer, column_sum, gemm, matmul, reshaped, rows
 
 
 @torch.library.custom_op("vit::mlp_fwd", mutates_args=())
 def mlp_fwd(
     x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None,
-    seed: Tensor | None, activation: str, dropout_p: float, site: int, save: bool, impl: str,
+    seed: Tensor | None, activation: str, dropout_p: float, offset: int, save: bool, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, h); h is empty unless ``save``."""
-    drop = {"seed": seed, "dropout_p": dropout_p, "site": site}
-    act, pre = gemm(rows(x), fc1_weight, fc1_bias, activation, trans_b=True, second=save, **drop)
-    y = matmul(act, fc2_weight, fc2_bias, trans_b=True, impl=impl)
+    drop = {"seed": seed, "dropout_p": dropout_p, "offset": offset}
+    postact, preact = gemm(rows(x), fc1_weight, fc1_bias, activation, trans_b=True, aux=save, **drop)
+    y = matmul(postact, fc2_weight, fc2_bias, trans_b=True, impl=impl)
     batch = x.shape[:-1]
     y = reshaped(y, (*batch, fc2_weight.shape[0]))
-    return y, reshaped(pre, (*batch, fc1_weight.shape[0])) if save else pre
+    return y, reshaped(preact, (*batch, fc1_weight.shape[0])) if save else preact
 
 
 @mlp_fwd.register_fake
 def _mlp_fwd_fake(
-    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, seed, activation, dropout_p, site, save, impl
+    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, seed, activation, dropout_p, offset, save, impl
 ):  # fmt: skip
     batch = x.shape[:-1]
     return x.new_empty(*batch, fc2_weight.shape[0]), x.new_empty((*batch, fc1_weight.shape[0]) if save else 0)
@@ -43,8 +44,8 @@ def _mlp_fwd_fake(
 
 @torch.library.custom_op("vit::mlp_bwd", mutates_args=())
 def mlp_bwd(
-    dy: Tensor, x: Tensor | None, pre: Tensor | None, fc1_weight: Tensor | None, fc2_weight: Tensor | None,
-    seed: Tensor | None, activation: str, dropout_p: float, site: int,
+    dy: Tensor, x: Tensor | None, preact: Tensor | None, fc1_weight: Tensor | None, fc2_weight: Tensor | None,
+    seed: Tensor | None, activation: str, dropout_p: float, offset: int,
     need_db1: bool, need_dw2: bool, need_db2: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dw1, db1, dw2, db2), empty where not wanted.
@@ -53,20 +54,20 @@ def mlp_bwd(
     """
     dx, dw1, db1, dw2, db2 = (dy.new_empty(0) for _ in range(5))
     dy_rows = rows(dy).contiguous()
-    act = dpre = None
-    drop = {"seed": seed, "dropout_p": dropout_p, "site": site}
+    postact = dpreact = None
+    drop = {"seed": seed, "dropout_p": dropout_p, "offset": offset}
     if fc2_weight is not None:
-        dpre, act = gemm(dy_rows, fc2_weight, None, activation, rows(pre).contiguous(), second=need_dw2, **drop)
+        dpreact, postact = gemm(dy_rows, fc2_weight, None, activation, rows(preact).contiguous(), aux=need_dw2, **drop)
     elif need_dw2:  # nothing before fc2 learns
-        act = activate(rows(pre).contiguous(), activation, **drop)
+        postact = activate(rows(preact).contiguous(), activation, **drop)
     if fc1_weight is not None:
-        dx = reshaped(matmul(dpre, fc1_weight, impl=impl), (*dy.shape[:-1], fc1_weight.shape[1]))
+        dx = reshaped(matmul(dpreact, fc1_weight, impl=impl), (*dy.shape[:-1], fc1_weight.shape[1]))
     if x is not None:
-        dw1 = matmul(dpre, rows(x), trans_a=True, impl=impl)
+        dw1 = matmul(dpreact, rows(x), trans_a=True, impl=impl)
     if need_db1:
-        db1 = column_sum(dpre)
+        db1 = column_sum(dpreact)
     if need_dw2:
-        dw2 = matmul(dy_rows, act, trans_a=True, impl=impl)
+        dw2 = matmul(dy_rows, postact, trans_a=True, impl=impl)
     if need_db2:
         db2 = column_sum(dy_rows)
     return dx, dw1, db1, dw2, db2
@@ -74,9 +75,9 @@ def mlp_bwd(
 
 @mlp_bwd.register_fake
 def _mlp_bwd_fake(
-    dy, x, pre, fc1_weight, fc2_weight, seed, activation, dropout_p, site, need_db1, need_dw2, need_db2, impl
+    dy, x, preact, fc1_weight, fc2_weight, seed, activation, dropout_p, offset, need_db1, need_dw2, need_db2, impl
 ):  # fmt: skip
-    out_width, hidden = dy.shape[-1], 0 if pre is None else pre.shape[-1]
+    out_width, hidden = dy.shape[-1], 0 if preact is None else preact.shape[-1]
     return (
         dy.new_empty(0 if fc1_weight is None else (*dy.shape[:-1], fc1_weight.shape[1])),
         dy.new_empty(0 if x is None else (hidden, x.shape[-1])),
@@ -87,27 +88,27 @@ def _mlp_bwd_fake(
 
 
 def _setup_context(ctx, inputs, output):
-    x, fc1_weight, _, fc2_weight, _, seed, ctx.activation, ctx.dropout_p, ctx.site, _, ctx.impl = inputs
-    _, pre = output
+    x, fc1_weight, _, fc2_weight, _, seed, ctx.activation, ctx.dropout_p, ctx.offset, _, ctx.impl = inputs
+    _, preact = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(pre)
+    ctx.mark_non_differentiable(preact)
     need_dx, need_dw1, need_db1, need_dw2 = ctx.needs_input_grad[:4]
-    need_dpre = need_dx or need_dw1 or need_db1
+    need_dpreact = need_dx or need_dw1 or need_db1
     ctx.save_for_backward(
         x if need_dw1 else None,
-        pre if need_dpre or need_dw2 else None,
+        preact if need_dpreact or need_dw2 else None,
         fc1_weight if need_dx else None,
-        fc2_weight if need_dpre else None,
-        seed if need_dpre or need_dw2 else None,
+        fc2_weight if need_dpreact else None,
+        seed if need_dpreact or need_dw2 else None,
     )
 
 
-def _backward(ctx, dy, _dpre):
+def _backward(ctx, dy, _dpreact):
     if dy is None:
         return (None,) * 11
     needs = ctx.needs_input_grad[:5]
     _, _, need_db1, need_dw2, need_db2 = needs
-    drop = ctx.dropout_p, ctx.site
+    drop = ctx.dropout_p, ctx.offset
     grads = mlp_bwd(dy, *ctx.saved_tensors, ctx.activation, *drop, need_db1, need_dw2, need_db2, ctx.impl)
     return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *[None] * 6
 
@@ -127,7 +128,7 @@ def mlp(
     *,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    site: int = 0,
+    offset: int = 0,
     impl: str = "auto",
 ) -> Tensor:
     """The MLP of a ViT block: dropout(gelu(x @ fc1_weightᵀ + fc1_bias)) @ fc2_weightᵀ + fc2_bias.
@@ -137,7 +138,7 @@ def mlp(
         fc1_weight: [HIDDEN, D]. fc1_bias: [HIDDEN] or None.
         fc2_weight: [OUT, HIDDEN]. fc2_bias: [OUT] or None.
         activation: "gelu" (exact, by erf), "gelu_tanh" or "quick_gelu" (x·σ(1.702·x), as in OpenAI's CLIP).
-        dropout_p, seed, site: dropout of the hidden units, as in `vit.kernels.dropout`.
+        dropout_p, seed, offset: dropout of the hidden units, as in `vit.kernels.dropout`.
         impl: "auto", "triton" or "reference".
 
     Returns:
@@ -155,14 +156,12 @@ def mlp(
     check_layer("mlp", "the last dimension of x", x.shape[-1], fc1_weight, fc1_bias, "fc1_")
     check_layer("mlp", "the rows of fc1_weight", fc1_weight.shape[0], fc2_weight, fc2_bias, "fc2_")
     check_activation("mlp", activation)
-    runtime.check_dropout("mlp", dropout_p, seed, x)
-    if dropout_p == 0.0:
-        seed, site = None, 0
+    seed, offset = seed_and_offset("mlp", dropout_p, seed, offset, x)
     cublas = "cublas" in (configs.gemm_provider(impl, "gelu"), configs.gemm_provider(impl, "dgelu"))
     if not runtime.use_triton("mlp", impl, [x, *params.values()], "its products run in cuBLAS" if cublas else None):
-        return reference.mlp(x, *params.values(), activation, dropout_p=dropout_p, seed=seed, site=site)
+        return reference.mlp(x, *params.values(), activation, dropout_p=dropout_p, seed=seed, offset=offset)
     fc1_bias, fc2_bias = (None if b is None else b.contiguous() for b in (fc1_bias, fc2_bias))
     # Only fc2's bias can do without the pre-activation.
     save = runtime.needs_grad(x, fc1_weight, fc1_bias, fc2_weight)
     layers = fc1_weight, fc1_bias, fc2_weight, fc2_bias
-    return mlp_fwd(x, *layers, seed, activation, dropout_p, site, save, impl)[0]
+    return mlp_fwd(x, *layers, seed, activation, dropout_p, offset, save, impl)[0]

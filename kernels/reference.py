@@ -1,12 +1,13 @@
 """Eager PyTorch formula of each op: the specification, the CPU path and the tests' oracle.
 
 Differentiable to any order, any floating dtype, any device. Imports no kernel code: an oracle must be able to disagree.
-Shapes are those of the public functions of the same name.
+Shapes and arguments are those of the op of the same name, without ``impl``; here a dropout needs its seed.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,29 +36,29 @@ def philox(seed: Tensor, counter: tuple[Tensor | int, Tensor | int, Tensor | int
     return c0
 
 
-def keep(seed: Tensor, site: int, shape: torch.Size, p: float) -> Tensor:
+def dropout_scale(seed: Tensor, offset: int, shape: torch.Size, p: float) -> Tensor:
     """What dropout multiplies each element of a tensor by, 1/(1 − p) or 0 (fp64): rows are all dimensions but the last.
 
-    A function of (seed, site, row, column) alone, see `vit.kernels.tile.keep`.
+    A function of (seed, offset, row, column) alone, see `vit.kernels.tile.dropout_scale`.
     """
     rows = torch.arange(math.prod(shape[:-1]), device=seed.device)[:, None]
     columns = torch.arange(shape[-1], device=seed.device)[None, :]
-    word = philox(seed.reshape(()), (columns, rows & 0xFFFFFFFF, rows >> 32, site))
+    word = philox(seed.reshape(()), (columns, rows & 0xFFFFFFFF, rows >> 32, offset))
     return torch.where(word >= int(p * 2**32), 1.0 / (1.0 - p), 0.0).to(torch.float64).reshape(shape)
 
 
-def dropout(x: Tensor, p: float, seed: Tensor | None, site: int = 0) -> Tensor:
-    """x times `keep`, rounded once; x itself for p = 0."""
+def dropout(x: Tensor, p: float, seed: Tensor | None = None, offset: int = 0) -> Tensor:
+    """x times `dropout_scale`, rounded once; x itself for p = 0."""
     if p == 0.0:
         return x
     wide = torch.promote_types(x.dtype, torch.float32)
-    return (x.to(wide) * keep(seed, site, x.shape, p).to(wide)).to(x.dtype)
+    return (x.to(wide) * dropout_scale(seed, offset, x.shape, p).to(wide)).to(x.dtype)
 
 
 def patch_embed(
     image: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
+    bias: Tensor | None = None,
     pos_embed: Tensor | None = None,
     prefix: Tensor | None = None,
     *,
@@ -88,7 +89,14 @@ def patch_embed(
     return tokens
 
 
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-6) -> Tensor:
+class ResidualLayerNorm(NamedTuple):
+    """The residual stream, and the LayerNorm of it. Both have one shape: use the names."""
+
+    stream: Tensor
+    y: Tensor
+
+
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """(x − mean) / sqrt(var + eps) · weight + bias over the last dimension; var is the biased variance.
 
     In the widest dtype of the three.
@@ -102,25 +110,25 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 def residual_layer_norm(
     residual: Tensor,
     branch: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
     eps: float = 1e-6,
     *,
     gamma: Tensor | None = None,
     row_scale: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    site: int = 0,
-) -> tuple[Tensor, Tensor]:
+    offset: int = 0,
+) -> ResidualLayerNorm:
     """stream = residual + row_scale · gamma · dropout(branch), y = layer_norm(stream); y has the dtype of branch."""
     dtype = branch.dtype
-    branch = dropout(branch, dropout_p, seed, site)
+    branch = dropout(branch, dropout_p, seed, offset)
     if gamma is not None:
         branch = branch * gamma
     if row_scale is not None:
         branch = branch * row_scale.to(branch.dtype).reshape(-1, *[1] * (branch.dim() - 1))
     stream = residual + branch.to(residual.dtype)
-    return stream, layer_norm(stream, weight, bias, eps).to(dtype)
+    return ResidualLayerNorm(stream, layer_norm(stream, weight, bias, eps).to(dtype))
 
 
 def gelu(x: Tensor, activation: str) -> Tensor:
@@ -146,23 +154,23 @@ def mlp(
     *,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    site: int = 0,
+    offset: int = 0,
 ) -> Tensor:
     """fc2(dropout(gelu(fc1(x))))."""
     act = gelu(F.linear(x, fc1_weight, fc1_bias), activation)
-    return F.linear(dropout(act, dropout_p, seed, site), fc2_weight, fc2_bias)
+    return F.linear(dropout(act, dropout_p, seed, offset), fc2_weight, fc2_bias)
 
 
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    scale: float | None = None,
     *,
+    scale: float | None = None,
     return_lse: bool = False,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    site: int = 0,
+    offset: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """dropout(softmax(scale · q kᵀ)) v per head, bidirectional.
 
@@ -173,12 +181,24 @@ def attention(
     logits = torch.einsum("bqhe,bkhe->bhqk", q, k) * scale
     wide = torch.promote_types(q.dtype, torch.float32)
     probs = logits.softmax(dim=-1, dtype=wide).to(q.dtype)  # in fp32 for its backward, as in Hugging Face's ViT
-    out = torch.einsum("bhqk,bkhe->bqhe", dropout(probs, dropout_p, seed, site), v).flatten(2)
+    out = torch.einsum("bhqk,bkhe->bqhe", dropout(probs, dropout_p, seed, offset), v).flatten(2)
     if not return_lse:
         return out
     return out, logits.detach().to(wide).logsumexp(dim=-1)
 
 
-def attention_qkvpacked(qkv: Tensor, scale: float | None = None, **options) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` of packed qkv [B, N, 3, H, E]."""
-    return attention(*qkv.unbind(dim=2), scale, **options)
+def attention_qkvpacked(
+    qkv: Tensor,
+    *,
+    num_heads: int | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    offset: int = 0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of packed qkv [B, N, 3, H, E], or [B, N, 3·H·E] with ``num_heads``."""
+    if num_heads is not None:
+        qkv = qkv.unflatten(-1, (3, num_heads, -1))
+    options = {"scale": scale, "return_lse": return_lse, "dropout_p": dropout_p, "seed": seed, "offset": offset}
+    return attention(*qkv.unbind(dim=2), **options)

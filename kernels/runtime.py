@@ -207,21 +207,6 @@ def check_floating(op: str, **tensors: torch.Tensor | None) -> None:
             raise TypeError(f"{op}: {name} is {t.dtype} but {first[0]} is {first[1]}; give both the same dtype")
 
 
-def check_dropout(op: str, p: float, seed: torch.Tensor | None, x: torch.Tensor) -> None:
-    """Raises unless ``p`` is a probability below 1 and, where it is above 0, ``seed`` is one int64 number beside x."""
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {p}")
-    if p == 0.0:
-        return
-    if seed is None:
-        raise ValueError(f"{op}: dropout_p={p} needs a seed; draw one with vit.kernels.dropout_seed(x)")
-    if not isinstance(seed, torch.Tensor) or seed.dtype is not torch.int64 or seed.numel() != 1:
-        got = f"{seed.dtype} {tuple(seed.shape)}" if isinstance(seed, torch.Tensor) else type(seed).__name__
-        raise TypeError(f"{op}: seed must be an int64 tensor of one element, as dropout_seed(x) returns it, got {got}")
-    if seed.device != x.device:
-        raise ValueError(f"{op}: all tensors must be on one device, got {x.device} and {seed.device} (seed)")
-
-
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that `torch.autocast` asks of matrix products on this device; None where it is off."""
     if device.type == "meta":  # PyTorch has no autocast there, and raises when asked

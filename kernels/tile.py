@@ -86,16 +86,16 @@ def gelu_and_grad(x, ACTIVATION: tl.constexpr, CHEAP: tl.constexpr):
 
 
 @triton.jit
-def keep(seed, site, row, column, P: tl.constexpr):
+def dropout_scale(seed, offset, row, column, P: tl.constexpr):
     """1/(1 − P) with probability 1 − P, else 0, for each element: what dropout multiplies it by.
 
     The first word of Philox-4x32-10 (Salmon et al., 2011) under the key ``seed`` at the counter (column, low and high
-    half of row, site). It depends on nothing else, so the backward, a recomputed forward and any tiling draw it again.
+    half of row, offset). It depends on nothing else, so backward, a recomputed forward and any tiling draw the same.
 
-    seed: int64 scalar. site: which dropout of the network. row: int64, column: int32, broadcast against each other.
+    seed: int64 scalar. offset: which dropout of the network. row: int64, column: int32, broadcast against each other.
     """
     column = column + tl.zeros_like(row).to(tl.int32)
-    word, _, _, _ = tl.philox(seed, column, row.to(tl.int32), (row >> 32).to(tl.int32), site)
+    word, _, _, _ = tl.philox(seed, column, row.to(tl.int32), (row >> 32).to(tl.int32), offset)
     THRESHOLD: tl.constexpr = int(P * 4294967296.0)  # compiled code has no round()
     return tl.where(word.to(tl.uint32, bitcast=True) >= THRESHOLD, 1.0 / (1.0 - P), 0.0)
 

@@ -32,7 +32,7 @@ def _residual(make: Make, width: int, scaled: bool, stream: torch.dtype | None =
     residual, branch, weight, bias = make(64, 197, width, dtype=stream), make(64, 197, width), make(width), make(width)
     options = {"gamma": make(width), "row_scale": make(64).detach()} if scaled else {}
     if drop:
-        options |= {"dropout_p": 0.1, "seed": torch.zeros(1, dtype=torch.int64), "site": 2}
+        options |= {"dropout_p": 0.1, "seed": torch.zeros(1, dtype=torch.int64), "offset": 2}
     return kernels.residual_layer_norm(residual, branch, weight, bias, **options, impl="triton")
 
 
@@ -67,7 +67,7 @@ def _patch_embed_tokens(make: Make, dtype: torch.dtype | None, masked: bool) -> 
 def _attention(make: Make, tokens: int, heads: int, head_dim: int, dropout_p: float = 0.0) -> Tensor:
     qkv = make(64, tokens, 3, heads, head_dim)
     seed = torch.zeros(1, dtype=torch.int64) if dropout_p else None
-    return kernels.attention_qkvpacked(qkv, dropout_p=dropout_p, seed=seed, site=3, impl="triton")
+    return kernels.attention_qkvpacked(qkv, dropout_p=dropout_p, seed=seed, offset=3, impl="triton")
 
 
 def _attention(make: Make, queries: int, keys: int, heads: int, head_dim: int) -> Tensor:

@@ -142,22 +142,22 @@ MUTANTS = [
     Mutant(
         "attention: every head drops the same",
         "kernels/attention.py",
-        "p *= tile.keep(seed, SITE, (head * NQ + offs_m)[:, None]",
-        "p *= tile.keep(seed, SITE, (b * NQ + offs_m)[:, None]",
+        "p *= tile.dropout_scale(seed, OFFSET, (head * NQ + offs_m)[:, None]",
+        "p *= tile.dropout_scale(seed, OFFSET, (b * NQ + offs_m)[:, None]",
         (f"{DROPOUT}::test_packed",),
     ),
     Mutant(
         "attention: dv of probabilities that were not dropped",
         "kernels/attention.py",
-        "            kept *= keep\n",
+        "            kept *= drop_scale\n",
         "",
         (f"{DROPOUT}::test_packed",),
     ),
     Mutant(
         "attention: 32-bit rows of the dropout mask in the backward",
         "kernels/attention.py",
-        "dp *= tile.keep(seed, SITE, (first_row + offs_m)[:, None]",
-        "dp *= tile.keep(seed, SITE, (first_row + offs_m).to(tl.int32).to(tl.int64)[:, None]",
+        "dp *= tile.dropout_scale(seed, OFFSET, (first_row + offs_m)[:, None]",
+        "dp *= tile.dropout_scale(seed, OFFSET, (first_row + offs_m).to(tl.int32).to(tl.int64)[:, None]",
         (f"{DROPOUT}::test_rows_beyond_32_bits",),
     ),
     Mutant(
@@ -427,24 +427,24 @@ MUTANTS = [
         (f"{VIT}::test_cpu_path[plain]",),
     ),
     Mutant(
-        "dropout: the mask ignores the site",
+        "dropout: the mask ignores the offset",
         "kernels/tile.py",
-        "(row >> 32).to(tl.int32), site)",
-        "(row >> 32).to(tl.int32), site * 0)",
+        "(row >> 32).to(tl.int32), offset)",
+        "(row >> 32).to(tl.int32), offset * 0)",
         ("tests/test_dropout.py::test_kernel_draws_the_mask_of_the_reference",),
     ),
     Mutant(
         "dropout: the backward of residual_layer_norm does not drop",
         "kernels/layer_norm.py",
-        "            ds *= tile.keep(",
-        "            ds *= 1.0 + 0.0 * tile.keep(",
+        "            ds *= tile.dropout_scale(",
+        "            ds *= 1.0 + 0.0 * tile.dropout_scale(",
         ("tests/test_dropout.py::test_residual_layer_norm",),
     ),
     Mutant(
         "model: the MLP's stochastic depth draws that of the attention",
         "vit/layers.py",
-        "site + PATH2",
-        "site + PATH1",
+        "offset + PATH2",
+        "offset + PATH1",
         ("tests/test_training_options.py::test_fast_model_drops_where_the_reference_does",),
     ),
     Mutant(
@@ -677,9 +677,9 @@ MUTANTS = [
     Mutant(
         "attention: the log-sum-exp without the scale",
         "kernels/attention.py",
-        """needs_grad(qkv), seed, dropout_p, site)
+        """attention_qkvpacked_fwd(qkv, scale, save, seed, dropout_p, offset)
     return (out, scale * m + log_l)""",
-        """needs_grad(qkv), seed, dropout_p, site)
+        """attention_qkvpacked_fwd(qkv, scale, save, seed, dropout_p, offset)
     return (out, qkv.shape[-1] ** -0.5 * m + log_l)""",
         (f"{CONTRACT}::test_lse_of_any_scale",),
     ),

@@ -258,7 +258,7 @@ STRANGERS = [
     (
         "model: both dropouts of a block share one mask",
         "vit/layers.py",
-        "        drop = dropping(self, seed, self.site + FC2)\n",
+        "        drop = dropping(self, seed, self.offset + FC2)\n",
         "",
         "tests/test_training_options.py::test_reference_drops_where_transformers_does",
     ),
@@ -321,15 +321,15 @@ STRANGERS = [
     (
         "kernels: gamma's gradient is taken before the row scale",
         "kernels/layer_norm.py",
-        "        if row_scale_ptr is not None:\n            ds *= tl.load(row_scale_ptr + offs_m // ROWS_PER_SCALE, mask=mask_m, other=0.0).to(ACC)[:, None]\n        if seed_ptr is not None:\n            ds *= tile.keep(tl.load(seed_ptr), SITE, offs_m[:, None], offs_d[None, :], P).to(ACC)\n        if dgamma_ptr is not None:\n            offs_branch = offs_m[:, None] * stride_branchm + offs_d[None, :]\n            dgamma += tl.sum(ds * tl.load(branch_ptr + offs_branch, mask=mask, other=0.0).to(ACC), axis=0)\n",
-        "        if seed_ptr is not None:\n            ds *= tile.keep(tl.load(seed_ptr), SITE, offs_m[:, None], offs_d[None, :], P).to(ACC)\n        if dgamma_ptr is not None:\n            offs_branch = offs_m[:, None] * stride_branchm + offs_d[None, :]\n            dgamma += tl.sum(ds * tl.load(branch_ptr + offs_branch, mask=mask, other=0.0).to(ACC), axis=0)\n        if row_scale_ptr is not None:\n            ds *= tl.load(row_scale_ptr + offs_m // ROWS_PER_SCALE, mask=mask_m, other=0.0).to(ACC)[:, None]\n",
+        "        if row_scale_ptr is not None:\n            ds *= tl.load(row_scale_ptr + offs_m // ROWS_PER_SCALE, mask=mask_m, other=0.0).to(ACC)[:, None]\n        if seed_ptr is not None:\n            ds *= tile.dropout_scale(tl.load(seed_ptr), OFFSET, offs_m[:, None], offs_d[None, :], P).to(ACC)\n        if dgamma_ptr is not None:\n            offs_branch = offs_m[:, None] * stride_branchm + offs_d[None, :]\n            dgamma += tl.sum(ds * tl.load(branch_ptr + offs_branch, mask=mask, other=0.0).to(ACC), axis=0)\n",
+        "        if seed_ptr is not None:\n            ds *= tile.dropout_scale(tl.load(seed_ptr), OFFSET, offs_m[:, None], offs_d[None, :], P).to(ACC)\n        if dgamma_ptr is not None:\n            offs_branch = offs_m[:, None] * stride_branchm + offs_d[None, :]\n            dgamma += tl.sum(ds * tl.load(branch_ptr + offs_branch, mask=mask, other=0.0).to(ACC), axis=0)\n        if row_scale_ptr is not None:\n            ds *= tl.load(row_scale_ptr + offs_m // ROWS_PER_SCALE, mask=mask_m, other=0.0).to(ACC)[:, None]\n",
         "tests/test_layer_norm.py::test_residual_layer_norm",
     ),
     (
         "kernels: fc2 alone learns from hidden units that did not drop out",
         "kernels/mlp.py",
-        "act = activate(rows(pre).contiguous(), activation, **drop)",
-        "act = activate(rows(pre).contiguous(), activation)",
+        "postact = activate(rows(preact).contiguous(), activation, **drop)",
+        "postact = activate(rows(preact).contiguous(), activation)",
         "tests/test_mlp.py::test_activation_of_a_frozen_first_layer",
     ),
     (
@@ -370,8 +370,8 @@ STRANGERS = [
     (
         "kernels: mlp forgets the seed when only fc2 learns",
         "kernels/mlp.py",
-        "seed if need_dpre or need_dw2 else None",
-        "seed if need_dpre else None",
+        "seed if need_dpreact or need_dw2 else None",
+        "seed if need_dpreact else None",
         "tests/test_contract.py::test_each_gradient_alone",
     ),
 ]

@@ -311,7 +311,7 @@ def test_compile_fullgraph(randn):
 def test_autocast(randn, impl, low):
     """fp32 inputs are cast first, nothing else: the same bits as the op on cast inputs, gradients in fp32."""
     qkv, do = randn(2, 17, 3, 2, 16), randn(2, 17, 32).to(low)
-    drop = {"dropout_p": 0.2, "seed": torch.tensor([3], device=qkv.device), "site": 1}
+    drop = {"dropout_p": 0.2, "seed": torch.tensor([3], device=qkv.device), "offset": 1}
 
     def packed(x):
         return attention_qkvpacked(x, **drop, impl=impl)

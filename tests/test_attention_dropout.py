@@ -21,7 +21,7 @@ from vit.testing import check_op
 
 @pytest.fixture
 def drop(device):
-    return {"dropout_p": 0.3, "seed": torch.tensor([-1234567890123456789], device=device), "site": 7}
+    return {"dropout_p": 0.3, "seed": torch.tensor([-1234567890123456789], device=device), "offset": 7}
 
 
 def grads(fn, leaves: list[Tensor], do: Tensor) -> list[Tensor]:
@@ -72,7 +72,9 @@ def test_forward_and_backward_draw_one_mask(randn, drop):
     B, H, NQ, NK = 2, 3, 17, 32
     q, k = torch.zeros(B, NQ, H, 32), torch.zeros(B, NK, H, 32)
     v = torch.eye(NK)[None, :, None].expand(B, NK, H, NK)  # head_dim = NK
-    want = reference.keep(drop["seed"].cpu(), drop["site"], torch.Size((B, H, NQ, NK)), drop["dropout_p"]).float()
+    want = reference.dropout_scale(
+        drop["seed"].cpu(), drop["offset"], torch.Size((B, H, NQ, NK)), drop["dropout_p"]
+    ).float()
     device = drop["seed"].device
     q, k, v = (t.to(device).requires_grad_() for t in (q, k, v))
     out = attention(q, k, v, **drop, impl="triton").view(B, NQ, H, NK)
@@ -106,7 +108,7 @@ def test_agrees_with_scaled_dot_product_attention(randn, drop):
     probs = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), torch.eye(N, device=q.device).expand(B, H, N, N)
     )
-    keep = reference.keep(drop["seed"], drop["site"], probs.shape, drop["dropout_p"]).to(probs)
+    keep = reference.dropout_scale(drop["seed"], drop["offset"], probs.shape, drop["dropout_p"]).to(probs)
     want = ((probs * keep) @ v.transpose(1, 2)).transpose(1, 2).flatten(2)
     torch.testing.assert_close(attention(q, k, v, **drop, impl="triton"), want, rtol=1e-5, atol=1e-6)
 
@@ -129,7 +131,7 @@ def test_lse_is_that_of_all_probabilities(randn, drop):
 
 
 def test_off_is_off(randn, drop):
-    """p = 0 ignores seed and site, and compiles to what there is without them."""
+    """p = 0 ignores seed and offset, and compiles to what there is without them."""
     qkv = randn(1, 20, 3, 2, 16)
     off = drop | {"dropout_p": 0.0}
     for impl in ("triton", "reference"):
@@ -147,7 +149,7 @@ def test_gradcheck(randn, drop):
 
 
 def test_opcheck(randn, drop):
-    last = (drop["seed"], drop["dropout_p"], drop["site"])
+    last = (drop["seed"], drop["dropout_p"], drop["offset"])
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     q, k = randn(1, 3, 2, 16), randn(1, 5, 2, 16)
     o, m, log_l = attention_fwd(q, k, k, 0.25, True, *last)
@@ -188,7 +190,7 @@ def test_same_bits(randn, drop, dtype):
 
 def test_compiled_code_draws_anew_at_every_call(randn):
     def fn(x):
-        return attention_qkvpacked(x, dropout_p=0.5, seed=dropout_seed(x), site=3, impl="triton")
+        return attention_qkvpacked(x, dropout_p=0.5, seed=dropout_seed(x), offset=3, impl="triton")
 
     compiled, qkv = torch.compile(fn, fullgraph=True, backend="aot_eager"), randn(1, 5, 3, 2, 16).requires_grad_()
     torch.manual_seed(5)
@@ -217,13 +219,13 @@ def test_rows_beyond_32_bits(randn, drop, tmp_path):
     log_l[-1:] = (scale * (logits - m[-1:, ..., None])).logsumexp(-1)
     every = [t.expand(B, N, 1, E) for t in (q, k, v, o, do, dq, dk, dv)]
     with last_programs_only(2):  # tiles of 32 queries
-        _launch_fwd(*every[:4], m[:0], log_l[:0], scale, drop["seed"], p, drop["site"])
+        _launch_fwd(*every[:4], m[:0], log_l[:0], scale, drop["seed"], p, drop["offset"])
     with last_programs_only(4):  # of keys, and of queries
-        _launch_bwd(*every[:5], m, log_l, *every[5:], scale, drop["seed"], p, drop["site"])
+        _launch_bwd(*every[:5], m, log_l, *every[5:], scale, drop["seed"], p, drop["offset"])
 
     rows = torch.arange((B - 1) * N, B * N)[:, None]
     assert rows.min() >= 2**32
-    word = reference.philox(drop["seed"][0], (torch.arange(N), rows & 0xFFFFFFFF, rows >> 32, drop["site"]))
+    word = reference.philox(drop["seed"][0], (torch.arange(N), rows & 0xFFFFFFFF, rows >> 32, drop["offset"]))
     keep = torch.where(word >= int(p * 2**32), 1 / (1 - p), 0.0)
 
     def eager(q, k, v):
@@ -248,7 +250,6 @@ def test_empty(randn, drop):
     [
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
         ({"dropout_p": -0.1}, ValueError, "dropout_p must be in"),
-        ({"seed": None}, ValueError, "dropout_p=0.3 needs a seed"),
         ({"seed": 17}, TypeError, "int64 tensor of one element, .* got int"),
         ({"seed": torch.zeros(2, dtype=torch.int64)}, TypeError, r"got torch.int64 \(2,\)"),
         ({"seed": torch.zeros(1, dtype=torch.int64, device="meta")}, ValueError, "must be on one device"),
@@ -256,7 +257,7 @@ def test_empty(randn, drop):
 )
 def test_bad_input(randn, drop, impl, change, error, message):
     qkv = randn(1, 5, 3, 2, 16)
-    with pytest.raises(error, match=f"^attention: .*{message}"):
+    with pytest.raises(error, match=f"^attention_qkvpacked: .*{message}"):
         attention_qkvpacked(qkv, **drop | change, impl=impl)
     with pytest.raises(error, match=f"^attention: .*{message}"):
         attention(*qkv.unbind(2), **drop | change, impl=impl)

@@ -87,8 +87,8 @@ def inputs(randn, dtype, gain: float = 1.0) -> list[Tensor]:
 def test_no_worse_than_the_mirror(randn, dtype, gain, dropout_p):
     tensors, scale = inputs(randn, dtype, gain), 80**-0.5
     seed = torch.tensor([11], device=tensors[0].device)
-    keep = reference.keep(seed, 2, torch.Size((1, 2, 105, 70)), dropout_p)
-    ours = kernels(*tensors, scale, dropout_p=dropout_p, seed=seed, site=2)
+    keep = reference.dropout_scale(seed, 2, torch.Size((1, 2, 105, 70)), dropout_p)
+    ours = kernels(*tensors, scale, dropout_p=dropout_p, seed=seed, offset=2)
     r64 = exact(*tensors, scale, keep)
     limits = errors(mirror(*tensors, scale, keep.float()), r64)
     for name, got, limit in zip(NAMES, errors(ours, r64), limits, strict=True):

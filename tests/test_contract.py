@@ -13,7 +13,7 @@ from views import nan_padded, wide_rows
 from vit import kernels
 from vit.kernels import reference
 
-DROP = {"dropout_p": 0.4, "seed": torch.tensor([7]), "site": 3}
+DROP = {"dropout_p": 0.4, "seed": torch.tensor([7]), "offset": 3}
 MASK = {"bool_masked_pos": torch.tensor([[True, False], [False, False]])}
 STREAM = {"residual": (2, 5, 24), "branch": (2, 5, 24)}
 NORM = {"weight": (24,), "bias": (24,)}
@@ -72,7 +72,7 @@ def make(call, device, batch=None):
 def run(op, inputs, options, module=kernels):
     """The outputs; absent biases, which some ops require, are None."""
     required = {"linear": ("bias",), "mlp": ("fc1_bias", "fc2_bias"), "patch_embed": ("bias",)}.get(op, ())
-    impl = {"impl": "triton"} if module is kernels else dict.fromkeys(["weight", "bias"]) if "layer_norm" in op else {}
+    impl = {"impl": "triton"} if module is kernels else {}
     outs = getattr(module, op)(**impl | dict.fromkeys(required) | inputs | options)
     return outs if isinstance(outs, tuple) else (outs,)
 
@@ -285,3 +285,32 @@ def test_lse_of_any_scale(call, scale, device):
     for module in (kernels, reference):
         _, lse = run(op, inputs, options | {"scale": scale, "return_lse": True}, module)
         torch.testing.assert_close(lse, want)
+
+
+@pytest.mark.parametrize("op", sorted({op for op, *_ in CALLS.values()}))
+def test_the_reference_takes_the_same_arguments(op):
+    """In the same order, of the same kind, with the same defaults; only ``impl`` is the op's own."""
+    ours = list(inspect.signature(getattr(kernels, op)).parameters.values())
+    assert [p.name for p in ours if p not in inspect.signature(getattr(reference, op)).parameters.values()] == ["impl"]
+    assert [p.name for p in ours if p.name != "impl"] == list(inspect.signature(getattr(reference, op)).parameters)
+
+
+@pytest.mark.parametrize("call", [call for call, (_, _, options) in CALLS.items() if "seed" in options])
+def test_a_dropout_without_a_seed_draws_one(call, device):
+    """As PyTorch's: another mask each time, the same one after `torch.manual_seed`, and backward drops what it did."""
+    op, inputs, options = make(call, device)
+    unseeded = {n: o for n, o in options.items() if n != "seed"}
+    torch.manual_seed(3)
+    first, second = (gradients(op, inputs, unseeded) for _ in range(2))
+    torch.manual_seed(3)
+    seed = kernels.dropout_seed(next(iter(inputs.values())))
+    wanted = gradients(op, inputs, options | {"seed": seed})
+    assert all(map(torch.equal, first, wanted)) and not all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("module", [kernels, reference])
+def test_the_stream_and_its_norm_have_names(module, device):
+    op, inputs, options = make("residual, all", device)
+    out = run(op, inputs, options, module)
+    assert out._fields == ("stream", "y") and out.stream is out[0]
+    torch.testing.assert_close(F.layer_norm(out.stream, (24,), inputs["weight"], inputs["bias"], 1e-6), out.y)

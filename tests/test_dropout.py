@@ -34,10 +34,10 @@ def test_reference_generator_gives_the_known_answers(counter, key, answer):
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.97])
 def test_kernel_draws_the_mask_of_the_reference(randn, seed, dtype, shape, p):
     x = randn(*shape).to(dtype)
-    for site in (1, 2**31 - 1):
-        want = reference.dropout(x, p, seed, site)
-        assert torch.equal(dropout(x, p, seed, site, impl="triton"), want)
-    keep = reference.keep(seed, 5, x.shape, p).to(x.dtype)
+    for offset in (1, 2**31 - 1):
+        want = reference.dropout(x, p, seed, offset)
+        assert torch.equal(dropout(x, p, seed, offset, impl="triton"), want)
+    keep = reference.dropout_scale(seed, 5, x.shape, p).to(x.dtype)
     assert set(keep.unique().tolist()) <= {0.0, torch.tensor(1 / (1 - p), dtype=dtype).item()}
 
 
@@ -59,16 +59,16 @@ def test_gradient(randn, seed, dtype):
     x = randn(4, 6, 10).requires_grad_()
     y = dropout(x.transpose(0, 1), 0.3, seed, 2, impl="triton")
     (grad,) = torch.autograd.grad(y.sum(), x)  # the gradient arrives with stride 0
-    assert torch.equal(grad, reference.keep(seed, 2, y.shape, 0.3).to(grad).transpose(0, 1))
+    assert torch.equal(grad, reference.dropout_scale(seed, 2, y.shape, 0.3).to(grad).transpose(0, 1))
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_statistics(p):
-    """Share of kept elements, and no correlation between neighbours, sites and seeds: within 5 standard deviations."""
+    """Share of kept elements, none correlated between neighbours, offsets, seeds: within 5 standard deviations."""
     rows, columns = 512, 768
 
-    def centred(seed, site):
-        keep = reference.keep(torch.tensor([seed]), site, torch.Size((rows, columns)), p) * (1 - p)
+    def centred(seed, offset):
+        keep = reference.dropout_scale(torch.tensor([seed]), offset, torch.Size((rows, columns)), p) * (1 - p)
         return (keep - (1 - p)) / math.sqrt(p * (1 - p))
 
     base = centred(1, 0)
@@ -98,7 +98,7 @@ def test_residual_layer_norm(randn, seed, dtype, gamma):
         "residual": randn(B, N, D), "branch": randn(B, N, D), "weight": randn(D) + 1, "bias": randn(D),
         "gamma": randn(D) if gamma else None,
     }  # fmt: skip
-    drop = {"dropout_p": 0.25, "seed": seed, "site": 9}
+    drop = {"dropout_p": 0.25, "seed": seed, "offset": 9}
     check_op(
         lambda **a: residual_layer_norm(**a, **drop, row_scale=scale.to(a["residual"].dtype), impl="triton"),
         lambda **a: reference.residual_layer_norm(**a, **drop, row_scale=scale.to(a["residual"].dtype)),
@@ -111,7 +111,7 @@ def test_residual_layer_norm(randn, seed, dtype, gamma):
 def test_gradcheck(seed):
     def op(x, branch, gamma, weight, bias):
         x = dropout(x, 0.2, seed, 1, impl="triton")
-        drop = {"dropout_p": 0.4, "seed": seed, "site": 2}
+        drop = {"dropout_p": 0.4, "seed": seed, "offset": 2}
         return residual_layer_norm(x, branch, weight, bias, gamma=gamma, **drop, impl="triton")
 
     leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in [(1, 2, 4)] * 2 + [(4,)] * 3]
@@ -164,8 +164,6 @@ def test_bad_input(randn, seed, impl):
     for p in (-0.1, 1.0, float("nan")):
         with pytest.raises(ValueError, match="dropout_p must be in"):
             dropout(x, p, seed, impl=impl)
-    with pytest.raises(ValueError, match="needs a seed"):
-        dropout(x, 0.5, impl=impl)
     with pytest.raises(TypeError, match="int64 tensor of one element"):
         dropout(x, 0.5, torch.zeros(2, dtype=torch.int64), impl=impl)
     with pytest.raises(TypeError, match="int64 tensor of one element"):

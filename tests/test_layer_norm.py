@@ -415,7 +415,6 @@ def test_bad_input(change, error, message):
         ({"row_scale": torch.ones(4)}, ValueError, r"row_scale must have shape \(2,\)"),
         ({"row_scale": torch.ones(2, requires_grad=True)}, ValueError, "carries no gradient"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\)"),
-        ({"dropout_p": 0.1}, ValueError, "dropout_p=0.1 needs a seed"),
         ({"branch": torch.ones(2, 4, 16, dtype=torch.float64)}, TypeError, "branch is torch.float64"),
     ],
 )

@@ -81,8 +81,8 @@ def test_forms_of_the_gemm_agree(randn, monkeypatch, dtype):
     a, b, bias, pre = (randn(*s).to(dtype) for s in [(37, 72), (168, 72), (168,), (37, 168)])
     products = [
         lambda: gemm(a, b, bias, trans_b=True),
-        lambda: gemm(a, b, bias, "gelu", trans_b=True, second=True),
-        lambda: gemm(a, b, None, "gelu", pre, trans_b=True, second=True),
+        lambda: gemm(a, b, bias, "gelu", trans_b=True, aux=True),
+        lambda: gemm(a, b, None, "gelu", pre, trans_b=True, aux=True),
     ]
 
     def results(**form):

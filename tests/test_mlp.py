@@ -29,7 +29,7 @@ def ref(activation="gelu", **drop):
 
 @pytest.fixture
 def drop(device):
-    return {"dropout_p": 0.3, "seed": torch.tensor([-1234567890123456789], device=device), "site": 7}
+    return {"dropout_p": 0.3, "seed": torch.tensor([-1234567890123456789], device=device), "offset": 7}
 
 
 def block(randn, shape, hidden, out):
@@ -89,13 +89,13 @@ def test_dropout_draws_the_mask_of_the_reference(randn, drop):
     """Through layers that are the identity, so that every element shows: the tokens are the rows."""
     x, one = randn(2, 33, 72) + 8, torch.eye(72, device=drop["seed"].device)
     y = mlp(x, one, None, one, None, **drop, impl="triton")
-    keep = reference.keep(drop["seed"], drop["site"], x.shape, drop["dropout_p"]).to(y.dtype)
+    keep = reference.dropout_scale(drop["seed"], drop["offset"], x.shape, drop["dropout_p"]).to(y.dtype)
     assert 0.2 < (y == 0).double().mean() < 0.4
     torch.testing.assert_close(y, mlp(x, one, None, one, None, impl="triton") * keep)
 
 
 def test_dropout_that_is_off_is_no_dropout(randn, drop):
-    """The same kernels with the same arguments, whatever the seed and the site."""
+    """The same kernels with the same arguments, whatever the seed and the offset."""
     inputs = block(randn, X, HIDDEN, OUT)
     leaves = {n: t.clone().requires_grad_() for n, t in inputs.items()}
     y, shapes = saved_by(lambda: mlp(**leaves, **drop | {"dropout_p": 0.0}, impl="triton"))
@@ -120,15 +120,17 @@ def test_gradcheck(randn, activation):
 @pytest.mark.parametrize("impl", ["triton", "auto"])
 def test_opcheck(randn, drop, impl):
     leaves = [t.requires_grad_() for t in block(randn, (2, 3, 20), 12, 8).values()]
-    seed, p, site = drop["seed"], drop["dropout_p"], drop["site"]
-    torch.library.opcheck(mlp_fwd, (*leaves, seed, "gelu", p, site, True, impl))
+    seed, p, offset = drop["seed"], drop["dropout_p"], drop["offset"]
+    torch.library.opcheck(mlp_fwd, (*leaves, seed, "gelu", p, offset, True, impl))
     x, fc1_weight, _, fc2_weight, _ = leaves
     plain = (x, fc1_weight, None, fc2_weight, None, None, "gelu", 0.0, 0, False, impl)
     torch.library.opcheck(mlp_fwd, plain, test_utils="test_faketensor")
     x, fc1_weight, fc2_weight = x.detach(), fc1_weight.detach(), fc2_weight.detach()
     dy, pre = randn(2, 3, 8), randn(2, 3, 12)
-    torch.library.opcheck(mlp_bwd, (dy, x, pre, fc1_weight, fc2_weight, seed, "gelu", p, site, True, True, True, impl))
-    torch.library.opcheck(mlp_bwd, (dy, None, pre, None, None, seed, "gelu", p, site, False, True, False, impl))
+    torch.library.opcheck(
+        mlp_bwd, (dy, x, pre, fc1_weight, fc2_weight, seed, "gelu", p, offset, True, True, True, impl)
+    )
+    torch.library.opcheck(mlp_bwd, (dy, None, pre, None, None, seed, "gelu", p, offset, False, True, False, impl))
     torch.library.opcheck(mlp_bwd, (dy, None, None, None, None, None, "gelu", 0.0, 0, False, False, True, impl))
 
 
@@ -355,7 +357,6 @@ def test_bad_arguments(randn):
         (TypeError, "mlp: x must be a floating-point tensor", {"x": good["x"].long()}),
         (ValueError, r"mlp: dropout_p must be in \[0, 1\), got 1.0", {"dropout_p": 1.0}),
         (ValueError, r"mlp: dropout_p must be in \[0, 1\), got -0.1", {"dropout_p": -0.1}),
-        (ValueError, "mlp: dropout_p=0.5 needs a seed", {"dropout_p": 0.5}),
         (TypeError, "mlp: seed must be an int64 tensor of one element", {"dropout_p": 0.5, "seed": randn(1)}),
     ]  # fmt: skip
     for impl in ("auto", "triton", "reference"):

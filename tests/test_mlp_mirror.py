@@ -112,8 +112,8 @@ def block(randn):
 def check_mlp(randn, dtype, activation, p=0.0, ours=mlp, product=product):
     inputs = block(randn)
     seed = torch.tensor([7], device=inputs["x"].device)
-    drop = {"dropout_p": p, "seed": seed, "site": 3}
-    keep = reference.keep(seed, 3, torch.Size((139, 320)), p).float()
+    drop = {"dropout_p": p, "seed": seed, "offset": 3}
+    keep = reference.dropout_scale(seed, 3, torch.Size((139, 320)), p).float()
     check_mirror(
         lambda **a: ours(**a, activation=activation, **drop),
         lambda **a: Mlp.apply(*a.values(), activation, keep, product),
@@ -145,7 +145,7 @@ def test_tf32(randn, monkeypatch):
 
 def with_bug(function, *args):
     """The mirror itself with a bug, in the place of the op."""
-    return lambda activation, dropout_p=0.0, seed=None, site=0, **a: function.apply(*a.values(), *args)
+    return lambda activation, dropout_p=0.0, seed=None, offset=0, **a: function.apply(*a.values(), *args)
 
 
 @HALF

@@ -51,8 +51,8 @@ def test_product(randn, program, backward):
     runtime.launch(
         _gemm_kernel, 1,
         a_ptr=TensorDescriptor.from_tensor(a, [BLOCK_M, K]), b_ptr=TensorDescriptor.from_tensor(b, [K, BLOCK_N]),
-        bias_ptr=None, pre_ptr=pre if backward else None, seed_ptr=seed, out_ptr=out, second_ptr=second,
-        M=M, N=N, K=K, SITE=3, stride_a=None, stride_b=None,
+        bias_ptr=None, preact_ptr=pre if backward else None, seed_ptr=seed, out_ptr=out, aux_ptr=second,
+        M=M, N=N, K=K, OFFSET=3, stride_a=None, stride_b=None,
         TRANS_A=False, TRANS_B=False, PRECISION="ieee", BLOCK_N=BLOCK_N, BLOCK_K=K, GROUP_M=1,
         SPLIT=2, CHEAP=None, WARP_SPECIALIZE=False, **META,
     )  # fmt: skip
@@ -74,7 +74,7 @@ def test_activation(randn, program):
     x[ROWS, COLUMNS] = randn(M - FIRST, BLOCK_N).half()
     runtime.launch(
         _activation_kernel, 1,
-        x_ptr=x, pre_ptr=None, seed_ptr=seed, out_ptr=out, M=M, N=N, SITE=3, BLOCK_N=BLOCK_N, **META,
+        x_ptr=x, preact_ptr=None, seed_ptr=seed, out_ptr=out, M=M, N=N, OFFSET=3, BLOCK_N=BLOCK_N, **META,
     )  # fmt: skip
     want = torch.nn.functional.gelu(x[ROWS, COLUMNS].float()) * keep(seed)
     torch.testing.assert_close(out[ROWS, COLUMNS].float(), want, rtol=2e-3, atol=2e-3)

@@ -57,7 +57,7 @@ def drop(draw):
     if draw(st.booleans()):
         return {}
     seed = torch.tensor([draw(st.integers(-(2**63), 2**63 - 1))])
-    return {"dropout_p": draw(st.sampled_from([0.1, 0.5])), "seed": seed, "site": draw(st.integers(0, 2**31 - 1))}
+    return {"dropout_p": draw(st.sampled_from([0.1, 0.5])), "seed": seed, "offset": draw(st.integers(0, 2**31 - 1))}
 
 
 @st.composite

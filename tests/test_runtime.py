@@ -379,7 +379,7 @@ def test_residual_add_without_the_fused_op(gamma, path, drop):
     """Where the norm is wrapped, or where there is none, all that comes before it stays."""
     norm = LayerNorm(SMALL)
     x, branch = torch.randn(2, 3, 4, 32).unbind()
-    options = {"dropout_p": 0.4, "seed": torch.tensor([5]), "site": 2} if drop else {}
+    options = {"dropout_p": 0.4, "seed": torch.tensor([5]), "offset": 2} if drop else {}
     factors = torch.randn(32) if gamma else None, torch.tensor([0.0, 1.5, 2.0]) if path else None
     want = add_norm(norm, x, branch, *factors, "auto", **options)
     wrapped = add_norm(subclassed(copy.deepcopy(norm)), x, branch, *factors, "auto", **options)

@@ -32,20 +32,20 @@ MODELS = {rate: {rate: value} for rate, value in RATES.items()} | {
 }
 
 
-def known(x, p, site):
-    return x * keep(SEED.to(x.device), site, x.shape, p).to(x.dtype)
+def known(x, p, offset):
+    return x * keep(SEED.to(x.device), offset, x.shape, p).to(x.dtype)
 
 
 class Known(torch.nn.Module):
     """Stands for a dropout of timm's model, with the rate that timm gave it."""
 
-    def __init__(self, theirs: torch.nn.Module, site: int) -> None:
+    def __init__(self, theirs: torch.nn.Module, offset: int) -> None:
         super().__init__()
-        self.site = site
+        self.offset = offset
         self.rate = getattr(theirs, "p", getattr(theirs, "drop_prob", 0.0))
 
     def forward(self, x):
-        return known(x, self.rate, self.site) if self.rate else x
+        return known(x, self.rate, self.offset) if self.rate else x
 
 
 class KnownPath(Known):
@@ -82,14 +82,14 @@ def test_reference_drops_where_timm_does(options):
 class KnownInTurn(torch.nn.Module):
     """Stands for a dropout that a layer calls in two places."""
 
-    def __init__(self, p: float, sites: tuple[int, int]) -> None:
+    def __init__(self, p: float, offsets: tuple[int, int]) -> None:
         super().__init__()
-        self.p, self.sites = p, sites
+        self.p, self.offsets = p, offsets
 
     def forward(self, x):
-        site, *_ = self.sites
-        self.sites = self.sites[::-1]
-        return known(x, self.p, site)
+        offset, *_ = self.offsets
+        self.offsets = self.offsets[::-1]
+        return known(x, self.p, offset)
 
 
 @pytest.mark.peers

@@ -16,25 +16,27 @@ from vit.config import ViTConfig
 from vit.kernels import reference
 from vit.plain import hooked, is_linear, linear, plain
 
-# What a dropout mask belongs to: its site is 8 · block + one of these. The last two belong to no block.
+# What a dropout mask belongs to: its offset is 8 · block + one of these. The last two belong to no block.
 ATTN, PROJ, ACT, FC2, PATH1, PATH2, POS, HEAD = range(8)
 
 
-def dropping(module: nn.Module, seed: Tensor | None, site: int) -> dict[str, Any]:
+def dropping(module: nn.Module, seed: Tensor | None, offset: int) -> dict[str, Any]:
     """The keywords that let an op drop out at the module's ``drop_rate``; none in evaluation."""
     drops = module.training and seed is not None and module.drop_rate > 0.0
-    return {"dropout_p": module.drop_rate, "seed": seed, "site": site} if drops else {}
+    return {"dropout_p": module.drop_rate, "seed": seed, "offset": offset} if drops else {}
 
 
 class Dropout(nn.Module):
     """Dropout that is part of no other op."""
 
-    def __init__(self, config: ViTConfig, p: float, site: int) -> None:
+    def __init__(self, config: ViTConfig, p: float, offset: int) -> None:
         super().__init__()
-        self.p, self.site, self.impl = p, site, config.impl
+        self.p, self.offset, self.impl = p, offset, config.impl
 
     def forward(self, x: Tensor, seed: Tensor | None) -> Tensor:
-        return kernels.dropout(x, self.p, seed, self.site, impl=self.impl) if self.training and seed is not None else x
+        return (
+            kernels.dropout(x, self.p, seed, self.offset, impl=self.impl) if self.training and seed is not None else x
+        )
 
 
 class DropPath(Dropout):
@@ -126,7 +128,7 @@ class Attention(nn.Module):
     def __init__(self, config: ViTConfig, index: int) -> None:
         super().__init__()
         self.impl = config.impl
-        self.drop_rate, self.site = config.attn_drop_rate, 8 * index + ATTN
+        self.drop_rate, self.offset = config.attn_drop_rate, 8 * index + ATTN
         self.num_heads = config.num_heads
         self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim, bias=config.qkv_bias)
         self.q_norm = LayerNorm(config, config.head_dim) if config.qk_norm else None
@@ -134,7 +136,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.embed_dim, config.embed_dim)
 
     def forward(self, x: Tensor, seed: Tensor | None = None) -> Tensor:
-        options = {"impl": self.impl} | dropping(self, seed, self.site)
+        options = {"impl": self.impl} | dropping(self, seed, self.offset)
         if self.q_norm is None:
             o = kernels.attention_qkvpacked(self.project(x), num_heads=self.num_heads, **options)  # [B, N, D]
         else:
@@ -156,20 +158,20 @@ class Mlp(nn.Module):
 
     def __init__(self, config: ViTConfig, index: int) -> None:
         super().__init__()
-        self.drop_rate, self.site = config.hidden_drop_rate, 8 * index + ACT
+        self.drop_rate, self.offset = config.hidden_drop_rate, 8 * index + ACT
         self.impl = config.impl
         self.activation = config.act_layer
         self.fc1 = nn.Linear(config.embed_dim, config.mlp_hidden_dim)
         self.fc2 = nn.Linear(config.mlp_hidden_dim, config.embed_dim)
 
     def forward(self, x: Tensor, seed: Tensor | None = None) -> Tensor:
-        options = {"impl": self.impl} | dropping(self, seed, self.site)
+        options = {"impl": self.impl} | dropping(self, seed, self.offset)
         if is_linear(self.fc1) and is_linear(self.fc2):
             params = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
             return kernels.mlp(x, *params, self.activation, **options)
         hidden = reference.gelu(linear(self.fc1, x, self.impl), self.activation)
         if "seed" in options:
-            hidden = kernels.dropout(hidden, options["dropout_p"], seed, self.site, impl=self.impl)
+            hidden = kernels.dropout(hidden, options["dropout_p"], seed, self.offset, impl=self.impl)
         return linear(self.fc2, hidden, self.impl)
 
 
@@ -178,17 +180,17 @@ class Block(nn.Module):
 
     def __init__(self, config: ViTConfig, index: int) -> None:
         super().__init__()
-        scaled, path_rate, site = config.init_values is not None, config.block_drop_path_rate(index), 8 * index
+        scaled, path_rate, offset = config.init_values is not None, config.block_drop_path_rate(index), 8 * index
         self.impl = config.impl
-        self.drop_rate, self.site = config.proj_drop_rate, site
+        self.drop_rate, self.offset = config.proj_drop_rate, offset
         self.norm1 = LayerNorm(config)
         self.attn = Attention(config, index)
         self.ls1 = LayerScale(config) if scaled else None
-        self.drop_path1 = DropPath(config, path_rate, site + PATH1)
+        self.drop_path1 = DropPath(config, path_rate, offset + PATH1)
         self.norm2 = LayerNorm(config)
         self.mlp = Mlp(config, index)
         self.ls2 = LayerScale(config) if scaled else None
-        self.drop_path2 = DropPath(config, path_rate, site + PATH2)
+        self.drop_path2 = DropPath(config, path_rate, offset + PATH2)
 
     def forward(
         self, x: Tensor, y: Tensor | None, next_norm: nn.Module | None, seed: Tensor | None = None
@@ -198,10 +200,10 @@ class Block(nn.Module):
         Without y the block makes it; without next_norm there is no second result.
         """
         y = self.norm1(x) if y is None else y
-        drop = dropping(self, seed, self.site + PROJ)
+        drop = dropping(self, seed, self.offset + PROJ)
         gamma, path = self.ls1 and self.ls1.gamma, self.drop_path1(x, seed)
         x, y = add_norm(self.norm2, x, self.attn(y, seed), gamma, path, self.impl, **drop)
-        drop = dropping(self, seed, self.site + FC2)
+        drop = dropping(self, seed, self.offset + FC2)
         gamma, path = self.ls2 and self.ls2.gamma, self.drop_path2(x, seed)
         return add_norm(next_norm, x, self.mlp(y, seed), gamma, path, self.impl, **drop)
 

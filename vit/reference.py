@@ -53,24 +53,24 @@ def interpolate_pos_embed(
     return torch.cat([pos[:, :prefix], resized.flatten(2).transpose(1, 2)], dim=1)
 
 
-def torch_dropout(x: Tensor, p: float, site: int) -> Tensor:
+def torch_dropout(x: Tensor, p: float, offset: int) -> Tensor:
     return F.dropout(x, p)
 
 
 class Drop(nn.Module):
-    """The dropout with number ``site``; ``function`` can be replaced by another that drops x [...] with p.
+    """The dropout with number ``offset``; ``function`` can be replaced by another that drops x [...] with p.
 
     In block i: 8·i of the attention probabilities, + 1 after the projection, + 2 after the MLP's activation, + 3 after
     its second layer, + 4 and + 5 of the branches' samples. 6 after the position embedding, 7 before the head.
     """
 
-    def __init__(self, rate: float, site: int) -> None:
+    def __init__(self, rate: float, offset: int) -> None:
         super().__init__()
-        self.rate, self.site = rate, site
+        self.rate, self.offset = rate, offset
         self.function = torch_dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, self.rate, self.site) if self.training and self.rate > 0 else x
+        return self.function(x, self.rate, self.offset) if self.training and self.rate > 0 else x
 
 
 class DropSamples(Drop):

@@ -21,13 +21,20 @@ from vit.plain import class_of, owner_of, patched, remember, replaced
 _LIBRARIES = (timm, torchvision, huggingface)
 _MODULES = generic.MODULES | {path: entry for library in _LIBRARIES for path, entry in library.MODULES.items()}
 _PATCHES = {path: name for library in _LIBRARIES for path, name in library.PATCHES.items()}
-_FEATURES = ("attention", "mlp", "norm", "patch_embed")
 # Modules that a block may hold beside those that its library's CHILDREN name; they are called, or read where plain.
 _HELPERS = {"torch.nn.modules.linear.Identity", "torch.nn.modules.dropout.Dropout", *parts.DROP_PATHS}
 _HELPERS |= set(parts.LAYER_SCALES)
 
 
-def accelerate(model: nn.Module, impl: str = "auto", **features: bool) -> nn.Module:
+def accelerate(
+    model: nn.Module,
+    impl: str = "auto",
+    *,
+    attention: bool = True,
+    mlp: bool = True,
+    norm: bool = True,
+    patch_embed: bool = True,
+) -> nn.Module:
     """Makes a timm, Hugging Face or torchvision ViT run on the fused ops, in place.
 
     The object, its parameters, ``state_dict`` keys, signatures and outputs stay what they are, so an optimizer made
@@ -40,26 +47,27 @@ def accelerate(model: nn.Module, impl: str = "auto", **features: bool) -> nn.Mod
         model: with blocks of timm's ``VisionTransformer``, transformers' ViT, DeiT, Dinov2 or Dinov2WithRegisters, or
             torchvision's ``VisionTransformer``, anywhere in it.
         impl: of every op: "auto" (Triton where supported, else plain PyTorch), "triton" or "reference".
-        **features: ``attention``, ``mlp``, ``norm`` (LayerNorms and the residual adds before them) and ``patch_embed``,
-            each True unless switched off.
+        attention: use the attention op.
+        mlp: use the MLP op.
+        norm: use the op of LayerNorms and of the residual adds before them.
+        patch_embed: use the op of the patch projection.
 
     Returns:
         ``model`` itself. Blocks that are not known, or have unknown parts (SwiGLU, RoPE), are left as they are, with
         one UserWarning that names them.
 
     Raises:
-        ValueError: there is no block to accelerate (the message says what was found), unknown impl or feature.
+        ValueError: there is no block to accelerate (the message says what was found), or ``impl`` is unknown.
         TypeError: not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
     if impl not in runtime.IMPLS:
         raise ValueError(f"accelerate: impl must be one of {', '.join(map(repr, runtime.IMPLS))}, got {impl!r}")
-    for name in features.keys() - set(_FEATURES):
-        raise ValueError(f"accelerate: unknown feature {name!r}; the features are {', '.join(_FEATURES)}")
     if parts.path_of(type(model)) == "vit.model.VisionTransformer":
         raise ValueError("accelerate: a vit.VisionTransformer runs on the fused ops as it is, see its config's impl")
-    wanted = {name for name in _FEATURES if features.get(name, True)}
+    features = {"attention": attention, "mlp": mlp, "norm": norm, "patch_embed": patch_embed}
+    wanted = {name for name, on in features.items() if on}
 
     chosen, left, found = {}, {}, False
     projections = set(_patch_projections(model))
