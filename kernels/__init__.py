@@ -5,6 +5,7 @@ an unrelated package that transformers looks for: under that name it stays empty
 """
 
 if __name__ == "vit.kernels":
+    from . import flops  # noqa: F401 (what PyTorch's counter counts of each op)
     from .attention import attention, attention_qkvpacked
     from .attention_maps import attention_probs
     from .dropout import dropout, dropout_seed
