@@ -1,19 +1,37 @@
 """Packaging. The folders and the import names differ: ``kernels/`` is installed as ``vit.kernels``.
 
-A wheel with a top-level ``kernels`` would overwrite the Hugging Face package of that name. The metadata is here and not
-in pyproject.toml so that any setuptools from 64 on understands it: ``--no-build-isolation`` takes the one it finds.
+A wheel with a top-level ``kernels`` would overwrite the Hugging Face package of that name. In a clone the link
+``vit/kernels`` stands for what a wheel installs there, so that imports, editors and mypy find it. The metadata is here
+and not in pyproject.toml so that any setuptools from 64 on understands it: ``--no-build-isolation`` takes the one it
+finds.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import setup
 
+ROOT = Path(__file__).parent
+
 setup(
     name="fused-vit",
-    version="0.1.0",
+    version=re.search(r'^__version__ = "(.+)"$', (ROOT / "vit/__init__.py").read_text(encoding="utf-8"), re.M)[1],
     description="Fused Triton kernels for Vision Transformers in PyTorch, forward and backward",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="fused-vit developers",
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "License :: OSI Approved :: MIT License",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
     license="MIT",
     license_files=["LICENSE", "vit/assets/LICENSE.txt"],
     python_requires=">=3.11",
@@ -37,6 +55,6 @@ setup(
     },
     packages=["vit", "vit.adapters", "vit.kernels", "vit.weights"],
     package_dir={"vit": "vit", "vit.kernels": "kernels"},
-    package_data={"vit": ["assets/*"]},
+    package_data={"vit": ["assets/*", "py.typed"]},
     entry_points={"console_scripts": ["vit = vit.cli:main"]},
 )

@@ -156,7 +156,7 @@ def test_classify_prepares_as_it_is_told(photo, tmp_path):
 def test_a_file_that_transformers_names_has_what_lies_beside_it(name, photo, tmp_path):
     saved(tmp_path / "folder")
     weights = tmp_path / "folder" / name
-    model = vit.load_pretrained(None, tmp_path / "folder")
+    model = vit.load_pretrained(tmp_path / "folder")
     (tmp_path / "folder" / "model.safetensors").unlink()
     vit.save_pretrained(model, weights, "hf")
     shown = classify.classify(photo, weights)

@@ -240,7 +240,7 @@ def test_command_on_timm(capsys):
     assert code == 0 and err == ""
     assert "Parity: pass" in out and "gradient of attn.qkv" in out and "draw 32 of 32" in out
     assert "bfloat16 on " in out and "images [2, 3, 32, 32]" in out and "random weights" in out
-    assert torch.cuda.is_available() or ("attention            reference" in out and "No kernel ran" in out)
+    assert torch.cuda.is_available() or ("attention_qkvpacked  reference" in out and "No kernel ran" in out)
 
 
 def test_command_on_torchvision(capsys, device, monkeypatch):
@@ -250,7 +250,7 @@ def test_command_on_torchvision(capsys, device, monkeypatch):
     command = ["torchvision:vit_b_16", "--set", *sizes, "--img-size", "32", "--impl", "triton", "--batch-size", "1"]
     code, out, err = run(capsys, *command)
     assert code == 0 and err == ""
-    assert "attention            triton" in out and "No kernel ran" not in out and "images [1, 3, 32, 32]" in out
+    assert "attention_qkvpacked  triton" in out and "No kernel ran" not in out and "images [1, 3, 32, 32]" in out
 
 
 @pytest.mark.parametrize("kind", ["ViTForImageClassification", "ViTModel"])
@@ -271,14 +271,14 @@ def test_command_on_a_file(capsys, tmp_path, monkeypatch):
     (tmp_path / "weights.pth").touch()
     asked = []
 
-    def load(name, path, **options):
-        asked.append((name, path, options))
+    def load(path, **options):
+        asked.append((path, options))
         return MODELS["this package"]()
 
     monkeypatch.setattr(vit, "load_pretrained", load, raising=False)
     file = str(tmp_path / "weights.pth")
     code, out, _ = run(capsys, file, "--image", str(tmp_path / "cat.png"), "--batch-size", "3", "--set", "x=1")
-    assert code == 0 and "this package's plain PyTorch model" in out and asked == [(None, file, {"x": 1})]
+    assert code == 0 and "this package's plain PyTorch model" in out and asked == [(file, {"x": 1})]
 
 
 def test_a_failing_command(capsys, monkeypatch):

@@ -71,10 +71,10 @@ def foreign(model, path, dialect="timm"):
     return path
 
 
-def load(target, path, **options):
+def load(*args, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return vit.load_pretrained(target, path, **options)
+        return vit.load_pretrained(*args, **options)
 
 
 def image(model, seed=1):

@@ -105,8 +105,8 @@ def test_pre_training_checkpoint_of_mae(decoder, tmp_path):
         "decoder_pred.weight": torch.ones(192, decoder),
     }
     torch.save({"model": state, "epoch": 3}, tmp_path / "mae.pth")
-    for target in (make(num_classes=0, seed=1), None):
-        found = load(target, tmp_path / "mae.pth", **{} if target else {"num_heads": 2})
+    for target in ([make(num_classes=0, seed=1)], []):
+        found = load(*target, tmp_path / "mae.pth", **{} if target else {"num_heads": 2})
         assert bits(found) == bits(make(num_classes=0)) and not found.config.use_mask_token
     masked = load(make(num_classes=0, use_mask_token=True), tmp_path / "mae.pth")
     assert not masked.mask_token.any()
@@ -191,7 +191,7 @@ def test_what_is_known_of_the_images_comes_back(name, tmp_path):
     }  # fmt: skip
     for dialect in ("hf",) if name == "folder" else ("timm", "hf", "torchvision"):
         save(model, tmp_path / name, dialect)
-        found = load(None, tmp_path / name).pretrained_cfg
+        found = load(tmp_path / name).pretrained_cfg
         assert {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()} == {
             k: list(v) if isinstance(v, tuple) else v for k, v in model.pretrained_cfg.items()
         }
@@ -206,7 +206,7 @@ def test_the_grid_that_a_config_json_says(size, tmp_path):
     config = tmp_path / "folder" / "config.json"
     told = {k: v for k, v in json.loads(config.read_text()).items() if k != "fused_vit"}
     config.write_text(json.dumps(told))
-    weights = dict(load(None, tmp_path / "folder").state_dict())
+    weights = dict(load(tmp_path / "folder").state_dict())
     vit.save_pretrained(model, tmp_path / "plain.pt", "hf")
     tensors = dict(torch.load(tmp_path / "plain.pt", weights_only=True))
     (tmp_path / "folder" / "model.safetensors").unlink()
@@ -214,7 +214,7 @@ def test_the_grid_that_a_config_json_says(size, tmp_path):
     assert told["image_size"] == (list(size) if isinstance(size, tuple) else size)
     for found in (
         weights,
-        load(None, tmp_path / "folder").state_dict(),
+        load(tmp_path / "folder").state_dict(),
         load(make(img_size=size, seed=1), tmp_path / "folder").state_dict(),
     ):
         assert torch.equal(found["pos_embed"], model.pos_embed)
@@ -228,7 +228,7 @@ def test_class_names_have_the_order_of_their_numbers(count, tmp_path):
     config = tmp_path / "folder" / "config.json"
     told = json.loads(config.read_text()) | {"id2label": {str(i): names[i] for i in reversed(range(count))}}
     config.write_text(json.dumps(told))
-    model = load(None, tmp_path / "folder")
+    model = load(tmp_path / "folder")
     assert model.pretrained_cfg["label_names"] == names
     vit.save_pretrained(model, tmp_path / "again", "hf")
     again = json.loads((tmp_path / "again" / "config.json").read_text())
@@ -249,16 +249,16 @@ def test_a_folder_that_others_changed(tmp_path):
     assert (prepare["image_mean"], prepare["image_std"]) == ([0.1, 0.2, 0.3], [1.0, 2.0, 3.0])
     tensors = torch.load(save(model, tmp_path / "m.pt", "hf"), weights_only=True)
     vit.weights.files.write(tmp_path / "model.safetensors", tensors, {})  # as transformers does: no note in it
-    assert vit.load_pretrained(None, tmp_path).config == model.config
+    assert vit.load_pretrained(tmp_path).config == model.config
     changes = {"layer_norm_eps": 1e-3, "hidden_act": "quick_gelu", "num_attention_heads": 4, "image_size": [64, 16]}
     for word, value in changes.items():
         path.write_text(json.dumps(written | {word: value}))
         with pytest.warns(UserWarning, match="config.json was changed"):
-            found = vit.load_pretrained(None, tmp_path).config
+            found = vit.load_pretrained(tmp_path).config
         theirs = ViTConfig.from_hf(written | {word: value})
         assert found == ViTConfig(**vars(theirs) | {"interpolation": "bicubic", "act_drop_rate": 0.0, "fc_norm": False})
     for key in ("mean", "std"):  # of a folder that is not ours
-        assert load(None, tmp_path).pretrained_cfg[key] == model.pretrained_cfg[key]
+        assert load(tmp_path).pretrained_cfg[key] == model.pretrained_cfg[key]
 
 
 HOSTILE = {
@@ -283,14 +283,14 @@ def test_notes_that_no_model_has(case, suffix, tmp_path):
     model = make()
     note = vit.weights.note.write(model.config, None)
     vit.weights.files.write(tmp_path / f"m{suffix}", dict(model.state_dict()), note | HOSTILE[case])
-    by_name = [] if case in ("another grid", "other classes", "deeper than it is") else ["vit_tiny_patch16_224"]
-    for target in (None, *by_name):  # which does not take those from a file
-        sizes = {} if target is None else {k: v for k, v in SMALL.items() if k != "num_classes"}
+    by_name = [] if case in ("another grid", "other classes", "deeper than it is") else [["vit_tiny_patch16_224"]]
+    for target in ([], *by_name):  # which does not take those from a file
+        sizes = {k: v for k, v in SMALL.items() if target and k != "num_classes"}
         with pytest.raises(vit.CheckpointError):
-            vit.load_pretrained(target, tmp_path / f"m{suffix}", **sizes)
+            vit.load_pretrained(*target, tmp_path / f"m{suffix}", **sizes)
     vit.weights.files.write(tmp_path / f"m{suffix}", dict(model.state_dict()), note | {"rope": True})
     with pytest.warns(UserWarning, match="it says rope of its model, which this version does not know"):
-        assert vit.load_pretrained(None, tmp_path / f"m{suffix}").config == model.config
+        assert vit.load_pretrained(tmp_path / f"m{suffix}").config == model.config
 
 
 def test_notes_that_are_not_plain(tmp_path):
@@ -310,7 +310,7 @@ def test_notes_that_are_not_plain(tmp_path):
     model = make()
     model.pretrained_cfg = {"source": "timm", "label_names": ["a long name of a class"] * 9000}
     save(model, tmp_path / "long.npz")  # more than a comment can hold
-    assert load(None, tmp_path / "long.npz").config == model.config
+    assert load(tmp_path / "long.npz").config == model.config
     model.pretrained_cfg = {"mean": torch.ones(3)}
     with pytest.raises(TypeError):
         vit.save_pretrained(model, tmp_path / "new", "hf")
@@ -589,9 +589,9 @@ FAMILIES = {  # names that the libraries give; see test_weights_peers.py for the
 @pytest.mark.parametrize("what", FAMILIES)
 def test_models_that_no_dialect_holds(what, tmp_path):
     torch.save({name: torch.ones(2, 2) for name in FAMILIES[what]}, tmp_path / "m.pt")
-    for target in (make(), None, "vit_tiny_patch16_224"):
+    for target in ([make()], [], ["vit_tiny_patch16_224"]):
         with pytest.raises(vit.CheckpointError, match=what.strip()) as caught:
-            vit.load_pretrained(target, tmp_path / "m.pt")
+            vit.load_pretrained(*target, tmp_path / "m.pt")
         assert "which load_pretrained does not read yet; load it with" in str(caught.value)
 
 
@@ -600,7 +600,7 @@ def test_model_type_of_a_folder(tmp_path):
     for kind in ("swinv2", "dinov2", "siglip2"):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
         with pytest.raises(vit.CheckpointError, match=f"this is a {kind} checkpoint of transformers"):
-            vit.load_pretrained(None, tmp_path)
+            vit.load_pretrained(tmp_path)
 
 
 def test_other_paths(tmp_path):
@@ -623,6 +623,8 @@ def test_wrong_arguments(tmp_path):
         vit.load_pretrained(torch.nn.Linear(2, 2), path)
     with pytest.raises(ValueError, match=r"unknown model 'vit_tny"):
         vit.load_pretrained("vit_tny_patch16_224", path)
+    with pytest.raises(ValueError, match=r"unknown model ''"):
+        vit.load_pretrained("", path)
     with pytest.raises(ValueError, match=r"dialect='flax' is unknown"):
         vit.load_pretrained(make(), path, dialect="flax")
     with pytest.raises(ValueError, match=r"norm_eps=-1"):

@@ -54,7 +54,7 @@ def test_architecture_is_told_by_the_checkpoint(dialect, suffix, fields, tmp_pat
     model = make(**fields)
     eps = 1e-12 if dialect.startswith("hf") else 1e-6
     path = saved(model, tmp_path / f"model{suffix}", dialect)
-    found = vit.load_pretrained(None, path, norm_eps=fields.get("norm_eps", eps)).eval()
+    found = vit.load_pretrained(path, norm_eps=fields.get("norm_eps", eps)).eval()
     for module in model.modules():
         if isinstance(module, vit.layers.LayerNorm):
             module.eps = fields.get("norm_eps", eps)
@@ -66,12 +66,53 @@ def test_architecture_is_told_by_the_checkpoint(dialect, suffix, fields, tmp_pat
         assert getattr(found.config, field) == getattr(model.config, field)
 
 
+@pytest.mark.parametrize("file", ["model.pt", "model.npz", "folder"])
+def test_a_checkpoint_alone_gives_the_bits_that_it_gives_with_the_name(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a relative path is one, too
+    path = saved(make(drop_rate=0.1), Path(file), "hf" if file == "folder" else "timm")
+    alone = vit.load_pretrained(file)
+    named = vit.load_pretrained("vit_tiny_patch16_224", path, **SIZES)
+    assert alone.config == named.config and alone.state_dict().keys() == named.state_dict().keys()
+    assert all(torch.equal(alone.state_dict()[k], t) for k, t in named.state_dict().items())
+    half = vit.load_pretrained(path, dtype=torch.float16)
+    assert torch.equal(half.head.weight, named.head.weight.half())
+
+
+def test_one_argument_is_a_checkpoint(tmp_path, monkeypatch):
+    name = "vit_tiny_patch16_224"
+    path = saved(make(), tmp_path / "model.pt", "timm")
+    for args, kind, match in [
+        ((None, path), TypeError, r"the first argument is None; leave it out: load_pretrained\(path\)"),
+        ((None,), TypeError, "leave it out"),
+        ((make(),), TypeError, r"the checkpoint is missing; write load_pretrained\(model, path\)"),
+        ((make(), None), TypeError, "the checkpoint is missing"),
+        ((name, True), TypeError, "a checkpoint is a file, a folder or a name on the Hugging Face hub, got True"),
+        ((3,), TypeError, "got 3"),
+        ((name,), FileNotFoundError, rf"{name} names a model.*write load_pretrained\('{name}', path\), or create"),
+        ((name, None), FileNotFoundError, "names a model"),
+        ((f"{name}.pt",), FileNotFoundError, r"pt: there is no such file or folder"),
+        ((path, path), TypeError, "expected a vit.VisionTransformer, got pathlib"),
+    ]:
+        with pytest.raises(kind, match=match):
+            vit.load_pretrained(*args)
+    for told in (True, False):
+        with pytest.raises(TypeError, match=r"names no weights; write pretrained=PATH or pretrained='owner/name'"):
+            vit.create_model(name, pretrained=told)
+    made = vit.create_model(name, pretrained=path, dtype=torch.float64, num_classes=5, **SIZES)
+    assert made.head.weight.dtype is torch.float64
+    named = vit.load_pretrained(name, path, num_classes=5, **SIZES).double()
+    assert made.config == named.config and all(map(torch.equal, made.parameters(), named.parameters()))
+    monkeypatch.chdir(tmp_path)
+    saved(make(), tmp_path / name, "hf")  # a folder of that name is one
+    assert vit.load_pretrained(name).config == make().config
+
+
 def test_overrides_win(tmp_path):
     path = saved(make(), tmp_path / "model.pt", "timm")
-    found = vit.load_pretrained(None, path, num_classes=7, img_size=48, num_heads=6)
+    found = vit.load_pretrained(path, num_classes=7, img_size=48, num_heads=6)
     assert found.head.weight.shape == (7, 192) and found.config.img_size == (48, 48) and found.config.num_heads == 6
     with pytest.raises(TypeError, match="did you mean 'num_heads'"):
-        vit.load_pretrained(None, path, heads=6)
+        vit.load_pretrained(path, heads=6)
 
 
 OTHER = {  # than `make` has; every field of ViTConfig
@@ -95,7 +136,7 @@ def test_every_field_comes_back(field, tmp_path):
     for suffix in (".pt", ".npz", ".safetensors"):
         path = tmp_path / f"m{suffix}"
         vit.save_pretrained(model, path)
-        found = vit.load_pretrained(None, path)
+        found = vit.load_pretrained(path)
         assert found.config == model.config
         assert torch.equal(found.eval()(image), model(image))
 
@@ -128,7 +169,7 @@ def test_a_head_that_is_not_the_notes(tmp_path):
     state._metadata[""]["fused_vit"] = vit.weights.note.write(make(num_classes=7).config, None)
     torch.save(state, tmp_path / "m.pt")
     with pytest.raises(vit.CheckpointError, match="says num_classes=7, but has a head of 5 classes"):
-        vit.load_pretrained(None, tmp_path / "m.pt")
+        vit.load_pretrained(tmp_path / "m.pt")
 
 
 def test_what_cannot_be_told(tmp_path):
@@ -145,21 +186,21 @@ def test_what_cannot_be_told(tmp_path):
         (tmp_path / "resnet.pt", "no ViT in a known dialect"),
     ):
         with pytest.raises(vit.CheckpointError, match=reason):
-            vit.load_pretrained(None, path)
+            vit.load_pretrained(path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert vit.load_pretrained(None, odd, num_heads=3).config.num_heads == 3
-        config = vit.load_pretrained(None, clip, num_heads=3, act_layer="quick_gelu").config
+        assert vit.load_pretrained(odd, num_heads=3).config.num_heads == 3
+        config = vit.load_pretrained(clip, num_heads=3, act_layer="quick_gelu").config
         assert (config.act_layer, config.norm_eps) == ("quick_gelu", 1e-5)
         for path, grid in ((wide, (2, 4)), (oblong, (2, 6))):
-            config = vit.load_pretrained(None, path, num_heads=3, grid_size=grid).config
+            config = vit.load_pretrained(path, num_heads=3, grid_size=grid).config
             assert config.grid_size == grid and not config.no_embed_class
-        config = vit.load_pretrained(None, wide, num_heads=3, grid_size=3).config
+        config = vit.load_pretrained(wide, num_heads=3, grid_size=3).config
         assert config.grid_size == (3, 3) and config.no_embed_class
     with pytest.raises(vit.CheckpointError, match=r"9 rows; that is not 4\*4"):
-        vit.load_pretrained(None, wide, grid_size=4)
+        vit.load_pretrained(wide, grid_size=4)
     with pytest.raises(ValueError, match=r"grid_size='4' must be an integer"):
-        vit.load_pretrained(None, wide, grid_size="4")
+        vit.load_pretrained(wide, grid_size="4")
 
 
 def test_the_number_of_heads_is_assumed_aloud(tmp_path):
@@ -167,14 +208,14 @@ def test_the_number_of_heads_is_assumed_aloud(tmp_path):
     for suffix, dialect in ((".pt", "timm"), (".npz", "torchvision"), (".pt", "hf")):
         path = foreign(make(), tmp_path / f"m{suffix}", dialect)
         with pytest.warns(UserWarning, match="3 are assumed, as vit_tiny has; pass num_heads=") as caught:
-            assert vit.load_pretrained(None, path).config.num_heads == 3
+            assert vit.load_pretrained(path).config.num_heads == 3
         assert len(caught) == 1
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            vit.load_pretrained(None, path, num_heads=6)
+            vit.load_pretrained(path, num_heads=6)
             vit.load_pretrained("vit_tiny_patch16_224", path, **SIZES)
-            vit.load_pretrained(None, saved(make(num_heads=6), tmp_path / "ours.npz", dialect))
-            vit.load_pretrained(None, foreign(make(act_layer="gelu_tanh"), tmp_path / "g.npz", "google"))
+            vit.load_pretrained(saved(make(num_heads=6), tmp_path / "ours.npz", dialect))
+            vit.load_pretrained(foreign(make(act_layer="gelu_tanh"), tmp_path / "g.npz", "google"))
     folder = saved(make(num_heads=6), tmp_path / "folder", "hf")
     config = json.loads((folder / "config.json").read_text())
     del config["fused_vit"]
@@ -183,7 +224,7 @@ def test_the_number_of_heads_is_assumed_aloud(tmp_path):
     vit.weights.files.write(folder / "model.safetensors", hf_names(model, tmp_path), {})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert vit.load_pretrained(None, folder).config.num_heads == 6  # config.json tells
+        assert vit.load_pretrained(folder).config.num_heads == 6  # config.json tells
     path = foreign(make(num_heads=6, global_pool="avg", fc_norm=False), tmp_path / "model.pt")
     timm = {"architecture": "vit", "global_pool": "avg", "model_args": {"num_heads": 6}}
     (tmp_path / "timm").mkdir()
@@ -191,7 +232,7 @@ def test_the_number_of_heads_is_assumed_aloud(tmp_path):
     (tmp_path / "timm" / "config.json").write_text(json.dumps(timm))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        config = vit.load_pretrained(None, tmp_path / "timm").config
+        config = vit.load_pretrained(tmp_path / "timm").config
     assert (config.num_heads, config.global_pool) == (6, "avg")
 
 

@@ -246,14 +246,14 @@ def test_families_of_transformers_are_named(kind, config, what, tmp_path):
     model = getattr(transformers, kind)(config)
     model.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "memory.pt")
-    for target in (make(), None):
+    for target in ([make()], []):
         with pytest.raises(vit.CheckpointError, match=f"({what}).*load_pretrained does not read yet") as caught:
-            vit.load_pretrained(target, tmp_path)
+            vit.load_pretrained(*target, tmp_path)
         assert str(caught.value).endswith("load it with transformers and call vit.accelerate") == kind.startswith(
             ("DeiT", "Dinov2")
         )
     with pytest.raises(vit.CheckpointError):
-        vit.load_pretrained(None, tmp_path / "memory.pt")
+        vit.load_pretrained(tmp_path / "memory.pt")
 
 
 def test_pre_training_model_of_mae(tmp_path):
@@ -263,7 +263,7 @@ def test_pre_training_model_of_mae(tmp_path):
     theirs = transformers.ViTMAEForPreTraining(small_config("ViTMAE", **sizes, mask_ratio=0.0)).eval()
     randomise(theirs)
     theirs.save_pretrained(tmp_path)
-    ours = vit.load_pretrained(None, tmp_path).eval()
+    ours = vit.load_pretrained(tmp_path).eval()
     x, order = image(ours), torch.arange(16).float().expand(2, -1)  # it shuffles the patches by noise
     with torch.no_grad():
         got, want = ours.forward_features(x), theirs.vit(x, noise=order).last_hidden_state
@@ -364,7 +364,7 @@ def test_dropout_stands_where_the_source_has_it(tmp_path):
     rates = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.2}
     theirs = transformers.ViTForImageClassification(transformers.ViTConfig(image_size=32, **sizes, **rates))
     theirs.save_pretrained(tmp_path)
-    found = vit.load_pretrained(None, tmp_path)
+    found = vit.load_pretrained(tmp_path)
     config = found.config
     assert (config.pos_drop_rate, config.proj_drop_rate, config.attn_drop_rate) == (0.3, 0.3, 0.2)
     assert config.hidden_drop_rate == found.blocks[0].mlp.drop_rate == 0.0 and found.blocks[0].drop_rate == 0.3

@@ -24,7 +24,7 @@ def classify(image: Path, weights: Path, name: str | None = None, top: int = 5, 
         ValueError: not a picture, not a classifier, or nothing tells how to prepare the picture. OSError: no such file.
     """
     photo = preprocess.open_photo(image)
-    model = vit.load_pretrained(name, weights).eval()
+    model = vit.load_pretrained(*([] if name is None else [name]), weights).eval()
     size, classes = model.config.img_size, model.config.num_classes
     if not classes:
         raise ValueError(f"{weights} has no classification head")

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import vit
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code: 0 success, 1 a check failed, 2 it could not start."""
@@ -23,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vit", description="Vision Transformers on fused Triton kernels.")
+    parser.add_argument("--version", action="version", version=f"fused-vit {vit.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     demo = commands.add_parser(
@@ -70,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(default: %(default)s)")
     add("--image", type=Path, metavar="FILE", help="a photograph (default: random images)")
     add("--batch-size", type=_positive, default=2, metavar="N", help="(default: %(default)s)")
-    add("--impl", choices=("auto", "triton", "reference"), default="auto", help="of every op (default: %(default)s)")
+    add("--impl", choices=vit.kernels.runtime.IMPLS, default="auto", help="of every op (default: %(default)s)")
     add("--device", metavar="NAME", help="(default: cuda where there is one)")
     add("--img-size", type=_size, metavar="N|HxW", help="(default: the model's own)")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="of the model: --set depth=2")
@@ -169,7 +172,6 @@ def _info(args: argparse.Namespace) -> int:
     import torch
     import triton
 
-    import vit
     from vit.kernels import runtime
 
     if torch.cuda.is_available():

@@ -54,7 +54,8 @@ class MaskedImageModel(nn.Module):
         Returns:
             (loss, reconstruction [B, C, H, W]): the mean absolute error of the hidden pixels, None without a mask.
 
-        Raises: as `vit.VisionTransformer`. ValueError: patch_drop_rate leaves patches without a token.
+        Raises:
+            ValueError: patch_drop_rate leaves patches without a token; and as `vit.VisionTransformer`.
         """
         config = self.encoder.config
         if self.training and config.patch_drop_rate:

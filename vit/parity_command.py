@@ -57,7 +57,7 @@ def check(args: argparse.Namespace) -> bool:
                 model, what = MAKERS[source](name, args.img_size, overrides)
         elif Path(args.model).exists():
             with step(f"loading {args.model}"):
-                model = vit.load_pretrained(None, args.model, **overrides)
+                model = vit.load_pretrained(args.model, **overrides)
             what = f"{args.model}: a file has no class of its own; the original is this package's plain PyTorch model"
         else:
             hint = f"did you mean timm:{args.model}? " if not name else ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ __all__ = ["CheckpointError", "load_pretrained", "save_pretrained"]
 
 
 def load_pretrained(
-    model_or_name: nn.Module | str | None,
-    path: str | os.PathLike[str],
+    model_or_path: nn.Module | str | os.PathLike[str],
+    path: str | os.PathLike[str] | None = None,
     *,
     num_classes: int | None = None,
     in_chans: int | None = None,
@@ -36,13 +37,17 @@ def load_pretrained(
 ) -> VisionTransformer:
     """Loads a checkpoint of timm, Hugging Face, torchvision, DINOv2, google's vit_jax or big_vision.
 
+        model = load_pretrained(path)  # makes the model that the checkpoint tells
+        model = load_pretrained("vit_base_patch16_224", path)  # makes the model that the name tells
+        load_pretrained(model, path)  # into a live model
+
     A live model is changed in place: its parameters stay the same objects, with their dtype, device and requires_grad,
     so an optimiser goes on. Whatever does not fit raises before anything has changed.
 
-    A file that `save_pretrained` wrote says the whole configuration: with None it comes back, a named model takes from
-    it all but its sizes, and a live one takes the numerics below; another ``num_heads``, or another pooling before the
-    same head, raises. Of a file of others the model takes what the shapes and a config.json tell; with None, what they
-    do not tell is asked for, and the number of heads is assumed with a warning where named models have that width.
+    A file that `save_pretrained` wrote says the whole configuration: alone it comes back, a named model takes from it
+    all but its sizes, and a live one takes the numerics below; another ``num_heads``, or another pooling before the
+    same head, raises. Of a file of others the model takes what the shapes and a config.json tell; alone, what they do
+    not tell is asked for, and the number of heads is assumed with a warning where named models have that width.
 
     With the weights come the numbers that their source computes with: ``norm_eps`` (1e-6; Hugging Face what config.json
     says, else 1e-12), ``act_layer`` (tanh GELU for google and big_vision, what config.json says for Hugging Face, else
@@ -58,13 +63,13 @@ def load_pretrained(
     square, else as the model's own grid. Where two readings are as good, that raises and asks for ``grid_size``.
 
     Args:
-        model_or_name: a `vit.VisionTransformer`, or a name for `vit.create_model`, or None for the architecture that
-            the checkpoint's shapes tell. Unless live, the model has the class token, registers, LayerScale, biases,
-            head and channels of the checkpoint.
-        path: a .safetensors, .pt, .pth, .bin or .npz file, an index of shards, a folder with either, or "owner/name" on
-            the Hugging Face hub. Pickled objects are never executed. Wrappers such as {"model": ...} or {"teacher":
-            ...} are opened; of a larger model, such as Lightning's, the ViT is taken, and a warning says what is left
-            out.
+        model_or_path: a `vit.VisionTransformer` or a name for `vit.create_model`; without ``path``, the checkpoint.
+            Unless live, the model has the class token, registers, LayerScale, biases, head and channels of the
+            checkpoint.
+        path: the checkpoint: a .safetensors, .pt, .pth, .bin or .npz file, an index of shards, a folder with either, or
+            "owner/name" on the Hugging Face hub. Pickled objects are never executed. Wrappers such as {"model": ...} or
+            {"teacher": ...} are opened; of a larger model, such as Lightning's, the ViT is taken, and a warning says
+            what is left out.
         num_classes: None: that of the live model, or of the checkpoint. Where it is not the checkpoint's, the head is
             zero (paper, 3.2), which a warning says unless it was asked for here. Another one than the live model's
             replaces its head, as ``reset_classifier`` does.
@@ -73,7 +78,7 @@ def load_pretrained(
             "google", "big_vision" or "dinov2"; None finds it from the names.
         grid_size: (rows, columns) of the patches in the checkpoint's position embedding, where nothing else tells.
         **overrides: fields of `ViTConfig`; for a live model norm_eps, act_layer, interpolation and act_drop_rate. They
-            win over the source. For a named model also device and dtype.
+            win over the source. Unless the model is live, also device and dtype.
 
     Returns:
         The model; ``model.pretrained_cfg`` has the ``source`` (a dialect) and, where they are known, ``mean`` and
@@ -85,17 +90,18 @@ def load_pretrained(
         FileNotFoundError, ImportError: nothing is there; a library that the file needs is not installed.
         ValueError, TypeError: an argument is wrong.
     """
-    named = model_or_name is None or isinstance(model_or_name, str)
-    live = None if named else unwrapped(model_or_name)
+    target, path = _target(model_or_path, path)
+    name = target if isinstance(target, str) else None
+    live = None if target is None or name is not None else unwrapped(target)
     if dialect is not None and dialect not in dialects.DIALECTS:
         raise ValueError(f"dialect={dialect!r} is unknown; use one of {tuple(dialects.DIALECTS)}")
     where = {key: overrides.pop(key) for key in ("device", "dtype") if live is None and key in overrides}
     asked = {"num_classes": num_classes, "in_chans": in_chans}
     overrides |= {field: value for field, value in asked.items() if value is not None}
     grid, native = None if grid_size is None else pair("grid_size", grid_size), None
-    if isinstance(model_or_name, str):
-        start = get_config(model_or_name, **overrides)
-        native = tuple(VARIANTS[model_or_name]["img_size"] // side for side in start.patch_size)
+    if name is not None:
+        start = get_config(name, **overrides)
+        native = tuple(VARIANTS[name]["img_size"] // side for side in start.patch_size)
     elif live is not None:
         start = _check_live(live, overrides)
     else:
@@ -104,10 +110,10 @@ def load_pretrained(
     checkpoint = files.read(path)
     with files.blame(checkpoint.path, "says of itself what is no configuration"):
         own, notes = note.read(checkpoint)
-    kind = "named" if named else "live"
-    if model_or_name is None and own is not None:
+    kind = "named" if live is None else "live"
+    if target is None and own is not None:
         start, kind = _changed(own, overrides), "told"
-    elif model_or_name is None:
+    elif target is None:
         with files.blame(checkpoint.path, "does not tell its architecture"):
             start, assumed = infer(checkpoint, dialect, overrides, grid)
             grid, start = start.grid_size, dataclasses.replace(start, **overrides)
@@ -132,6 +138,29 @@ def load_pretrained(
             param.copy_(values[name])
     live.pretrained_cfg = plan.pretrained_cfg
     return live
+
+
+def _target(
+    model_or_path: nn.Module | str | os.PathLike[str], path: str | os.PathLike[str] | None
+) -> tuple[nn.Module | str | None, str | os.PathLike[str]]:
+    """The model or its name, None where the checkpoint alone tells; and the checkpoint.
+
+    Raises:
+        TypeError: an argument is missing or None. FileNotFoundError: a model's name stands alone.
+    """
+    if model_or_path is None:
+        raise TypeError("the first argument is None; leave it out: load_pretrained(path)")
+    if path is None and isinstance(model_or_path, nn.Module):
+        raise TypeError("the checkpoint is missing; write load_pretrained(model, path)")
+    target, path = (None, model_or_path) if path is None else (model_or_path, path)
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"a checkpoint is a file, a folder or a name on the Hugging Face hub, got {path!r}")
+    if target is None and path in VARIANTS and not Path(path).exists():
+        raise FileNotFoundError(
+            f"{path} names a model, and there is no such file or folder; write load_pretrained({path!r}, path), or "
+            f"create_model({path!r}) for random weights"
+        )
+    return target, path
 
 
 def _check_live(model: VisionTransformer, overrides: dict[str, Any]) -> ViTConfig:

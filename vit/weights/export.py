@@ -55,7 +55,7 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str], dialect: str
     if differ and dialect != "timm" and not folder:
         words = " and ".join(f"{f}={getattr(source, f)!r} (the model: {getattr(config, f)!r})" for f in differ)
         warnings.warn(f"{path}: models of dialect {dialect!r} compute with {words}", stacklevel=2)
-    cfg = getattr(model, "pretrained_cfg", None)
+    cfg = getattr(model, "_source", None)
     said = note.write(config, cfg)
     json.dumps(said)  # or raises, before anything is written
     if folder:

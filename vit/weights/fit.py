@@ -82,8 +82,10 @@ def plan(
     """Decides what a checkpoint makes of the model ``start``.
 
     Args:
-        checkpoint, dialect, overrides: see `load_pretrained`.
+        checkpoint: what is loaded.
+        dialect: see `load_pretrained`.
         start: of the model, with the overrides.
+        overrides: see `load_pretrained`.
         own: what a file of ours says.
         grid: of the checkpoint's position embedding, where it is known.
         native: the grid that the name of the model stands for.
@@ -265,7 +267,8 @@ def pos_layout(
     square, in the model's own layout if that fits one; else the model's grid.
 
     Args:
-        dialect, pos: of the checkpoint.
+        dialect: of the checkpoint.
+        pos: of the checkpoint.
         config: of the model; its ``no_embed_class`` says which layout is its own if that is ``stated``.
         told: the grid, where it is known.
         native: the usual grid of models of this name.
