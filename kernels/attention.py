@@ -400,9 +400,11 @@ def attention_qkvpacked(
         num_heads: H, exactly when qkv has three dimensions.
         scale: of the logits, positive; 1/sqrt(E) if None.
         return_lse: also return the logsumexp of each query's logits.
-        dropout_p, seed, offset: dropout of the probabilities, as in `vit.kernels.dropout` of [B, H, N, N]. They are
-            normalised before, and the logsumexp knows nothing of it.
-        impl: "auto", "triton" or "reference".
+        dropout_p: dropout of the probabilities, as `vit.kernels.dropout` of [B, H, N, N]. They are normalised before,
+            and the logsumexp knows nothing of it.
+        seed: as in `vit.kernels.dropout`.
+        offset: as in `vit.kernels.dropout`.
+        impl: "auto", "fused", "triton" or "reference".
 
     Returns:
         [B, N, H·E] in the dtype of ``qkv`` (of autocast, where that is on), contiguous; with ``return_lse`` also the
@@ -411,7 +413,7 @@ def attention_qkvpacked(
     Raises:
         ValueError: shapes that do not fit, dropout_p outside [0, 1), unknown impl.
         TypeError: not a floating-point tensor, not a seed.
-        RuntimeError: ``impl="triton"`` where the kernels cannot run.
+        RuntimeError: ``impl="fused"`` or ``"triton"`` where the kernels cannot run.
     """
     op = "attention_qkvpacked"
     runtime.check_floating(op, qkv=qkv)
@@ -448,17 +450,27 @@ def attention(
     offset: int = 0,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` of separate queries, keys and values, whose lengths may differ.
+    """`attention_qkvpacked` of separate queries, keys and values, whose lengths may differ.
 
     Args:
-        q: [B, NQ, H, E]. k, v: [B, NK, H, E]. Any strides (a transposed view of [B, H, N, E] too), read in place unless
-            the last stride is not 1; one dtype.
-        scale, return_lse, dropout_p, seed, offset, impl: as for `attention`; the dropped tensor is [B, H, NQ, NK].
+        q: [B, NQ, H, E], any strides (a transposed view of [B, H, N, E] too), read in place unless the last stride is
+            not 1; fp32, fp16 or bf16.
+        k: [B, NK, H, E], likewise, in the dtype of ``q``.
+        v: like ``k``.
+        scale: of the logits, positive; 1/sqrt(E) if None.
+        return_lse: also return the logsumexp of each query's logits.
+        dropout_p: dropout of the probabilities [B, H, NQ, NK], as in `attention_qkvpacked`.
+        seed: as in `vit.kernels.dropout`.
+        offset: as in `vit.kernels.dropout`.
+        impl: "auto", "fused", "triton" or "reference".
 
     Returns:
         [B, NQ, H·E], contiguous; with ``return_lse`` also the logsumexp [B, H, NQ].
 
-    Raises: as for `attention`.
+    Raises:
+        ValueError: shapes that do not fit, dropout_p outside [0, 1), unknown impl.
+        TypeError: dtypes that do not fit, not a seed.
+        RuntimeError: ``impl="fused"`` or ``"triton"`` where the kernels cannot run.
     """
     op = "attention"
     runtime.check_floating(op, q=q, k=k, v=v)

@@ -23,8 +23,8 @@ def attention_probs(
     """softmax(scale · q kᵀ) per head: which keys each query attends to, in fp32 whatever the dtype of q and k.
 
     Args:
-        q: [B, NQ, H, E]. k: [B, NK, H, E]. Any strides; one dtype. Of packed qkv [B, N, 3, H, E]:
-            ``qkv.unbind(2)[:2]``.
+        q: [B, NQ, H, E], any strides. Of packed qkv [B, N, 3, H, E], q and k are ``qkv.unbind(2)[:2]``.
+        k: [B, NK, H, E], likewise, in the dtype of ``q``.
         scale: of the logits, positive; 1/sqrt(E) if None, as in `attention`.
         queries: indices of the wanted queries, in the wanted order, negative ones from the end; all if None.
 

@@ -56,14 +56,12 @@ def elementwise(arch: int, width: int) -> Config:
     return Config(block_m=max(1, 2048 // block_n), block_n=block_n)
 
 
-def gemm_provider(impl: str, epilogue: str | None) -> str:
-    """Who runs one matrix product of an op called with ``impl``: "triton" or "cublas".
+def gemm_provider(impl: str) -> str:
+    """What runs a plain product (with or without bias) of an op called with ``impl``: "triton" or "cublas".
 
-    ``epilogue`` is None for a plain product (with or without bias), "gelu" or "dgelu". An explicit ``impl="triton"``
-    means our kernel for every product. Otherwise plain products go to cuBLAS, and those with GELU or its derivative to
-    our kernel, which saves a pass over the widest activation; both until measured.
+    Products with GELU or its derivative always run in our kernel, which saves a pass over the widest activation.
     """
-    return "triton" if impl == "triton" or epilogue is not None else "cublas"
+    return "triton" if impl == "triton" else "cublas"
 
 
 def has_tma(arch: int) -> bool:

@@ -125,14 +125,14 @@ def dropout(x: Tensor, p: float, seed: Tensor | None = None, offset: int = 0, *,
         p: in [0, 1); 0 returns ``x`` itself.
         seed: int64 tensor of one element on the device of ``x``, see `dropout_seed`. None draws one.
         offset: which dropout of the network this is, from 0 to 2³¹ − 1. Two with the same seed and offset drop alike.
-        impl: "auto", "triton" or "reference". All draw the same mask, and `torch.nn.functional.dropout` another.
+        impl: "auto", "fused", "triton" or "reference". All draw one mask, another than PyTorch's.
 
     Returns:
         Like ``x``, contiguous.
 
     Raises:
         ValueError: p outside [0, 1), unknown impl. TypeError: not a floating-point tensor, not a seed.
-        RuntimeError: ``impl="triton"`` where the kernel cannot run.
+        RuntimeError: ``impl="fused"`` or ``"triton"`` where the kernel cannot run.
     """
     runtime.check_floating("dropout", x=x)
     seed, offset = seed_and_offset("dropout", p, seed, offset, x)

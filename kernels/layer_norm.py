@@ -266,9 +266,10 @@ def layer_norm(
 
     Args:
         x: [..., D], any strides; fp32, fp16 or bf16.
-        weight: [D] or None (ones). bias: [D] or None (zeros).
+        weight: [D] or None (ones).
+        bias: [D] or None (zeros).
         eps: added to the biased variance; timm's ViT uses 1e-6.
-        impl: "auto", "triton" or "reference".
+        impl: "auto", "fused", "triton" or "reference".
 
     Returns:
         [..., D], contiguous, in the dtype of ``x``. Under `torch.autocast` in autocast's dtype, from x, weight and bias
@@ -276,7 +277,7 @@ def layer_norm(
 
     Raises:
         ValueError: shapes that do not fit, negative eps, unknown impl. TypeError: dtypes that do not fit.
-        RuntimeError: ``impl="triton"`` where the kernels cannot run.
+        RuntimeError: ``impl="fused"`` or ``"triton"`` where the kernels cannot run.
     """
     _check("layer_norm", x, weight, bias, eps)
     autocast = runtime.autocast_dtype(x.device) if x.dtype is not torch.float64 else None
@@ -315,19 +316,22 @@ def residual_layer_norm(
     Args:
         residual: [B, ..., D], the residual stream. May be fp32 beside fp16 or bf16 branches.
         branch: like ``residual``, output of attention or MLP. Under `torch.autocast` it is taken in autocast's dtype.
-        weight, bias: [D] of the LayerNorm, or None; in the dtype of ``branch``, or fp32 beside fp16 or bf16.
+        weight: [D] of the LayerNorm, or None; in the dtype of ``branch``, or fp32 beside fp16 or bf16.
+        bias: like ``weight``.
         eps: added to the biased variance.
         gamma: [D], LayerScale (Touvron et al., 2021), or None; in a dtype that ``weight`` may have.
         row_scale: [B], a factor per sample (stochastic depth), or None. Carries no gradient.
-        dropout_p, seed, offset: dropout of the branch, as in `vit.kernels.dropout`.
-        impl: "auto", "triton" or "reference".
+        dropout_p: dropout of the branch, as in `vit.kernels.dropout`.
+        seed: as in `vit.kernels.dropout`.
+        offset: as in `vit.kernels.dropout`.
+        impl: "auto", "fused", "triton" or "reference".
 
     Returns:
         `ResidualLayerNorm` (stream, y): stream in the dtype of ``residual``, y in the dtype of ``branch``.
 
     Raises:
         ValueError: shapes that do not fit, negative eps, dropout_p outside [0, 1). TypeError: dtypes that do not fit.
-        RuntimeError: ``impl="triton"`` where the kernels cannot run.
+        RuntimeError: ``impl="fused"`` or ``"triton"`` where the kernels cannot run.
     """
     op = "residual_layer_norm"
     _check(op, residual, weight, bias, eps)

@@ -237,7 +237,7 @@ def matmul(
     a: Tensor, b: Tensor, bias: Tensor | None = None, *, trans_a: bool = False, trans_b: bool = False, impl: str
 ) -> Tensor:
     """A plain product, plus bias: by our kernel or by cuBLAS, as `configs.gemm_provider` says. Shapes as for `gemm`."""
-    if configs.gemm_provider(impl, None) == "triton":
+    if configs.gemm_provider(impl) == "triton":
         return gemm(a, b, bias, trans_a=trans_a, trans_b=trans_b)[0]
     a, b = a.t() if trans_a else a, b.t() if trans_b else b
     return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
@@ -334,16 +334,17 @@ def linear(
 
     Args:
         x: [..., K], any strides; fp32, fp16 or bf16. fp32 products are IEEE unless PyTorch's matmuls may use tf32.
-        weight: [N, K]. bias: [N] or None.
+        weight: [N, K].
+        bias: [N] or None.
         activation: None, "gelu" (exact, by erf), "gelu_tanh" or "quick_gelu" (x·σ(1.702·x), as in OpenAI's CLIP).
-        impl: "auto", "triton" or "reference".
+        impl: "auto", "fused", "triton" or "reference".
 
     Returns:
         [..., N] in the dtype of ``x``, contiguous. `torch.autocast` casts the arguments first.
 
     Raises:
         ValueError: shapes that do not fit, unknown activation or impl. TypeError: dtypes that do not fit.
-        RuntimeError: ``impl="triton"`` where the kernels cannot run.
+        RuntimeError: ``impl="fused"`` or ``"triton"`` where the kernels cannot run.
     """
     runtime.check_floating("linear", x=x, weight=weight, bias=bias)
     if x.dim() == 0:
@@ -351,8 +352,8 @@ def linear(
     check_layer("linear", "the last dimension of x", x.shape[-1], weight, bias)
     if activation is not None:
         check_activation("linear", activation)
-    cublas = configs.gemm_provider(impl, activation and "gelu") == "cublas"
-    if not runtime.use_triton("linear", impl, [x, weight, bias], "a plain product runs in cuBLAS" if cublas else None):
+    cublas = activation is None and configs.gemm_provider(impl) == "cublas"
+    if not runtime.use_triton("linear", impl, [x, weight, bias], cublas=cublas):
         return reference.linear(x, weight, bias, activation)
     bias = None if bias is None else bias.contiguous()
     save = runtime.needs_grad(x, weight, bias)

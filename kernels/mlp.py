@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import configs, reference, runtime
+from . import reference, runtime
 from .dropout import seed_and_offset
 from .linear import activate, check_activation, check_layer, column_sum, gemm, matmul, reshaped, rows
 
@@ -135,11 +135,15 @@ def mlp(
 
     Args:
         x: [..., D], any strides; fp32, fp16 or bf16.
-        fc1_weight: [HIDDEN, D]. fc1_bias: [HIDDEN] or None.
-        fc2_weight: [OUT, HIDDEN]. fc2_bias: [OUT] or None.
+        fc1_weight: [HIDDEN, D].
+        fc1_bias: [HIDDEN] or None.
+        fc2_weight: [OUT, HIDDEN].
+        fc2_bias: [OUT] or None.
         activation: "gelu" (exact, by erf), "gelu_tanh" or "quick_gelu" (x·σ(1.702·x), as in OpenAI's CLIP).
-        dropout_p, seed, offset: dropout of the hidden units, as in `vit.kernels.dropout`.
-        impl: "auto", "triton" or "reference".
+        dropout_p: dropout of the hidden units, as in `vit.kernels.dropout`.
+        seed: as in `vit.kernels.dropout`.
+        offset: as in `vit.kernels.dropout`.
+        impl: "auto", "fused", "triton" or "reference".
 
     Returns:
         [..., OUT] in the dtype of ``x``, contiguous. `torch.autocast` casts the arguments first.
@@ -147,7 +151,7 @@ def mlp(
     Raises:
         ValueError: shapes that do not fit, unknown activation or impl, dropout_p outside [0, 1).
         TypeError: dtypes that do not fit.
-        RuntimeError: ``impl="triton"`` where the kernels cannot run.
+        RuntimeError: ``impl="fused"`` or ``"triton"`` where the kernels cannot run.
     """
     params = {"fc1_weight": fc1_weight, "fc1_bias": fc1_bias, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
     runtime.check_floating("mlp", x=x, **params)
@@ -157,8 +161,7 @@ def mlp(
     check_layer("mlp", "the rows of fc1_weight", fc1_weight.shape[0], fc2_weight, fc2_bias, "fc2_")
     check_activation("mlp", activation)
     seed, offset = seed_and_offset("mlp", dropout_p, seed, offset, x)
-    cublas = "cublas" in (configs.gemm_provider(impl, "gelu"), configs.gemm_provider(impl, "dgelu"))
-    if not runtime.use_triton("mlp", impl, [x, *params.values()], "its products run in cuBLAS" if cublas else None):
+    if not runtime.use_triton("mlp", impl, [x, *params.values()]):
         return reference.mlp(x, *params.values(), activation, dropout_p=dropout_p, seed=seed, offset=offset)
     fc1_bias, fc2_bias = (None if b is None else b.contiguous() for b in (fc1_bias, fc2_bias))
     # Only fc2's bias can do without the pre-activation.

@@ -352,13 +352,14 @@ def patch_embed(
     Args:
         image: [B, C, H, W], any strides (channels_last, a slice, an expanded tensor); fp32, fp16 or bf16. H and W are
             multiples of the patch. Under `torch.autocast` image, weight and bias are taken in autocast's dtype.
-        weight: [D, C, PH, PW], of the equivalent convolution. bias: [D] or None.
+        weight: [D, C, PH, PW], of the equivalent convolution.
+        bias: [D] or None.
         pos_embed: [1, R + N, D], or [1, N, D] if the prefix tokens get none, or None; N = (H / PH)·(W / PW).
         prefix: [1, R, D] or None.
         mask_token: [1, 1, D], for masked-image modelling; unused without ``bool_masked_pos``.
         bool_masked_pos: [B, N], bool: which patches the mask token replaces. Whatever their pixels are, NaN too,
             neither the result nor a gradient depends on them.
-        impl: "auto", "triton" or "reference".
+        impl: "auto", "fused", "triton" or "reference".
 
     pos_embed, prefix and mask_token share one dtype: that of ``image``, or fp32 beside fp16 or bf16.
 
@@ -367,7 +368,7 @@ def patch_embed(
 
     Raises:
         ValueError: shapes that do not fit, unknown impl. TypeError: dtypes that do not fit.
-        RuntimeError: ``impl="triton"`` where the kernels cannot run.
+        RuntimeError: ``impl="fused"`` or ``"triton"`` where the kernels cannot run.
     """
     op = "patch_embed"
     runtime.check_floating(op, image=image, weight=weight, bias=bias)

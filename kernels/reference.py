@@ -78,12 +78,24 @@ def patch_embed(
     if bool_masked_pos is not None:  # before the product, whose gradient would multiply the pixels by 0
         patches = patches.masked_fill(bool_masked_pos.unsqueeze(2), 0.0)
     tokens = F.linear(patches, weight.reshape(dim, -1), bias)
+    return assemble_tokens(tokens, pos_embed, prefix, mask_token=mask_token, bool_masked_pos=bool_masked_pos)
+
+
+def assemble_tokens(
+    tokens: Tensor,
+    pos_embed: Tensor | None = None,
+    prefix: Tensor | None = None,
+    *,
+    mask_token: Tensor | None = None,
+    bool_masked_pos: Tensor | None = None,
+) -> Tensor:
+    """What `patch_embed` does with the projected patches [B, N, D]: mask token, prefix tokens, position embedding."""
     if bool_masked_pos is not None:
         tokens = torch.where(bool_masked_pos.unsqueeze(2), mask_token, tokens)
     if pos_embed is not None and pos_embed.shape[1] == tokens.shape[1]:
         tokens = tokens + pos_embed
     if prefix is not None:
-        tokens = torch.cat([prefix.expand(batch, -1, -1), tokens], dim=1)
+        tokens = torch.cat([prefix.expand(tokens.shape[0], -1, -1), tokens], dim=1)
     if pos_embed is not None and prefix is not None and pos_embed.shape[1] == tokens.shape[1]:
         tokens = tokens + pos_embed
     return tokens

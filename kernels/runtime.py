@@ -13,7 +13,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -22,11 +22,14 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-IMPLS = ("auto", "triton", "reference")
+#: "auto": Triton and cuBLAS where the kernels run, else plain PyTorch. "fused": the same, or an error where they cannot
+#: run. "triton": our kernel for every product, too, or an error. "reference": plain PyTorch.
+IMPLS = ("auto", "fused", "triton", "reference")
 
 #: Fixed when the kernels are decorated, that is, now: ``TRITON_INTERPRET=1`` must be set before the first import.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
+Op = TypeVar("Op", bound=Callable)
 HALF = (torch.float16, torch.bfloat16)
 _ACC_TYPES = {
     torch.float16: tl.float32,
@@ -146,19 +149,27 @@ def _interpreter_has_bf16() -> bool:
     return getattr(interpreter, "bf16_is_exact", False)
 
 
-def use_triton(op: str, impl: str, tensors: Sequence[torch.Tensor | None], unsupported: str | None = None) -> bool:
-    """Decides whether this call of ``op`` runs its Triton kernels (True) or the eager reference (False).
+def use_triton(
+    op: str,
+    impl: str,
+    tensors: Sequence[torch.Tensor | None],
+    unsupported: str | None = None,
+    *,
+    cublas: bool = False,
+) -> bool:
+    """Decides whether this call of ``op`` runs its Triton kernels (True) or PyTorch's operators (False).
 
     Args:
         op: public name of the op, for messages and `vit.explain`.
-        impl: ``"auto"``, ``"triton"`` or ``"reference"``.
+        impl: one of `IMPLS`.
         tensors: tensor arguments, the main one first; ``None`` entries are skipped.
         unsupported: why the op's kernels cannot take these shapes, if they cannot.
+        cublas: the call is a product that cuBLAS runs where the kernels could.
 
     Raises:
         ValueError: unknown ``impl``, or tensors on different devices.
-        RuntimeError: ``impl="triton"`` where the kernels cannot run. An explicit request never falls back. Or DTensors
-            and plain tensors are mixed.
+        RuntimeError: ``impl="fused"`` or ``"triton"`` where the kernels cannot run. An explicit request never falls
+            back. Or DTensors and plain tensors are mixed.
     """
     if impl not in IMPLS:
         raise ValueError(f"{op}: impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
@@ -174,21 +185,24 @@ def use_triton(op: str, impl: str, tensors: Sequence[torch.Tensor | None], unsup
             "model, call the model itself, and name its other methods to register_fsdp_forward_method"
         )
 
+    why_not = _why_not_triton(present) or unsupported or ("the kernels do not take DTensors" if sharded else None)
+    if impl in ("fused", "triton") and why_not is not None:
+        raise RuntimeError(f"{op}: impl={impl!r} cannot run: {why_not}")
     if impl == "reference":
-        triton_, reason = False, "asked for with impl='reference'"
+        path, reason = "reference", "asked for with impl='reference'"
+    elif impl == "auto" and x.device.type != "cuda" and _dry_run is None:
+        path, reason = "reference", f"auto: a {x.device.type} tensor runs the eager reference"
+    elif why_not is not None:
+        path, reason = "reference", f"auto: {why_not}"
     else:
-        why_not = _why_not_triton(present) or unsupported or ("the kernels do not take DTensors" if sharded else None)
-        if impl == "triton" and why_not is not None:
-            raise RuntimeError(f"{op}: impl='triton' cannot run: {why_not}")
-        if impl == "triton":
-            triton_, reason = True, "asked for with impl='triton'" + (", interpreted" if INTERPRETED else "")
-        elif x.device.type != "cuda" and _dry_run is None:
-            triton_, reason = False, f"auto: a {x.device.type} tensor runs the eager reference"
-        else:
-            triton_, reason = why_not is None, f"auto: {why_not or 'supported on this GPU'}"
+        path, reason = "triton", "auto: supported on this GPU" if impl == "auto" else f"asked for with impl={impl!r}"
+        if cublas:
+            path, reason = "cublas", f"{impl}: cuBLAS runs plain products"
+        elif impl != "auto" and INTERPRETED:
+            reason += ", interpreted"
     if _recorder is not None:
-        _recorder.append(Choice(op, "triton" if triton_ else "reference", reason, tuple(x.shape), x.dtype))
-    return triton_
+        _recorder.append(Choice(op, path, reason, tuple(x.shape), x.dtype))
+    return path == "triton"
 
 
 def check_floating(op: str, **tensors: torch.Tensor | None) -> None:
@@ -214,14 +228,14 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
-def autocasts(*kept: str) -> Callable[[Callable], Callable]:
+def autocasts(*kept: str) -> Callable[[Op], Op]:
     """Decorates a public op: under `torch.autocast` it takes its tensors in autocast's dtype, and runs with it off.
 
     As for PyTorch's own ops, fp64 and integer tensors stay what they are; so do the arguments named in ``kept``. The
     first argument tells the device.
     """
 
-    def decorate(op: Callable) -> Callable:
+    def decorate(op: Op) -> Op:
         names = tuple(inspect.signature(op).parameters)
 
         @functools.wraps(op)

@@ -51,6 +51,7 @@ DROPOUT, MIRROR = "tests/test_attention_dropout.py", "tests/test_attention_mirro
 ATTENTION, PATCH, VIT = "tests/test_attention.py", "tests/test_patch_embed.py", "tests/test_vit.py"
 WEIGHTS, FILES = "tests/test_weights.py", "tests/test_weights_files.py"
 CONTRACT, RUNTIME = "tests/test_contract.py", "tests/test_runtime.py"
+PROTOCOL = "tests/test_protocol.py"
 HARNESS, COUNTS = "tests/test_bench_harness.py", "tests/test_bench_counts.py"
 
 MUTANTS = [
@@ -219,8 +220,8 @@ MUTANTS = [
     Mutant(
         "model: gamma of the attention used for the MLP",
         "vit/layers.py",
-        "gamma, path = self.ls2 and self.ls2.gamma",
-        "gamma, path = self.ls1 and self.ls1.gamma",
+        "hidden, self.ls2, self.drop_path2",
+        "hidden, self.ls1, self.drop_path2",
         (f"{VIT}::test_cpu_path",),
     ),
     Mutant(
@@ -415,7 +416,7 @@ MUTANTS = [
     Mutant(
         "runtime: an explicit request falls back",
         "kernels/runtime.py",
-        'if impl == "triton" and why_not is not None:',
+        'if impl in ("fused", "triton") and why_not is not None:',
         'if impl == "never" and why_not is not None:',
         (f"{ATTENTION}::test_unsupported_head_dim",),
     ),
@@ -449,9 +450,9 @@ MUTANTS = [
     ),
     Mutant(
         "model: norm1 of the block before",
-        "vit/model.py",
-        "[*blocks[1:], self.norm]",
-        "[*blocks[:-1], self.norm]",
+        "vit/chain.py",
+        "for link in links[1:]",
+        "for link in links[:-1]",
         (f"{VIT}::test_cpu_path[plain]",),
     ),
     Mutant(
@@ -471,8 +472,8 @@ MUTANTS = [
     Mutant(
         "model: a wrapped final norm is left out",
         "vit/model.py",
-        "if owner is self.norm and next_norm is None:",
-        "if owner is None:",
+        "self.norm(stream) if y is None and index == depth else y",
+        "stream if y is None and index == depth else y",
         ("tests/test_runtime.py::test_wrapped_modules",),
     ),
     Mutant(
@@ -485,7 +486,7 @@ MUTANTS = [
     Mutant(
         "model: gamma is ignored where no norm follows",
         "vit/layers.py",
-        "branch = branch * gamma",
+        "branch = branch if layer_scale is None else layer_scale(branch)",
         "branch = branch * 1.0",
         (f"{VIT}::test_cpu_path[LayerScale, avg pool]",),
     ),
@@ -760,16 +761,36 @@ MUTANTS = [
         "if n != 1]",
         (f"{COUNTS}::test_regions_are_counted_once",),
     ),
+    Mutant(
+        "model: a watched row of blocks loses the seed",
+        "vit/model.py",
+        "self.blocks(x, *([seed, True] if self._recompute else seeded(seed)))",
+        "self.blocks(x)",
+        (f"{PROTOCOL}::test_a_watched_row_drops_the_same",),
+    ),
+    Mutant(
+        "model: a watched patch projection loses the mask token",
+        "vit/layers.py",
+        "return reference.assemble_tokens(tokens, pos_embed, prefix, **mask)",
+        "return reference.assemble_tokens(tokens, pos_embed, prefix)",
+        (f"{PROTOCOL}::test_a_watched_patch_projection",),
+    ),
+    Mutant(
+        "model: what wraps a block is handed a seed that it does not take",
+        "vit/layers.py",
+        'own = seed if getattr(block, "takes_seed", False) else None',
+        "own = seed",
+        (f"{PROTOCOL}::test_a_block_of_somebody_else",),
+    ),
     *(Mutant(*row[:4], row[4:]) for row in STRANGERS),
 ]
 
 
 def sources(mutant: Mutant, folder: Path) -> None:
-    """Copies the sources into ``folder`` with the bug in place. ``kernels`` goes where it is imported from."""
+    """Copies the sources into ``folder`` with the bug in place; the copy of the link ``vit/kernels`` is a folder."""
     shutil.rmtree(folder, ignore_errors=True)
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "vit", folder / "vit", ignore=ignore)
-    shutil.copytree(ROOT / "kernels", folder / "vit" / "kernels", ignore=ignore)
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=ignore)
     if mutant.file.startswith("benchmarks/"):
         shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=ignore)

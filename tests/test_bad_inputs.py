@@ -113,7 +113,8 @@ OPS = list(calls())
 
 @pytest.mark.parametrize("op", OPS)
 def test_unknown_impl(op):
-    with pytest.raises(ValueError, match=f"{op}: impl must be one of 'auto', 'triton', 'reference', got 'fast'"):
+    known = "'auto', 'fused', 'triton', 'reference'"
+    with pytest.raises(ValueError, match=f"{op}: impl must be one of {known}, got 'fast'"):
         calls(impl="fast")[op]()
 
 
@@ -135,13 +136,14 @@ def test_triton_refuses_a_dtype_it_does_not_have(op):
         calls(dtype=torch.float8_e4m3fn, impl="triton")[op]()
 
 
+@pytest.mark.parametrize("impl", ["fused", "triton"])
 @pytest.mark.parametrize("op", OPS)
-def test_triton_without_a_gpu_and_not_interpreted(op, monkeypatch):
+def test_kernels_without_a_gpu_and_not_interpreted(op, impl, monkeypatch):
     monkeypatch.setattr(runtime, "INTERPRETED", False)
     with pytest.raises(
-        RuntimeError, match=rf"{op}: impl=.triton. cannot run: .*CUDA tensors, got cpu.*TRITON_INTERPRET"
+        RuntimeError, match=rf"{op}: impl=.{impl}. cannot run: .*CUDA tensors, got cpu.*TRITON_INTERPRET"
     ):
-        calls(impl="triton")[op]()
+        calls(impl=impl)[op]()
 
 
 @pytest.mark.parametrize("op", OPS)

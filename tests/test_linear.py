@@ -255,10 +255,8 @@ def test_frozen_parameters(randn, monkeypatch):
 
 
 def test_provider():
-    """A pure function: explicit is ours always, auto is ours where something is fused."""
-    epilogues = [None, "gelu", "dgelu"]
-    assert [configs.gemm_provider("triton", e) for e in epilogues] == ["triton"] * 3
-    assert [configs.gemm_provider("auto", e) for e in epilogues] == ["cublas", "triton", "triton"]
+    """A pure function: "triton" is ours for every product."""
+    assert [configs.gemm_provider(impl) for impl in ("auto", "fused", "triton")] == ["cublas", "cublas", "triton"]
 
 
 @pytest.mark.parametrize("activation", [None, "gelu"])
@@ -291,14 +289,27 @@ def test_auto_takes_plain_products_from_cublas(randn, monkeypatch, dtype, activa
 def test_choice_is_recorded(randn, device):
     """auto without activation is cuBLAS through PyTorch; on a CPU everything is PyTorch."""
     args = randn(4, 16), randn(8, 16)
-    with runtime.record_choices() as choices:
-        linear(*args)
-        linear(*args, activation="gelu")
-        linear(*args, impl="triton")
-    paths = ["reference", "triton" if device.type == "cuda" else "reference", "triton"]
-    assert [c.path for c in choices] == paths
-    if device.type == "cuda":
-        assert "cuBLAS" in choices[0].reason
+
+    def paths():
+        with runtime.record_choices() as choices:
+            for impl in ("auto", "fused", "triton"):
+                outs = [linear(*args, None, activation, impl=impl) for activation in (None, "gelu")]
+                torch.testing.assert_close(outs, [reference.linear(*args, None, a) for a in (None, "gelu")])
+        return [choice.path for choice in choices]
+
+    where = ["cublas", "triton"] if device.type == "cuda" else ["reference", "reference"]
+    assert paths() == [*where, "cublas", "triton", "triton", "triton"]
+
+
+def test_choice_on_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(runtime, "INTERPRETED", False)
+    x, weight = torch.ones(4, 16), torch.ones(8, 16)
+    with runtime.dry_run(90, lambda *_: None), runtime.record_choices() as choices:
+        for impl in ("auto", "fused"):
+            linear(x, weight, impl=impl)
+    assert [(c.path, c.reason) for c in choices] == [
+        ("cublas", f"{impl}: cuBLAS runs plain products") for impl in ("auto", "fused")
+    ]
 
 
 @pytest.fixture

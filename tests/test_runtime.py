@@ -25,7 +25,7 @@ from vit import cli, warmup
 from vit.graph import Graph, check
 from vit.init import init_weights
 from vit.kernels import runtime
-from vit.layers import LayerNorm, add_norm
+from vit.layers import DropPath, LayerNorm, LayerScale, add_norm
 
 SMALL = vit.ViTConfig(
     img_size=(8, 16), patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5, init_values=0.5, mlp_ratio=2.0
@@ -377,15 +377,20 @@ def test_wrapped_modules(wrap):
 @pytest.mark.parametrize("drop", [False, True], ids=["", "dropout"])
 def test_residual_add_without_the_fused_op(gamma, path, drop):
     """Where the norm is wrapped, or where there is none, all that comes before it stays."""
-    norm = LayerNorm(SMALL)
+    norm, seed = LayerNorm(SMALL), torch.tensor([5])
     x, branch = torch.randn(2, 3, 4, 32).unbind()
-    options = {"dropout_p": 0.4, "seed": torch.tensor([5]), "offset": 2} if drop else {}
-    factors = torch.randn(32) if gamma else None, torch.tensor([0.0, 1.5, 2.0]) if path else None
-    want = add_norm(norm, x, branch, *factors, "auto", **options)
-    wrapped = add_norm(subclassed(copy.deepcopy(norm)), x, branch, *factors, "auto", **options)
-    torch.testing.assert_close(wrapped, want)
-    assert torch.equal(add_norm(None, x, branch, *factors, "auto", **options)[0], want[0])
+    scale, drop_path = LayerScale(SMALL) if gamma else None, DropPath(SMALL, 0.5 if path else 0.0, 3)
+    if gamma:
+        torch.nn.init.normal_(scale.gamma)
+    options = scale, drop_path, seed, "auto", {"dropout_p": 0.4, "seed": seed, "offset": 2} if drop else {}
+    want = add_norm(norm, x, branch, *options)
+    torch.testing.assert_close(tuple(add_norm(subclassed(copy.deepcopy(norm)), x, branch, *options)), tuple(want))
+    torch.testing.assert_close(add_norm(None, x, branch, *options)[0], want[0])
     assert torch.equal(want[0], x + branch) == (not (gamma or path or drop))
+    for part in (scale, drop_path):
+        if part is not None:
+            part.register_forward_hook(lambda module, args, out: None)
+    torch.testing.assert_close(tuple(add_norm(norm, x, branch, *options)), tuple(want))
 
 
 # ---- a forward that is no step ---------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ _CHOICES = {
     "act_layer": ("gelu", "gelu_tanh", "quick_gelu"),
     "interpolation": ("bicubic_offset", "bicubic", "bicubic_antialias"),
     "weight_init": ("", "zeros", "jax", "jax_nlhb"),
-    "impl": ("auto", "triton", "reference"),
+    "impl": ("auto", "fused", "triton", "reference"),
 }
 _MOST = 10**11  # parameters, and so any size that makes them; the largest ViT has 2e10
 _DROPOUT = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "act_drop_rate", "attn_drop_rate", "drop_path_rate")
@@ -67,7 +67,7 @@ class ViTConfig:
     drop_path_rate: float = 0.0  # stochastic depth of the last block's branches; the blocks before have linearly less
     patch_drop_rate: float = 0.0  # share of the patches that each image loses in training (FLIP)
     weight_init: str = ""  # "" (timm's), "zeros" (class token and position embedding start at 0), "jax" or "jax_nlhb"
-    impl: str = "auto"  # which implementation of the ops runs: "auto", "triton" or "reference"
+    impl: str = "auto"  # of the ops: "auto", "fused", "triton" or "reference", see README
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -87,7 +87,7 @@ class ViTConfig:
         if self.embed_dim % self.num_heads:
             fix = f"use num_heads={math.gcd(self.embed_dim, self.num_heads)} or another divisor"
             raise ValueError(f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}; {fix}")
-        if self.impl == "triton" and (self.head_dim % 8 or not 16 <= self.head_dim <= 128):
+        if self.impl in ("fused", "triton") and (self.head_dim % 8 or not 16 <= self.head_dim <= 128):
             fix = 'the kernels take 16 to 128 in steps of 8; change num_heads or use impl="auto"'
             raise ValueError(f"num_heads={self.num_heads} makes head_dim={self.head_dim}; {fix}")
         if self.mlp_hidden_dim < 1:
@@ -177,7 +177,8 @@ class ViTConfig:
         interpolate = self.dynamic_img_size if interpolate_pos_encoding is None else interpolate_pos_encoding
         if not interpolate and (height, width) != self.img_size:
             model = f"{self.img_size[0]}*{self.img_size[1]}"
-            raise ValueError(f"Input image size ({height}*{width}) doesn't match model ({model}).")
+            fix = "Pass interpolate_pos_encoding=True, or make the model with dynamic_img_size=True."
+            raise ValueError(f"Input image size ({height}*{width}) doesn't match model ({model}). {fix}")
         if min(height, width) < 1 or height % self.patch_size[0] or width % self.patch_size[1]:
             patch = f"{self.patch_size[0]}*{self.patch_size[1]}"
             raise ValueError(f"image size {height}*{width} is not a multiple of the patch {patch}; pad or crop it")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vit.kernels import runtime
+from vit.plain import global_hooks
 from vit.unchanged import unchanged
 
 
@@ -34,6 +35,9 @@ class Explanation(list[OpPath]):
 def explain(model: nn.Module, *args: Tensor, **kwargs) -> Explanation:
     """Runs one forward of ``model`` without gradients and tells which path each op took and why.
 
+    A global module hook makes PyTorch call every module by itself. Then fewer ops are fused, and an entry names the
+    hooks.
+
     The model stays as it is, its buffers too, and random numbers that it draws are given back. One thread at a time.
 
     Returns:
@@ -45,4 +49,8 @@ def explain(model: nn.Module, *args: Tensor, **kwargs) -> Explanation:
     for c in choices:
         key = (c.op, c.path, c.reason, c.dtype)
         counts[key] = counts.get(key, 0) + 1
-    return Explanation(OpPath(op, path, reason, calls, dtype) for (op, path, reason, dtype), calls in counts.items())
+    rows = [OpPath(op, path, reason, calls, dtype) for (op, path, reason, dtype), calls in counts.items()]
+    if rows and (hooks := global_hooks()):
+        reason = f"a global module hook ({', '.join(hooks)}) makes every module be called by itself"
+        rows.append(OpPath("modules", "called", reason, len(hooks), rows[0].dtype))
+    return Explanation(rows)

@@ -1,20 +1,24 @@
 """The modules of a ViT: timm's parameter names around the ops of `vit.kernels`.
 
-Each takes ``impl`` and hands it to every op. The residual stream x and its normalised copy y travel together, because
-the add and the LayerNorm that follows it are one op. ``seed`` is None where nothing drops out.
+Each takes ``impl`` and hands it to every op. Each can be called as timm's: ``block(x)``, ``patch_embed(image)``. In
+training ``seed`` says what drops out; without one each dropout draws its own.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vit import kernels
+from vit.chain import Link, called, chain
 from vit.config import ViTConfig
 from vit.kernels import reference
-from vit.plain import hooked, is_linear, linear, plain
+from vit.plain import hooked, is_linear, linear, plain, remember, replaced
 
 # What a dropout mask belongs to: its offset is 8 · block + one of these. The last two belong to no block.
 ATTN, PROJ, ACT, FC2, PATH1, PATH2, POS, HEAD = range(8)
@@ -22,8 +26,13 @@ ATTN, PROJ, ACT, FC2, PATH1, PATH2, POS, HEAD = range(8)
 
 def dropping(module: nn.Module, seed: Tensor | None, offset: int) -> dict[str, Any]:
     """The keywords that let an op drop out at the module's ``drop_rate``; none in evaluation."""
-    drops = module.training and seed is not None and module.drop_rate > 0.0
+    drops = module.training and module.drop_rate > 0.0
     return {"dropout_p": module.drop_rate, "seed": seed, "offset": offset} if drops else {}
+
+
+def seeded(seed: Tensor | None) -> tuple[Tensor, ...]:
+    """What follows x in the call of a part: a part that others put in its place need not take a seed in evaluation."""
+    return () if seed is None else (seed,)
 
 
 class Dropout(nn.Module):
@@ -33,41 +42,62 @@ class Dropout(nn.Module):
         super().__init__()
         self.p, self.offset, self.impl = p, offset, config.impl
 
-    def forward(self, x: Tensor, seed: Tensor | None) -> Tensor:
-        return (
-            kernels.dropout(x, self.p, seed, self.offset, impl=self.impl) if self.training and seed is not None else x
-        )
+    def forward(self, x: Tensor, seed: Tensor | None = None) -> Tensor:
+        return kernels.dropout(x, self.p, seed, self.offset, impl=self.impl) if self.training else x
 
 
 class DropPath(Dropout):
-    """Stochastic depth (Huang et al., 2016): what the branch of each sample is multiplied by, 0 or 1 / (1 − p)."""
+    """Stochastic depth (Huang et al., 2016)."""
 
-    def forward(self, x: Tensor, seed: Tensor | None) -> Tensor | None:
-        """x [B, ...] -> [B]; None where every branch stays."""
-        if seed is None or self.p == 0.0 or not self.training:
+    def forward(self, x: Tensor, seed: Tensor | None = None) -> Tensor:
+        """x [B, ...] times the scale of each sample."""
+        scale = self.scale(x, seed)
+        return x if scale is None else x * scale.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+
+    def scale(self, x: Tensor, seed: Tensor | None) -> Tensor | None:
+        """What the branch of each sample is multiplied by, 0 or 1 / (1 − p): [B]. None where every branch stays."""
+        if self.p == 0.0 or not self.training:
             return None
         ones = torch.ones(x.shape[0], 1, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         return super().forward(ones, seed)[:, 0]
 
 
 class PatchEmbed(nn.Module):
-    """Image to tokens; ``proj`` holds the 4-D weight of the equivalent convolution."""
+    """Image to tokens; ``proj`` holds the 4-D weight of the equivalent convolution.
+
+    ``img_size``, ``patch_size`` and ``grid_size`` are (height, width), ``num_patches`` is their number, as in timm.
+    """
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.impl = config.impl
-        patch = config.patch_size
-        bias = not config.pre_norm
+        self.img_size, self.patch_size = config.img_size, config.patch_size
+        self.grid_size, self.num_patches = config.grid_size, config.num_patches
+        patch, bias = config.patch_size, not config.pre_norm
         self.proj = nn.Conv2d(config.in_chans, config.embed_dim, kernel_size=patch, stride=patch, bias=bias)
 
-    def forward(self, image: Tensor, pos_embed: Tensor, prefix: Tensor | None, **mask: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        image: Tensor,
+        pos_embed: Tensor | None = None,
+        prefix: Tensor | None = None,
+        *,
+        mask_token: Tensor | None = None,
+        bool_masked_pos: Tensor | None = None,
+    ) -> Tensor:
         """[B, C, H, W] -> [B, R + N, D] with the R prefix tokens in front and the position embedding added."""
-        if type(self.proj) is not nn.Conv2d or hooked(self.proj):
-            raise RuntimeError(
-                "patch_embed.proj is not called: its weight is read by an op that also adds the position embedding. "
-                "Remove its hooks, parametrisation or wrapper, or put them on patch_embed"
-            )
-        return kernels.patch_embed(image, self.proj.weight, self.proj.bias, pos_embed, prefix, **mask, impl=self.impl)
+        mask = {"mask_token": mask_token, "bool_masked_pos": bool_masked_pos}
+        if type(self.proj) is nn.Conv2d and not (hooked(self.proj) or replaced(self.proj)):
+            params = self.proj.weight, self.proj.bias
+            return kernels.patch_embed(image, *params, pos_embed, prefix, **mask, impl=self.impl)
+        if bool_masked_pos is not None:  # else the gradient of the weight would multiply hidden pixels by 0
+            grid = [size // patch for size, patch in zip(image.shape[2:], self.patch_size, strict=True)]
+            hidden = bool_masked_pos.unflatten(1, grid)
+            for dim, patch in zip((1, 2), self.patch_size, strict=True):
+                hidden = hidden.repeat_interleave(patch, dim)
+            image = image.masked_fill(hidden.unsqueeze(1), 0.0)
+        tokens = self.proj(image).flatten(2).transpose(1, 2)  # [B, N, D]
+        return reference.assemble_tokens(tokens, pos_embed, prefix, **mask)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -85,41 +115,42 @@ def add_norm(
     norm: nn.Module | None,
     x: Tensor,
     branch: Tensor,
-    gamma: Tensor | None,
-    row_scale: Tensor | None,
+    layer_scale: nn.Module | None,
+    drop_path: nn.Module,
+    seed: Tensor | None,
     impl: str,
-    **dropout: Any,
+    dropout: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """(x + row_scale · gamma · dropout(branch), ``norm`` of it); one op where the norm is a plain LayerNorm."""
-    if type(norm) is LayerNorm and plain(norm):
-        options = {"gamma": gamma, "row_scale": row_scale, "impl": impl} | dropout
+    """x + drop_path(layer_scale(dropout(branch))), and ``norm`` of it; one op where all of them are plain."""
+    factors = [part for part in (layer_scale, drop_path) if part is not None]
+    if lendable(norm) and all(map(plain, factors)):
+        gamma = None if layer_scale is None else layer_scale.gamma
+        options = {"gamma": gamma, "row_scale": drop_path.scale(x, seed), "impl": impl} | dropout
         return kernels.residual_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, **options)
     if dropout:
         branch = kernels.dropout(branch, *dropout.values(), impl=impl)
-    if gamma is not None:
-        branch = branch * gamma
-    if row_scale is not None:
-        branch = branch * row_scale.to(branch.dtype)[:, None, None]
-    x = x + branch
+    branch = branch if layer_scale is None else layer_scale(branch)
+    x = x + drop_path(branch, *seeded(seed))
     return x, None if norm is None else norm(x)
 
 
-def lent_norm(owner: nn.Module) -> nn.Module | None:
-    """The norm that ``owner``, a block or the final norm, applies first, for the block before it to apply instead.
+def lendable(norm: nn.Module | None) -> bool:
+    """Whether an op may apply the norm from its parameters: it is our own, and calling it would do nothing more.
 
-    None where calling ``owner`` or its norm may do more, as hooks do, or where it is not our own class: FSDP, say,
-    makes a subclass of what it shards, and has the parameters together only while that is called.
+    FSDP makes a subclass of what it shards, and has the parameters together only while that is called.
     """
-    norm = owner.norm1 if type(owner) is Block else owner
-    return norm if type(norm) is LayerNorm and plain(norm) and not hooked(owner) else None
+    return type(norm) is LayerNorm and plain(norm)
 
 
 class LayerScale(nn.Module):
-    """Holds γ; the op that adds the branch multiplies by it."""
+    """γ times a branch; the op that adds the branch multiplies by it."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.empty(config.embed_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
 
 
 class Attention(nn.Module):
@@ -170,13 +201,15 @@ class Mlp(nn.Module):
             params = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
             return kernels.mlp(x, *params, self.activation, **options)
         hidden = reference.gelu(linear(self.fc1, x, self.impl), self.activation)
-        if "seed" in options:
-            hidden = kernels.dropout(hidden, options["dropout_p"], seed, self.offset, impl=self.impl)
+        if "dropout_p" in options:
+            hidden = kernels.dropout(hidden, self.drop_rate, seed, self.offset, impl=self.impl)
         return linear(self.fc2, hidden, self.impl)
 
 
 class Block(nn.Module):
     """One pre-LN encoder block; ``index`` is its place in the model."""
+
+    takes_seed = True  # what wraps a block and shows its attributes takes a seed, too
 
     def __init__(self, config: ViTConfig, index: int) -> None:
         super().__init__()
@@ -192,20 +225,61 @@ class Block(nn.Module):
         self.ls2 = LayerScale(config) if scaled else None
         self.drop_path2 = DropPath(config, path_rate, offset + PATH2)
 
-    def forward(
+    def forward(self, x: Tensor, seed: Tensor | None = None) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        return self.step(x, None, None, seed)[0]
+
+    def step(
         self, x: Tensor, y: Tensor | None, next_norm: nn.Module | None, seed: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """The stream x [B, N, D] and y = norm1(x) in; the stream and next_norm of it out.
-
-        Without y the block makes it; without next_norm there is no second result.
-        """
+        """The stream and ``next_norm`` of it, from the stream x and y = norm1(x); see `vit.chain.Link`."""
         y = self.norm1(x) if y is None else y
         drop = dropping(self, seed, self.offset + PROJ)
-        gamma, path = self.ls1 and self.ls1.gamma, self.drop_path1(x, seed)
-        x, y = add_norm(self.norm2, x, self.attn(y, seed), gamma, path, self.impl, **drop)
+        attended = self.attn(y, *seeded(seed))
+        x, y = add_norm(self.norm2, x, attended, self.ls1, self.drop_path1, seed, self.impl, drop)
         drop = dropping(self, seed, self.offset + FC2)
-        gamma, path = self.ls2 and self.ls2.gamma, self.drop_path2(x, seed)
-        return add_norm(next_norm, x, self.mlp(y, seed), gamma, path, self.impl, **drop)
+        hidden = self.mlp(y, *seeded(seed))
+        return add_norm(next_norm, x, hidden, self.ls2, self.drop_path2, seed, self.impl, drop)
+
+    def link(self, seed: Tensor | None, recompute: bool) -> Link:
+        """The block in a chain. ``recompute``: keep no activations."""
+        if type(self) is not Block or hooked(self) or replaced(self):
+            return _called(self, seed if type(self).forward is Block.forward else None, recompute)
+        # With a seed a block draws no random numbers.
+        again = functools.partial(checkpoint, self.step, use_reentrant=False, preserve_rng_state=seed is None)
+        step = again if recompute else self.step
+        return Link(lambda x, y, norm: step(x, y, norm, seed), self.norm1 if lendable(self.norm1) else None)
+
+
+class Blocks(nn.Sequential):
+    """The blocks in a row. A row of other modules that takes its place is called module by module."""
+
+    def forward(self, x: Tensor, seed: Tensor | None = None, recompute: bool = False) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        for stream, _ in run_blocks(self, x, seed=seed, recompute=recompute):
+            x = stream
+        return x
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module],
+    x: Tensor,
+    last_norm: nn.Module | None = None,
+    seed: Tensor | None = None,
+    recompute: bool = False,
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """`vit.chain.chain` of a row of blocks; ``last_norm`` is applied after the last where it can be lent."""
+    links = []
+    for block in blocks:
+        own = seed if getattr(block, "takes_seed", False) else None
+        links.append(block.link(seed, recompute) if isinstance(block, Block) else _called(block, own, recompute))
+    return chain(x, links, last_norm if lendable(last_norm) else None)
+
+
+def _called(block: nn.Module, seed: Tensor | None, recompute: bool) -> Link:
+    if not recompute:
+        return called(lambda x: block(x, *seeded(seed)))
+    return called(lambda x: checkpoint(block, x, *seeded(seed), use_reentrant=False))
 
 
 class Linear(nn.Linear):
@@ -228,3 +302,6 @@ class PreLogits(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(self.fc(x))
+
+
+remember(Block, LayerNorm)

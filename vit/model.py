@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vit import kernels
 from vit.config import ViTConfig, get_config
 from vit.groups import MATCHER, NO_WEIGHT_DECAY
 from vit.init import init_weights
-from vit.layers import HEAD, POS, Block, Dropout, LayerNorm, Linear, PatchEmbed, PreLogits, lent_norm
+from vit.layers import HEAD, POS, Block, Blocks, Dropout, LayerNorm, Linear, PatchEmbed, PreLogits, run_blocks, seeded
+from vit.plain import hooked
 from vit.tokens import PatchDrop, resize_pos_embed, take_indices
 
 
@@ -38,6 +39,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.grad_checkpointing = False
+        self._source: dict[str, Any] = {}  # what `pretrained_cfg` knows of the weights
         dim = config.embed_dim
         with torch.device(device) if device is not None else torch.device(torch.get_default_device()):
             self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if config.class_token else None
@@ -48,7 +50,7 @@ class VisionTransformer(nn.Module):
             self.pos_drop = Dropout(config, config.pos_drop_rate, POS)
             self.patch_drop = PatchDrop(config)
             self.norm_pre = LayerNorm(config) if config.pre_norm else nn.Identity()
-            self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
+            self.blocks = Blocks(*(Block(config, index) for index in range(config.depth)))
             before, after = (config.final_norm and config.use_fc_norm is pooled for pooled in (False, True))
             self.norm = LayerNorm(config) if before else nn.Identity()
             self.fc_norm = LayerNorm(config) if after else nn.Identity()
@@ -100,6 +102,8 @@ class VisionTransformer(nn.Module):
         """All tokens [B, N, D] after the last block, normalised unless the model has an ``fc_norm``."""
         seed = self._seed(image, dropout_seed)
         x = self._embed(image, bool_masked_pos, interpolate_pos_encoding, seed)  # [B, N, D]
+        if hooked(self.blocks):
+            return self.norm(self.blocks(x, *([seed, True] if self._recompute else seeded(seed))))
         for _stream, normalised in self._run(x, self.config.depth, seed):
             y = normalised
         return y
@@ -134,6 +138,7 @@ class VisionTransformer(nn.Module):
             stop_early: skip the blocks after the last index.
             output_fmt: "NCHW" for patch tokens as a map [B, D, grid height, grid width], "NLC" for [B, N, D].
             intermediates_only: return the list alone.
+            interpolate_pos_encoding: as for `forward`.
 
         Returns:
             (tokens after the last block that ran, normalised; list of intermediates), or the list.
@@ -178,6 +183,44 @@ class VisionTransformer(nn.Module):
             image, n, return_prefix_tokens, norm, output_fmt=output_fmt, intermediates_only=True
         )
 
+    num_features = embed_dim = property(lambda self: self.config.embed_dim)
+    head_hidden_size = property(lambda self: self.config.representation_size or self.config.embed_dim)
+    num_classes = property(lambda self: self.config.num_classes)
+    num_prefix_tokens = property(lambda self: self.config.num_prefix_tokens)
+    global_pool = property(lambda self: self.config.global_pool)
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """What each block returns, in timm's words."""
+        return [
+            {"module": f"blocks.{i}", "num_chs": self.embed_dim, "reduction": max(self.config.patch_size)}
+            for i in range(self.config.depth)
+        ]
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """timm's words for the model's images and head, and what is known of its weights.
+
+        `vit.load_pretrained` adds ``source`` and, where they are known, ``mean``, ``std`` and ``label_names``.
+        Assignment keeps these and whatever else the model itself does not say.
+        """
+        config = self.config
+        return self._source | {
+            "input_size": (config.in_chans, *config.img_size),
+            "fixed_input_size": not config.dynamic_img_size,
+            "interpolation": "bicubic",
+            "num_classes": config.num_classes,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        }
+
+    @pretrained_cfg.setter
+    def pretrained_cfg(self, cfg: dict[str, Any]) -> None:
+        self._source = {}
+        self._source = {key: value for key, value in cfg.items() if key not in self.pretrained_cfg}
+
+    default_cfg = property(lambda self: self.pretrained_cfg)
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether each block is computed again in backward instead of keeping its activations."""
         self.grad_checkpointing = enable
@@ -200,8 +243,10 @@ class VisionTransformer(nn.Module):
         """The logits, to the same bits as without maps, and what attends to what.
 
         Args:
-            image, bool_masked_pos, interpolate_pos_encoding: as for `forward`.
+            image: as for `forward`.
             layers: which blocks, as ``indices`` of `forward_intermediates`. Each map takes B · HEADS · N² numbers.
+            bool_masked_pos: as for `forward`.
+            interpolate_pos_encoding: as for `forward`.
 
         Returns:
             (logits, {block: probabilities [B, HEADS, N queries, N keys]}), before dropout, in fp32.
@@ -242,22 +287,15 @@ class VisionTransformer(nn.Module):
     def _run(self, x: Tensor, depth: int, seed: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Runs the first ``depth`` blocks. Yields the stream and its next normalisation, before and after each.
 
-        A block also applies the norm after it, one op with its last add. That norm belongs to the next block, and is
-        None where it cannot be lent, see `lent_norm`: then the next block normalises for itself.
+        The normalisation is None where the next block makes it; after the last block it is the model's norm.
         """
-        blocks = self.blocks[:depth]
-        first = lent_norm(blocks[0])
-        y = first and first(x)  # [B, N, D]
-        yield x, y
-        for block, owner in zip(blocks, [*blocks[1:], self.norm], strict=True):
-            next_norm = lent_norm(owner)
-            if self.grad_checkpointing and torch.is_grad_enabled():  # a block draws no random numbers
-                x, y = checkpoint(block, x, y, next_norm, seed, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x, y = block(x, y, next_norm, seed)  # [B, N, D] each
-            if owner is self.norm and next_norm is None:
-                y = owner(x)
-            yield x, y
+        blocks = list(self.blocks)[:depth]
+        for index, (stream, y) in enumerate(run_blocks(blocks, x, self.norm, seed, self._recompute)):
+            yield stream, self.norm(stream) if y is None and index == depth else y
+
+    @property
+    def _recompute(self) -> bool:
+        return self.grad_checkpointing and torch.is_grad_enabled()
 
     def get_classifier(self) -> nn.Module:
         """The head."""
@@ -312,17 +350,36 @@ class VisionTransformer(nn.Module):
 
 
 def create_model(
-    name: str, *, seed: int | None = None, device: Any = None, dtype: torch.dtype | None = None, **overrides: Any
+    name: str,
+    *,
+    pretrained: str | os.PathLike[str] | None = None,
+    seed: int | None = None,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+    **overrides: Any,
 ) -> VisionTransformer:
-    """A named variant, e.g. ``create_model("vit_base_patch16_224", num_classes=10)``; weights are random.
+    """A named variant, e.g. ``create_model("vit_base_patch16_224", num_classes=10)``.
 
     Args:
         name: timm's name, one of `vit.list_models`.
-        seed: of the initial weights; None draws from torch's global generator.
-        device, dtype: of the parameters.
+        pretrained: a checkpoint, as for `vit.load_pretrained`, which takes the other arguments; None: random weights.
+        seed: of random weights; None draws from torch's global generator.
+        device: of the parameters.
+        dtype: of the parameters.
         **overrides: any field of `ViTConfig`, e.g. ``img_size=(96, 80)``, ``depth=1``, ``impl="triton"``.
 
     Raises:
-        ValueError: unknown name (the nearest is suggested) or invalid value. TypeError: no such field.
+        ValueError: unknown name (the nearest is suggested) or invalid value. TypeError: no such field, or
+            ``pretrained=True``.
+        CheckpointError, FileNotFoundError: as `vit.load_pretrained`.
     """
+    if isinstance(pretrained, bool):
+        raise TypeError(
+            f"pretrained={pretrained} names no weights; write pretrained=PATH or pretrained='owner/name' on the Hugging "
+            "Face hub, or leave it out for random weights"
+        )
+    if pretrained is not None:
+        from vit.weights import load_pretrained  # it imports this file
+
+        return load_pretrained(name, pretrained, device=device, dtype=dtype, **overrides)
     return VisionTransformer(get_config(name, **overrides), seed, device=device, dtype=dtype)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor, nn
+from torch.nn.modules import module as module_
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -42,6 +43,17 @@ def remember(*classes: type) -> None:
     """Notes the forward of classes whose modules are read, so that `plain` sees when somebody replaces it."""
     for cls in classes:
         _forwards.setdefault(cls, None if patched(cls) else cls.forward)
+
+
+def global_hooks() -> list[str]:
+    """Names of the hooks that PyTorch runs around every module."""
+    kinds = (
+        module_._global_forward_hooks,
+        module_._global_forward_pre_hooks,
+        module_._global_backward_hooks,
+        module_._global_backward_pre_hooks,
+    )
+    return [getattr(hook, "__qualname__", repr(hook)) for hooks in kinds for hook in hooks.values()]
 
 
 def hooked(module: nn.Module) -> bool:

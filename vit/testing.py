@@ -157,7 +157,8 @@ def check_op(ours_fn, reference_fn, inputs: dict[str, Tensor | None], dtype: tor
     """TOL-A for an op: its outputs and the gradient of every input, beside the eager reference and fp64.
 
     Args:
-        ours_fn, reference_fn: called with ``inputs`` as keywords; return a tensor or a tuple of tensors.
+        ours_fn: called with ``inputs`` as keywords; returns a tensor or a tuple of tensors.
+        reference_fn: likewise.
         inputs: fp32 or fp64 values; rounded to ``dtype`` here, so that all three computations see the same numbers.
         dtype: fp16, bf16 or fp32.
         seed: of the random cotangents, several where the inputs are few numbers, see `pool`.
@@ -197,7 +198,7 @@ def assert_parity(
     image: Tensor | None = None,
     *,
     dtype: torch.dtype | None = None,
-    impl: Literal["auto", "triton", "reference"] = "auto",
+    impl: Literal["auto", "fused", "triton", "reference"] = "auto",
 ) -> list[Report]:
     """That `vit.accelerate` keeps what a timm, Hugging Face or torchvision model computes: for a pytest of your own.
 

@@ -46,7 +46,8 @@ def accelerate(
     Args:
         model: with blocks of timm's ``VisionTransformer``, transformers' ViT, DeiT, Dinov2 or Dinov2WithRegisters, or
             torchvision's ``VisionTransformer``, anywhere in it.
-        impl: of every op: "auto" (Triton where supported, else plain PyTorch), "triton" or "reference".
+        impl: of every op: "auto" (fused where supported, else plain PyTorch), "fused" (or an error), "triton" (our
+            kernel for plain products, too) or "reference".
         attention: use the attention op.
         mlp: use the MLP op.
         norm: use the op of LayerNorms and of the residual adds before them.

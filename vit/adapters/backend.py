@@ -20,7 +20,8 @@ def register_attention(name: str = "vit_kernels", impl: str = "auto") -> str:
     more than attention and needs no registration.
 
     Args:
-        name: under which models ask for it. impl: "auto", "triton" or "reference".
+        name: under which models ask for it.
+        impl: "auto", "fused", "triton" or "reference".
 
     Returns:
         ``name``.

@@ -38,7 +38,7 @@ def fused_class(base: type, make: Callable[[type, str], Callable], impl: str) ->
         "__reduce_ex__": _reduce,
         "_fused_base": base,
         "_fused_impl": impl,
-        "_fused_step": getattr(fused, "step", None),  # see `generic.row`
+        "_fused_step": getattr(fused, "step", None),  # see `generic.link`
     }
     cls = type(base.__name__, (base,), members)
     cls.forward = _forward(base, fused)  # now, because transformers wraps what a new subclass brings

@@ -5,12 +5,15 @@ Each function makes the ``forward`` of one class; ``refuse_…`` says why a modu
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
 from vit import kernels
 from vit.adapters import parts
 from vit.adapters.fused import Part
+from vit.chain import Link, called, chain
 from vit.kernels import runtime
 from vit.plain import hooked, is_linear, linear, replaced
 
@@ -99,32 +102,23 @@ def multihead_attention(base: type, impl: str):
 
 
 def row(base: type, impl: str):
-    """Blocks in a row: the add at the end of one and the LayerNorm at the start of the next are one op."""
+    """Blocks in a row, as a chain."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = None
-        blocks = list(self)
-        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
-            step = step_of(block)
-            if step is None:
-                x, y = block(x), None
-            else:
-                x, y = step(block, x, y, None if step_of(following) is None else first_norm(following))
+        for stream, _ in chain(x, [link(block) for block in self]):
+            x = stream
         return x
 
     return forward
 
 
-def step_of(block: nn.Module | None):
-    """The library's ``step(block, x, y, next_norm)``, y the normalised stream, if it does all that a call would."""
+def link(block: nn.Module) -> Link:
+    """The block in a chain: its library's ``step(block, x, y, next_norm)`` if that does all that a call would."""
     cls = type(block)
     if getattr(cls, "_fused_self", None) is not cls or hooked(block) or replaced(block):
-        return None
-    return cls._fused_step
-
-
-def first_norm(block: nn.Module) -> nn.Module:
-    return block.ln_1 if hasattr(block, "ln_1") else block.norm1
+        return called(block)
+    norm = block.ln_1 if hasattr(block, "ln_1") else block.norm1
+    return Link(functools.partial(cls._fused_step, block), norm)
 
 
 MODULES = {

@@ -19,7 +19,7 @@ def block(base: type, impl: str):
     no_mask = {name: no_mask[name] for name in inspect.signature(original).parameters if name in no_mask}
 
     def step(self, x: Tensor, y: Tensor | None, next_norm: nn.Module | None):
-        """From the stream x and its norm1 y (None: not known yet) to the stream and ``next_norm`` of it."""
+        """See `vit.chain.Link`."""
         y = parts.layer_norm(self.norm1, x, impl) if y is None else y
         x, y = parts.add_norm(x, self.attn(y, **no_mask), self.norm2, impl, self.ls1, self.drop_path1)
         return parts.add_norm(x, self.mlp(y), next_norm, impl, self.ls2, self.drop_path2)

@@ -10,7 +10,7 @@ from vit.adapters.fused import Part
 
 def block(base: type, impl: str):
     def step(self, x: Tensor, y: Tensor | None, next_norm: nn.Module | None):
-        """From the stream x and its ln_1 y (None: not known yet) to the stream and ``next_norm`` of it."""
+        """See `vit.chain.Link`."""
         y = parts.layer_norm(self.ln_1, x, impl) if y is None else y
         branch, _ = self.self_attention(y, y, y, need_weights=False)
         x, y = parts.add_norm(x, self.dropout(branch), self.ln_2, impl)
