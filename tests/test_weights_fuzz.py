@@ -120,4 +120,4 @@ def test_configurations_come_back(part, tmp_path):
             extra = {"use_mask_token": named.config.use_mask_token} if dialect == "dinov2" else {}
             assert named.config == dataclasses.replace(config, **extra), f"seed {seed}"
             assert torch.equal(named.eval()(x), want), f"seed {seed}"
-    assert saved["timm"] > DRAWS / 40 and sum(saved.values()) > DRAWS / 10
+    assert saved["timm"] > DRAWS / 40 and sum(saved.values()) > DRAWS / 16  # of the quarter that is drawn here

@@ -96,7 +96,7 @@ def test_one_argument_is_a_checkpoint(tmp_path, monkeypatch):
         with pytest.raises(kind, match=match):
             vit.load_pretrained(*args)
     for told in (True, False):
-        with pytest.raises(TypeError, match=r"names no weights; write pretrained=PATH or pretrained='owner/name'"):
+        with pytest.raises(TypeError, match=r"names no weights; write pretrained=PATH or pretrained='owner/name' "):
             vit.create_model(name, pretrained=told)
     made = vit.create_model(name, pretrained=path, dtype=torch.float64, num_classes=5, **SIZES)
     assert made.head.weight.dtype is torch.float64

@@ -120,7 +120,7 @@ def check_model(config: ViTConfig, images: Tensor) -> tuple[Models, bool]:
         paths = str(explain(models.fast, images))
     say("  Path of each op, and why (the backward of an op takes the path of its forward):")
     say("    " + paths.replace("\n", "\n    "))
-    reports = parity(models, images, progress=step, draws=enough_draws(models, images) if images.is_cuda else 1)
+    reports = parity(models, images, progress=step, draws=enough_draws(models) if images.is_cuda else 1)
     say("  " + table(reports).replace("\n", "\n  "))
     return models, all(report.ok for report in reports)
 

@@ -375,8 +375,8 @@ def create_model(
     """
     if isinstance(pretrained, bool):
         raise TypeError(
-            f"pretrained={pretrained} names no weights; write pretrained=PATH or pretrained='owner/name' on the Hugging "
-            "Face hub, or leave it out for random weights"
+            f"pretrained={pretrained} names no weights; write pretrained=PATH or pretrained='owner/name' (on the "
+            "Hugging Face hub), or leave it out for random weights"
         )
     if pretrained is not None:
         from vit.weights import load_pretrained  # it imports this file

@@ -204,15 +204,14 @@ def _comparable(found: list[dict[str, Tensor | None]]) -> list[dict[str, Tensor]
     return comparable
 
 
-def enough_draws(models: Models, images: Tensor) -> int:
+def enough_draws(models: Models) -> int:
     """With how many draws the verdict is no longer chance.
 
-    However many elements a tensor has, its error in one draw is chance: they share what was rounded before them, most
-    in the narrow dtypes and in a small model, where little is summed. PyTorch with attention written out, beside its
-    fused one, exceeds the limits of bf16 in one draw of many small models, and after 8 draws in one of some dozens.
+    However many elements a tensor has, its error in one draw is chance, because they share what was rounded before
+    them. That shows most in a small model, where little is summed. PyTorch's own sums in another order exceed the
+    limits in one draw of many small models, and in 8 draws in a few, in fp32 as in bf16.
     """
-    small = sum(p.numel() for p in models.eager.parameters()) < 10e6
-    return 32 if small and images.dtype is not torch.float32 else 8
+    return 32 if sum(p.numel() for p in models.eager.parameters()) < 10e6 else 8
 
 
 def _together(result: dict[str, Tensor]) -> dict[str, Tensor]:

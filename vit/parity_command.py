@@ -76,7 +76,7 @@ def check(args: argparse.Namespace) -> bool:
         say(f"  Note: {note}")
     say("  Path of each op, and why (the backward of an op takes the path of its forward):")
     say("    " + str(paths).replace("\n", "\n    "))
-    reports = parity(models, images, progress=step, draws=enough_draws(models, images))
+    reports = parity(models, images, progress=step, draws=enough_draws(models))
     say("  " + table(reports).replace("\n", "\n  "))
     if all(row.path == "reference" for row in paths):
         say("  No kernel ran, so this judged the adapter and not the kernels.")

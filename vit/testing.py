@@ -147,7 +147,7 @@ def pool(draws: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors of several draws as one each, so that they are judged together.
 
     The largest error of a few dozen numbers is chance: eager PyTorch with its batch reversed, which is the same sum in
-    another order, exceeds twice eager PyTorch's own in some tensor of some draw, and in none of 8 draws pooled
+    another order, exceeds twice eager PyTorch's own in some tensor of some draw, and in none of 32 draws pooled
     (`test_chance_passes_where_draws_are_pooled`).
     """
     return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
@@ -231,7 +231,7 @@ def assert_parity(
     if ("model", image.dtype) not in FACTORS:
         raise ValueError(f"assert_parity: dtype must be float32, float16 or bfloat16, got {image.dtype}")
     models = copies(model, image, impl)
-    reports = parity(models, image, draws=enough_draws(models, image))
+    reports = parity(models, image, draws=enough_draws(models))
     failed = [str(report) for report in reports if not report.ok]
     if failed:
         raise AssertionError(f"{len(failed)} of {len(reports)} tensors exceed a limit:\n" + "\n".join(failed))
