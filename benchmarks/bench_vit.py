@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import vit
 from benchmarks.harness import Bench, Run, Work
 from benchmarks.shapes import Shape
-from vit.parity_command import library
+from vit.commands.parity import library
 from vit.weights import dialects
 
 CHECKED = ("patch_embed.proj.weight", "pos_embed", "norm.weight", "head.weight")

@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_stages.cases import as_tuple, name_of
-from benchmarks.gpu_stages.record import Log
+from benchmarks.log import Log, name_of
 from benchmarks.shapes import Shape
-from vit.parity_command import CannotStart
+from vit.commands.parity import CannotStart
 
 MODES = ("fwd", "bwd", "full")
 GATE = 2.0
@@ -129,6 +128,12 @@ def tensors_of(bench: Bench, shape: Shape, dtype: torch.dtype, device: torch.dev
         return (torch.randn(sizes, generator=generator, device=device) * scale).to(dtype)
 
     return bench.inputs(shape, rand)
+
+
+def as_tuple(out: Any) -> tuple[Tensor, ...]:
+    """Outputs that have a gradient: without the logsumexp that the reference of attention returns."""
+    outs = out if isinstance(out, tuple) else (out,)
+    return tuple(o for o in outs if o.dtype == outs[0].dtype)
 
 
 # ---- the gate --------------------------------------------------------------------------------------------------------

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks import arguments, bench_vit, trace
-from benchmarks.gpu_stages import record
+from benchmarks.log import git_commit, utc, write
 from benchmarks.shapes import MODELS, Shape
+from vit.commands.parity import CannotStart
 from vit.kernels import runtime
-from vit.parity_command import CannotStart
 
 LABEL = "counted, not measured"
 PROVIDERS = ("ours", "reference", "timm", "hf", "accelerated")
@@ -129,7 +129,7 @@ def factory(provider: str, shape: Shape, dtype: torch.dtype = torch.bfloat16) ->
     """Makes the model of a provider of `benchmarks.bench_vit` with images of a shape, in any batch.
 
     Raises:
-        vit.parity_command.CannotStart: the library is not installed.
+        vit.commands.parity.CannotStart: the library is not installed.
     """
 
     def make(batch: int) -> tuple[nn.Module, Tensor]:
@@ -206,9 +206,9 @@ def main(words: list[str] | None = None) -> int:
         show(shape, of_shape)
         results += of_shape
     if args.out:
-        commit = record.git_commit()
-        about = {"gpu": f"none: {LABEL}", "torch": torch.__version__, "commit": commit, "utc": record.utc()}
-        record.write(args.out, about, results)
+        commit = git_commit()
+        about = {"gpu": f"none: {LABEL}", "torch": torch.__version__, "commit": commit, "utc": utc()}
+        write(args.out, about, results)
     return 0
 
 

@@ -13,7 +13,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -24,7 +24,8 @@ from triton.runtime import driver
 
 #: "auto": Triton and cuBLAS where the kernels run, else plain PyTorch. "fused": the same, or an error where they cannot
 #: run. "triton": our kernel for every product, too, or an error. "reference": plain PyTorch.
-IMPLS = ("auto", "fused", "triton", "reference")
+Impl = Literal["auto", "fused", "triton", "reference"]
+IMPLS: tuple[str, ...] = get_args(Impl)
 
 #: Fixed when the kernels are decorated, that is, now: ``TRITON_INTERPRET=1`` must be set before the first import.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)

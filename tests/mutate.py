@@ -478,7 +478,7 @@ MUTANTS = [
     ),
     Mutant(
         "graph: hands out what the next replay overwrites",
-        "vit/graph.py",
+        "vit/cuda_graph.py",
         "return out.clone() if",
         "return out if",
         ("tests/test_runtime.py::test_graph_returns_the_models_outputs_and_keeps_them",),
@@ -666,7 +666,7 @@ MUTANTS = [
         "benchmarks/report.py",
         "best = max(peers, key=lambda r: r.img_s, default=None)",
         "best = min(peers, key=lambda r: r.img_s, default=None)",
-        ("tests/test_bench_prediction.py::test_table",),
+        ("tests/test_bench_report.py::test_table",),
     ),
     Mutant(
         "benchmarks: noise is compared with 0.2 %",
@@ -749,7 +749,7 @@ MUTANTS = [
     ),
     Mutant(
         "parity: a gradient that one side has as zero is left out",
-        "vit/parity.py",
+        "vit/testing/parity.py",
         "if any(result[name].any() for result in found):",
         "if all(result[name].any() for result in found):",
         ("tests/test_parity_command.py::test_a_gradient_that_is_zero_or_missing_on_one_side_fails",),

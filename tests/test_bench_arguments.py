@@ -43,7 +43,6 @@ WRONG = {
     "benchmarks.experiment_gemm --budget -1": "must be positive, got -1",
     "benchmarks.experiment_gemm --jobs 0": "must be at least 1",
     "benchmarks.experiment_gemm --product qvk": "invalid choice: 'qvk'",
-    "benchmarks.prediction --nope": "unrecognized arguments: --nope",
     "benchmarks.report --nope": "unrecognized arguments: --nope",
 }
 SCRIPT = """

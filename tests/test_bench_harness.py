@@ -19,11 +19,11 @@ sys.path.insert(0, str(ROOT))
 import peers  # noqa: E402
 
 from benchmarks import bench_layer_norm, bench_vit, harness, plan  # noqa: E402
-from benchmarks.gpu_stages.record import Log  # noqa: E402
 from benchmarks.harness import Ceilings, Gate, Point, Work, measure, tensors_of  # noqa: E402
+from benchmarks.log import Log  # noqa: E402
 from benchmarks.shapes import MODELS, SMALL, Shape, parse  # noqa: E402
 from vit import reference  # noqa: E402
-from vit.parity_command import library  # noqa: E402
+from vit.commands.parity import library  # noqa: E402
 
 CPU = torch.device("cpu")
 OPS = {b.op: b for name in plan.SECONDS if name != "vit" for b in plan.benches(name)}

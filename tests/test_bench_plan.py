@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import harness, plan  # noqa: E402 (of the checkout, not of an installed package)
-from benchmarks.gpu_stages import record  # noqa: E402
-from benchmarks.gpu_stages.record import Log  # noqa: E402
+from benchmarks import log as record  # noqa: E402
 from benchmarks.largest_batch import largest  # noqa: E402
+from benchmarks.log import Log  # noqa: E402
 from benchmarks.shapes import MODELS  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -72,7 +72,7 @@ def test_nothing_is_begun_that_would_be_stopped(tmp_path, monkeypatch):
     begun = []
     monkeypatch.setattr(plan, "measure", lambda point, *_: begun.append(point))
     monkeypatch.setattr(plan, "measure_ceilings", lambda *_: None)
-    monkeypatch.setattr(plan.cases, "device", lambda rehearse: CPU)
+    monkeypatch.setattr(plan, "device_of", lambda rehearse: CPU)
     log = Log(tmp_path / "bench_vit.json", {"gpu": "none"}, deadline=time.monotonic() + 30)
     plan.run(log, False, "vit", plan.Wanted(quick=True))
     gc.unfreeze()

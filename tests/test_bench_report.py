@@ -31,10 +31,10 @@ def folder(tmp_path):
     return tmp_path
 
 
-def made(folder, prediction=NONE, **kw) -> str:
+def made(folder, **kw) -> str:
     """README after a report without plots."""
     kw = {"plots": False, "samples": True} | kw
-    assert report.report(folder / "results", folder / "README.md", prediction, **kw) == 0
+    assert report.report(folder / "results", folder / "README.md", **kw) == 0
     return (folder / "README.md").read_text()
 
 
@@ -82,7 +82,7 @@ def test_table(folder, capsys):
 
 
 def test_check(folder, capsys):
-    args = (folder / "results", folder / "README.md", NONE)
+    args = (folder / "results", folder / "README.md")
     assert report.report(*args, check=True, samples=True) == 1
     assert (folder / "README.md").read_text() == README and "stale" in capsys.readouterr().out
     made(folder)
@@ -132,36 +132,37 @@ def test_markers_missing_or_doubled(folder, text, told):
     assert (folder / "README.md").read_text() == text
 
 
-# ---- without a GPU ---------------------------------------------------------------------------------------------------
+def test_latency_and_a_model_that_was_never_admitted(folder):
+    """A record of what fails the gate has no mode; latency is a line of its own, the fastest first."""
+
+    def change(found):
+        about = {"ok": True, "bench": "vit", "dtype": "bfloat16"}
+        one = about | {"op": "latency", "shape": "vit_base_patch16_224/b1", "mode": "fwd", "img_s": 1.0}
+        found["records"] += [one | {"provider": p, "ms_p50": ms} for p, ms in (("ours", 2.5), ("graph", 0.4))]
+        wrong = {"ok": False, "shape": "vit_small_patch16_224/b256", "provider": "ours", "error": "parity: rms 0.3"}
+        found["records"].append(about | {"op": "vit"} | wrong)
+
+    edit(folder / "results/sample/bench_vit.json", change)
+    text = made(folder)
+    assert "Forward of B/16, batch 1, bf16: graph 0.400 ms, ours 2.50 ms." in text
+    assert "| S/16, batch 256, bf16 | failed parity | – | – | failed parity | – | – | – |" in text
 
 
-def test_prediction_is_labelled(folder, capsys):
+def test_records_may_say_themselves_where_they_are_from(folder):
+    path = folder / "results/sample/bench_vit.json"
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps([r | found["about"] for r in found["records"]]))
+    assert made(folder) == TABLE
+
+
+def test_nothing_at_all(folder, capsys):
     shutil.rmtree(folder / "results")
-    text = made(folder, SAMPLES / "prediction.json")
-    assert "No GPU has written results into" in capsys.readouterr().out
-    _, above, head, _, base, large, *_ = [line for line in text.splitlines() if line and not line.startswith("# ")]
-    assert above == (
-        "Not measured yet: no GPU has run the kernels. Prediction, what counted bytes and FLOPs allow at most at "
-        "the ceilings 800 TFLOP/s and 3,000 GB/s of SAMPLE, not a measurement, to two digits:"
-    )
-    assert head.startswith("| PREDICTION, not measured | forward, img/s (predicted) |") and head.count("predicted") == 5
-    # 256 / 15.4 ms = 16,623; 11.55 / 15.4 = 0.75; eager 256 / 30.8 ms = 8,312; 256 / 51.2 ms; 34 / 51.2 = 0.664
-    assert (
-        base == "| B/16, batch 256, bf16 | 17,000 | 75 % | eager 8,300: 2.0× | 5,000 | 66 % | eager 2,600: 2.0× | – |"
-    )
-    # 128 / 27 ms = 4,741; 20 / 27 = 0.741; 128 / 41 ms = 3,122; 41 / 27 = 1.52
-    assert large == "| L/16, batch 128, bf16 | 4,700 | 74 % | eager 3,100: 1.5× | – | – | – | – |"
-    assert "commit aaaaaaa, `python -m benchmarks.prediction`, 2026-01-02, [prediction.json](" in text
-    assert "driver" not in text and "as this card was measured" not in text
+    assert made(folder) == README.replace("old", report._NONE) and report._NONE.startswith("Not measured yet: no GPU")
+    assert "Nothing is measured: no GPU has written results into" in capsys.readouterr().out
 
 
-def test_a_measurement_replaces_the_prediction(folder):
-    assert made(folder, SAMPLES / "prediction.json") == TABLE
-
-
-def test_nothing_at_all(folder):
-    shutil.rmtree(folder / "results")
-    assert made(folder) == README.replace("old", "Not measured yet: no GPU has run the kernels.")
+def test_readme_has_what_the_files_give():
+    assert report.main(["--check"]) == 0
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -178,11 +179,11 @@ def test_the_command_refuses_samples(folder):
     code, told = run("benchmarks.report", "--results", folder / "results", "--readme", folder / "README.md")
     assert code == 2 and len(told.splitlines()) == 1 and "samples never go into a report" in told
     assert (folder / "README.md").read_text() == README
-    args = ["--results", str(folder / "results"), "--readme", str(folder / "README.md")]
-    shutil.rmtree(folder / "results")
-    (folder / "results").mkdir()
-    assert report.main([*args, "--prediction", str(SAMPLES / "prediction.json")]) == 2
-    assert (folder / "README.md").read_text() == README
+
+
+def test_a_readme_that_is_a_folder(tmp_path, capsys):
+    assert report.main(["--readme", str(tmp_path), "--check"]) == 2
+    assert capsys.readouterr().err == f"{tmp_path}: Is a directory\n"
 
 
 def test_no_samples_in_the_repository_s_results():
@@ -193,8 +194,8 @@ def test_no_samples_in_the_repository_s_results():
 @pytest.mark.parametrize(
     "change, told",
     [
-        (lambda f: f["records"][0].update(predicted=True), "was not measured on a GPU .predicted"),
-        (lambda f: f["records"][0].update(rehearsal=True), "was not measured on a GPU .rehearsal|different devices"),
+        (lambda f: [r.update(predicted=True) for r in f["records"]], "different devices: .* predicted"),
+        (lambda f: f["records"][0].update(rehearsal=True), "different devices: .* rehearsal"),
         (
             lambda f: f["about"].update(gpu="second SAMPLE"),
             "different devices: SAMPLE, not a measurement, second SAMPLE",
@@ -363,20 +364,16 @@ def test_plots(folder, capsys):
     assert capsys.readouterr().out.count("left out") == 0
 
 
-def test_plots_of_a_prediction_say_so(tmp_path):
+def test_bars_are_as_high_as_the_records():
     pytest.importorskip("matplotlib")
     from benchmarks import plots
 
-    found = records.load(SAMPLES / "prediction.json")
-    figure = plots._labelled(plots.models(found, "bfloat16"), found, "bfloat16")
-    assert figure.get_suptitle().startswith("PREDICTION, not measured")
-    assert [text.get_text() for text in figure.texts if text.get_rotation()] == ["PREDICTION"]
-    lines = plots.draw(found, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["models.png"]
-    assert "ops.png left out: no op has a share of the floor" in lines
-    measured = records.load(SAMPLES / "before")
-    figure = plots._labelled(plots.models(measured, "bfloat16"), measured, "bfloat16")
-    assert "PREDICTION" not in figure.get_suptitle() and not [t for t in figure.texts if t.get_rotation()]
+    figure = plots.models(records.load(SAMPLES / "before"), "bfloat16")
+    base = figure.axes[0]
+    assert sorted(round(bar.get_height()) for bar in base.patches) == [10_000, 12_800, 16_000]
+    assert base.get_lines()[0].get_ydata()[0] == pytest.approx(16_000 / 0.7)  # the floor
+    assert sum(text.get_text() == "–" for text in base.texts) == 1  # hf: skipped
+    assert [text.get_text() for text in figure.axes[4].texts if text.get_text() in "×–"] == ["×", "–"]  # L/16, full
 
 
 def test_without_matplotlib(folder, monkeypatch, capsys):

@@ -6,7 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import triton
+
+from benchmarks import bench_vit, memory
+from benchmarks.harness import Ceilings
+from benchmarks.shapes import parse
 
 ROOT = Path(__file__).parent.parent
 LOCK = ROOT / "tests" / "lock" / f"triton-{triton.__version__}.json"
@@ -60,18 +65,23 @@ def test_counts_alone(done):
 
 
 def test_predictions_of_the_whole(done):
-    (result,) = done[1]["records"]
-    for mode, fusions in (("fwd", 7), ("full", 9)):
-        whole = {x["what"]: x for x in result["models"] if x["mode"] == mode}
-        kernels = [x for x in result["kernels"] if x["mode"] == mode]
-        ms = sum(x["count"] * x["floor_us"] for x in kernels) / 1e3
-        assert whole["the code's own launches"]["ms"] == pytest.approx(ms) and len(whole) == fusions + 4
-        built = whole["as built"]["ms"]
-        assert whole["everything fused"]["ms"] < built < whole["nothing fused"]["ms"]
-        for what, x in whole.items():
-            assert x["img_s"] == pytest.approx(2e3 / x["ms"])
-            if what.startswith("with"):
-                assert (x["ms"] > built) == what.startswith("without") == x["built"], what
+    process, content, _ = done
+    (result,) = content["records"]
+    assert "prediction, not measured" in process.stdout
+    found = {(x["mode"], x["provider"]): x for x in result["models"]}
+    assert found.keys() == {(mode, provider) for mode in ("fwd", "full") for provider in ("ours", "reference")}
+    shape = parse("vit_tiny_patch16_224@64/b2")
+    for mode in ("fwd", "full"):
+        ours, eager = found[mode, "ours"], found[mode, "reference"]
+        ms = sum(x["count"] * x["floor_us"] for x in result["kernels"] if x["mode"] == mode) / 1e3
+        assert ours["ms"] == pytest.approx(ms) and ours["ms"] < eager["ms"]
+        for x in (ours, eager):
+            assert x["predicted"] and x["img_s"] == pytest.approx(2e3 / x["ms"])
+            floor = bench_vit.BENCHES[0].total(shape, torch.bfloat16)[mode].floor_ms(Ceilings(798.0, 3000.0))
+            assert x["sol_fraction"] == pytest.approx(floor / x["ms"])
+            peak = memory.count(*memory.factory(x["provider"], shape)(2), mode == "full").peak
+            assert x["peak_mem_mb"] == peak / 2**20
+            assert f"{x['img_s']:,.0f}" in process.stdout
 
 
 def test_compiled_figures_are_those_of_the_lock(done):

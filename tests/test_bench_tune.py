@@ -13,8 +13,8 @@ import torch
 
 from benchmarks import experiment_gemm, tune
 from benchmarks.candidates import candidates
-from benchmarks.gpu_stages.record import Log
 from benchmarks.harness import Bench, Ceilings, Work
+from benchmarks.log import Log
 from benchmarks.shapes import MODELS, SMALL, Shape
 from benchmarks.variants import configured
 from vit import kernels

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import vit
-from vit import classify, cli, parity, parity_command, preprocess, warmup
+from vit import preprocess
+from vit.commands import classify, cli, warmup
+from vit.commands import parity as parity_command
 from vit.kernels import runtime
-from vit.testing import Report, assert_parity, measure
+from vit.testing import Report, assert_parity, measure, parity
 
 TINY = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 7}
 

@@ -7,11 +7,12 @@ import sys
 import pytest
 import torch
 
-from vit import ViTConfig, cli, kernels
-from vit.parity import group_of, make_models, parity, table
+from vit import ViTConfig, kernels
+from vit.commands import cli
+from vit.testing.parity import group_of, make_models, parity, table
 
 Image = pytest.importorskip("PIL.Image")
-demo = pytest.importorskip("vit.demo")
+demo = pytest.importorskip("vit.commands.demo")
 OPS = ("patch_embed", "layer_norm", "linear", "attention_qkvpacked", "residual_layer_norm", "mlp")
 TINY = ViTConfig(img_size=32, patch_size=16, num_classes=10, embed_dim=32, depth=1, num_heads=2, reg_tokens=1)
 

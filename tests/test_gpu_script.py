@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu import STAGES  # noqa: E402
 from benchmarks.gpu_stages import cases, exact, limits, sanitizer, training  # noqa: E402
-from benchmarks.gpu_stages.record import Log  # noqa: E402
+from benchmarks.log import Log  # noqa: E402
 from vit import ViTConfig  # noqa: E402
 from vit.reference import VisionTransformer  # noqa: E402
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vit import cli
+from vit.commands import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,7 +57,9 @@ def wheel(tmp_path_factory) -> Path:
 def test_wheel_contents(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"vit"}
-    for folder, package in (("vit", "vit"), ("vit/weights", "vit/weights"), ("kernels", "vit/kernels")):
+    folders = ["vit", *(f"vit/{path.parent.name}" for path in (ROOT / "vit").glob("*/__init__.py"))]
+    assert len(folders) > 5
+    for folder, package in [("kernels", "vit/kernels"), *zip(folders, folders, strict=True)]:
         sources = sorted(f"{package}/{path.name}" for path in (ROOT / folder).glob("*.py"))
         assert sorted(n for n in names if n.endswith(".py") and n.rpartition("/")[0] == package) == sources
     assert len(names) == len(set(names)) and "vit/py.typed" in names

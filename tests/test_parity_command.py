@@ -9,9 +9,10 @@ import zoo
 from peers import _import, import_timm, import_transformers
 
 import vit
-from vit import cli, kernels
-from vit.parity import Models, copies, example, group_of, parity, widen
+from vit import kernels
+from vit.commands import cli
 from vit.testing import Tally, assert_parity, measure, pool
+from vit.testing.parity import Models, copies, example, group_of, parity, widen
 
 pytestmark = pytest.mark.peers
 
@@ -72,7 +73,7 @@ def test_assert_parity(name, dtype):
     before, mode = copy.deepcopy(model.state_dict()), model.training
     reports = assert_parity(model, dtype=getattr(torch, dtype))
     names = {report.name for report in reports}
-    assert "image" in names and reports[0].name in vit.parity.OUTPUTS
+    assert "image" in names and reports[0].name in vit.testing.parity.OUTPUTS
     assert not any("k_proj.bias" in n or "k_norm.bias" in n.split(" and ")[0] for n in names)
     unused = {"vit.embeddings.mask_token", "embeddings.mask_token", "pooler.dense.weight", "pooler.dense.bias"}
     joined = {n for n, _ in model.named_parameters()} - names - unused
@@ -93,7 +94,7 @@ def test_kernels(name, device):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_has_a_group(name):
     groups = {group_of(parameter) for parameter, _ in MODELS[name]().named_parameters()}
-    assert groups <= vit.parity.GROUPS.keys() and len(groups) >= 7
+    assert groups <= vit.testing.parity.GROUPS.keys() and len(groups) >= 7
 
 
 def test_grouping():
@@ -244,7 +245,7 @@ def test_command_on_timm(capsys):
 
 
 def test_command_on_torchvision(capsys, device, monkeypatch):
-    monkeypatch.setattr("vit.parity_command.enough_draws", lambda *args: 2)
+    monkeypatch.setattr("vit.commands.parity.enough_draws", lambda *args: 2)
     _import("torchvision")
     sizes = ["num_layers=1", "hidden_dim=32", "num_heads=2", "mlp_dim=64", "num_classes=10"]
     command = ["torchvision:vit_b_16", "--set", *sizes, "--img-size", "32", "--impl", "triton", "--batch-size", "1"]
@@ -265,7 +266,7 @@ def test_command_on_a_folder_of_hugging_face(kind, capsys, tmp_path):
 
 def test_command_on_a_file(capsys, tmp_path, monkeypatch):
     pytest.importorskip("PIL.Image")
-    from vit.demo import load_photo
+    from vit.commands.demo import load_photo
 
     load_photo().save(tmp_path / "cat.png")
     (tmp_path / "weights.pth").touch()

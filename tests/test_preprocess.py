@@ -10,14 +10,14 @@ import torch
 from peers import _import, import_timm, import_transformers
 
 import vit
-from vit import cli
+from vit.commands import cli
 
 pytest.importorskip("PIL.Image")
 
 from PIL import Image, ImageOps
 
 from vit import preprocess
-from vit.demo import load_photo
+from vit.commands.demo import load_photo
 
 pytestmark = pytest.mark.peers
 

@@ -21,8 +21,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import vit
-from vit import cli, warmup
-from vit.graph import Graph, check
+from vit.commands import cli, warmup
+from vit.cuda_graph import Graph, check
 from vit.init import init_weights
 from vit.kernels import runtime
 from vit.layers import DropPath, LayerNorm, LayerScale, add_norm
@@ -220,8 +220,9 @@ WARMUP = """
 import sys
 from pathlib import Path
 import torch
-from vit import cli, kernels
-from vit.warmup import warm_up
+from vit import kernels
+from vit.commands import cli
+from vit.commands.warmup import warm_up
 
 class Norm(torch.nn.LayerNorm):
     def forward(self, x):

@@ -120,7 +120,7 @@ def model_results(seed):
 def test_chance_passes_where_draws_are_pooled():
     """The same sums in another order: alone, a draw has more than twice eager's largest error now and then.
 
-    As many draws as `vit.parity.enough_draws` takes of a model of this size. 8 are too few on some CPUs.
+    As many draws as `vit.testing.parity.enough_draws` takes of a model of this size. 8 are too few on some CPUs.
     """
     draws = [model_results(seed) for seed in range(96)]
     ratios = []

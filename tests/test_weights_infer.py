@@ -10,7 +10,7 @@ from peers import randomise
 from test_weights import foreign
 
 import vit
-from vit.cli import main
+from vit.commands.cli import main
 
 SIZES = {"img_size": 32, "patch_size": 8, "depth": 2, "mlp_ratio": 0.5}
 GAP = {"class_token": False, "global_pool": "avg", "fc_norm": False}

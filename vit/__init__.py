@@ -11,8 +11,8 @@ from vit import kernels, reference
 from vit.adapters import accelerate, restore
 from vit.adapters.backend import register_attention
 from vit.config import ViTConfig, get_config, list_models
-from vit.explain import explain
-from vit.graph import graph
+from vit.cuda_graph import graph
+from vit.explanation import explain
 from vit.groups import param_groups_layer_decay
 from vit.masked import MaskedImageModel
 from vit.model import VisionTransformer, create_model

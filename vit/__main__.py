@@ -1,5 +1,5 @@
 import sys
 
-from vit.cli import main
+from vit.commands.cli import main
 
 sys.exit(main())

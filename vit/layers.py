@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vit import kernels
+import vit.kernels as kernels
 from vit.chain import Link, called, chain
 from vit.config import ViTConfig
 from vit.kernels import reference

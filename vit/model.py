@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vit import kernels
+import vit.kernels as kernels
 from vit.config import ViTConfig, get_config
 from vit.groups import MATCHER, NO_WEIGHT_DECAY
 from vit.init import init_weights

@@ -15,7 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from vit import kernels
+import vit.kernels as kernels
 
 _forwards: dict[type, Callable | None] = {}  # what each class ran when it was first seen
 

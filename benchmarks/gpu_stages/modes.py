@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from benchmarks.gpu_stages import cases
-from benchmarks.gpu_stages.record import Log
-from vit.graph import Graph, capture, graph
+from benchmarks.log import Log
+from vit.cuda_graph import Graph, capture, graph
 
 IMPLS = ("triton", "auto")  # every product by our kernel; plain ones by cuBLAS
 

@@ -7,10 +7,10 @@ from torch import nn
 
 import vit
 from benchmarks.gpu_stages import cases
-from benchmarks.gpu_stages.record import Log
-from vit.parity import copies, enough_draws, example, parity, widen
-from vit.parity_command import CannotStart
-from vit.parity_command import library as import_library
+from benchmarks.log import Log, name_of
+from vit.commands.parity import CannotStart
+from vit.commands.parity import library as import_library
+from vit.testing.parity import copies, enough_draws, example, parity, widen
 
 # Library, its name of the model, and the name and fields of the same architecture in this package.
 MODELS = (
@@ -37,12 +37,12 @@ def peers(log: Log, rehearse: bool) -> None:
             widen(model, torch.Generator().manual_seed(0))
             images = example(model, batch=2).to(device, dtype)
             models = copies(model, images, impl)
-            draws = enough_draws(models, images)
+            draws = enough_draws(models)
             reports = parity(models, images, draws=draws)
             failed = [report for report in reports if not report.ok]
             worst = max(reports, key=lambda report: report.share)
             log.add(
-                ok=not failed, model=what, dtype=cases.name_of(dtype), images=list(images.shape),
+                ok=not failed, model=what, dtype=name_of(dtype), images=list(images.shape),
                 draws=draws, count=len(reports), failed=[str(report) for report in failed[:20]], worst=str(worst),
                 tensors=[str(report) for report in reports],
             )  # fmt: skip

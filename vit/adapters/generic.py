@@ -10,7 +10,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from vit import kernels
+import vit.kernels as kernels
 from vit.adapters import parts
 from vit.adapters.fused import Part
 from vit.chain import Link, called, chain

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vit import kernels
+import vit.kernels as kernels
 from vit.kernels import runtime
 from vit.plain import absent, class_of, is_linear, linear, plain
 

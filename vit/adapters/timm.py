@@ -6,7 +6,7 @@ import inspect
 
 from torch import Tensor, nn
 
-from vit import kernels
+import vit.kernels as kernels
 from vit.adapters import parts
 from vit.adapters.fused import Part
 from vit.plain import absent, linear

@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from vit.commands.console import say, step
 from vit.config import ViTConfig, get_config
-from vit.console import say, step
-from vit.explain import explain
+from vit.explanation import explain
 from vit.kernels import runtime
-from vit.parity import Models, enough_draws, make_models, parity, results, table
+from vit.testing.parity import Models, enough_draws, make_models, parity, results, table
 
 CPU = torch.device("cpu")
 # Small enough for the interpreter; its 17 tokens fill no tile evenly.
@@ -36,13 +36,13 @@ PANEL = 448  # pixels, the side of each half of the picture
 
 SHOWN_GPU = """\
 Shown: each op of ViT-B/16 took the path listed above on this GPU, and the logits and every gradient are judged by how
-near they are to fp64 beside eager PyTorch in bf16 (the policy is in vit/testing.py). Times are of one call at a time,
-launch cost included, against vit.reference with PyTorch's own fused attention.
+near they are to fp64 beside eager PyTorch in bf16 (the policy is in vit/testing/policy.py). Times are of one call at a
+time, launch cost included, against vit.reference with PyTorch's own fused attention.
 Not shown: recognition. The weights are random, so the picture shows where the class token looks, not what it knows:
 other random weights light up other patches."""
 SHOWN_CPU = """\
 Shown: on the CPU this package computes what plain PyTorch computes; and the Triton kernels' own code, interpreted in
-fp32, is judged on the logits and every gradient of a small ViT beside eager PyTorch (the policy is in vit/testing.py).
+fp32, is judged on the logits and every gradient of a small ViT beside eager PyTorch (vit/testing/policy.py).
 Not shown: anything compiled. No kernel was compiled or ran on a GPU, bf16 was not tried, and no speed of a kernel was
 seen: both columns of times are eager PyTorch on this CPU. To see the rest, run `make demo` on a machine with an NVIDIA
 GPU of compute capability 8.0 or newer.

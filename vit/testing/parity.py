@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from vit.adapters import accelerate, restore
 from vit.config import ViTConfig
+from vit.kernels.runtime import Impl
 from vit.model import VisionTransformer
 from vit.reference import VisionTransformer as Reference
-from vit.testing import Report, Tally
+from vit.testing.policy import FACTORS, Report, Tally
 
 Progress = Callable[[str], contextlib.AbstractContextManager[Any]]
 
@@ -247,3 +248,46 @@ def table(reports: list[Report]) -> str:
     verdict = "FAIL" if failed else "pass"
     lines.append(f"Parity: {verdict}, {len(reports) - len(failed)} of {len(reports)} tensors within all limits")
     return "\n".join(lines)
+
+
+def assert_parity(
+    model: nn.Module,
+    image: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    impl: Impl = "auto",
+) -> list[Report]:
+    """That `vit.accelerate` keeps what a timm, Hugging Face or torchvision model computes: for a pytest of your own.
+
+    The output and the gradient of the image and of every parameter that wants one, of an accelerated copy and of the
+    model itself, both against the model in fp64, over several draws of what is differentiated and of the image,
+    shifted. All in eval(); ``model`` is not changed. In fp32 it needs the memory of eight more such models.
+
+        from vit.testing import assert_parity
+        def test_fused_ops():
+            model = timm.create_model("vit_base_patch16_224", pretrained=True).cuda()
+            assert_parity(model, dtype=torch.bfloat16, impl="triton")
+
+    Args:
+        model: what `vit.accelerate` takes.
+        image: [B, C, H, W]; two random ones of the size that the model says it takes, if None.
+        dtype: fp32, fp16 or bf16; that of the model's parameters if None.
+        impl: of every op; "auto" is plain PyTorch where there is no GPU, so it then shows nothing about a kernel.
+
+    Returns:
+        One report for each tensor.
+
+    Raises:
+        AssertionError: a line for each tensor that exceeds a limit of the policy.
+        ValueError: there is no block to accelerate, or no image and the model does not say which it takes.
+    """
+    param = next(model.parameters())
+    image = (example(model) if image is None else image).to(param.device, dtype or param.dtype)
+    if ("model", image.dtype) not in FACTORS:
+        raise ValueError(f"assert_parity: dtype must be float32, float16 or bfloat16, got {image.dtype}")
+    models = copies(model, image, impl)
+    reports = parity(models, image, draws=enough_draws(models))
+    failed = [str(report) for report in reports if not report.ok]
+    if failed:
+        raise AssertionError(f"{len(failed)} of {len(reports)} tensors exceed a limit:\n" + "\n".join(failed))
+    return reports

@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         help="your timm, Hugging Face or torchvision model, accelerated, against itself in fp64",
         description="The output and every gradient of a model on the fused ops, beside the original library's own in "
         "the same dtype, both against that model in fp64, over several draws. The exit code is 0 if the policy of "
-        "vit/testing.py holds, 1 if it fails, 2 if nothing could be compared.",
+        "vit/testing/policy.py holds, 1 if it fails, 2 if nothing could be compared.",
     )
     add = parity.add_argument
     add("--model", required=True, metavar="timm:NAME|torchvision:NAME|hf:FOLDER|FILE", help="random weights for a NAME")
@@ -117,13 +117,13 @@ def _demo(args: argparse.Namespace) -> int:
                 args.out.unlink()
         except OSError as error:
             return _fail("demo", f"cannot write {args.out}: {error.strerror}; choose another --out")
-    from vit import demo
+    from vit.commands import demo
 
     return 0 if (demo.demo_interpreted() if args.interpreted else demo.demo(args.out)) else 1
 
 
 def _warmup(args: argparse.Namespace) -> int:
-    from vit import warmup
+    from vit.commands import warmup
 
     try:
         print(warmup.command(args))
@@ -135,18 +135,18 @@ def _warmup(args: argparse.Namespace) -> int:
 def _parity(args: argparse.Namespace) -> int:
     if args.image is not None and importlib.util.find_spec("PIL") is None:
         return _fail("parity", "Pillow is missing, which reads pictures; pip install Pillow")
-    from vit import parity_command
+    from vit.commands import parity
 
     try:
-        return 0 if parity_command.check(args) else 1
-    except parity_command.CannotStart as error:
+        return 0 if parity.check(args) else 1
+    except parity.CannotStart as error:
         return _fail("parity", str(error))
 
 
 def _classify(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("PIL") is None:
         return _fail("classify", "Pillow is missing, which reads pictures; pip install Pillow")
-    from vit import classify
+    from vit.commands import classify
 
     try:
         print(classify.classify(args.image, args.weights, args.model, args.top, args.preprocess))

@@ -1,0 +1,29 @@
+"""How results are judged: the tolerance policy, and the parity of whole models."""
+
+from vit.testing.parity import assert_parity
+from vit.testing.policy import (
+    FACTORS,
+    Report,
+    Tally,
+    as_good,
+    check,
+    check_mirror,
+    check_op,
+    measure,
+    pool,
+    rounding_floor,
+)
+
+__all__ = [
+    "FACTORS",
+    "Report",
+    "Tally",
+    "as_good",
+    "assert_parity",
+    "check",
+    "check_mirror",
+    "check_op",
+    "measure",
+    "pool",
+    "rounding_floor",
+]
