@@ -40,9 +40,6 @@ WRONG = {
     "benchmarks.tune mlp --arch 70": "invalid choice",
     "benchmarks.tune mlp --shape vit_base/b2": "unknown model 'vit_base'; did you mean",
     "benchmarks.tune mlp --dtype int8": "invalid choice",
-    "benchmarks.experiment_gemm --budget -1": "must be positive, got -1",
-    "benchmarks.experiment_gemm --jobs 0": "must be at least 1",
-    "benchmarks.experiment_gemm --product qvk": "invalid choice: 'qvk'",
     "benchmarks.report --nope": "unrecognized arguments: --nope",
 }
 SCRIPT = """

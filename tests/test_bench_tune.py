@@ -1,4 +1,4 @@
-"""`benchmarks.tune` and `benchmarks.experiment_gemm`: what they refuse, what they print; rehearsed without a GPU."""
+"""`benchmarks.tune`: what it refuses, what it prints; rehearsed without a GPU."""
 
 import dataclasses
 import itertools
@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import experiment_gemm, tune
-from benchmarks.candidates import candidates
-from benchmarks.harness import Bench, Ceilings, Work
+from benchmarks import tune
+from benchmarks.candidates import FORMS, candidates
+from benchmarks.harness import Bench, Work
 from benchmarks.log import Log
 from benchmarks.shapes import MODELS, SMALL, Shape
 from benchmarks.variants import configured
@@ -38,7 +38,7 @@ def test_candidates_begin_with_the_pinned_one(arch):
     bf16 = torch.bfloat16
     pinned = {
         "mlp": configs.gemm(arch, bf16, "ieee"),
-        "linear": configs.gemm(arch, bf16, "ieee"),
+        **dict.fromkeys(("linear", "gemm_fc1", "gemm_fc2", "gemm_qkv", "gemm_proj"), configs.gemm(arch, bf16, "ieee")),
         "attention_fwd": configs.attention_fwd(arch, 197, 64, bf16),
         "attention_bwd": configs.attention_bwd(arch, 197, 64, bf16),
         "layer_norm": configs.layer_norm(arch, 768),
@@ -67,6 +67,8 @@ def test_the_nearest_are_tried_first():
     of = all_candidates(90)["attention_fwd"]
     changed = [sum(a != b for a, b in zip(*map(dataclasses.astuple, (c, of[0])), strict=True)) for c in of]
     assert changed == sorted(changed) and changed[:2] == [0, 1]
+    of = all_candidates(90)["gemm_fc2"]
+    assert {*of[1:7]} > {*FORMS} - {of[0]} and of[0] == configs.gemm(90, torch.bfloat16, "ieee")
 
 
 def test_pinned_configuration_is_restored():
@@ -182,39 +184,18 @@ def test_rehearsal_of_tuning(device, tmp_path, name):
     assert log.ok and {r["config"] for r in log.records} == {tune.text_of(c) for c in (found[0], used)}
 
 
-def test_rehearsal_of_the_experiment(device, tmp_path, monkeypatch):
-    run_form = experiment_gemm.run_form
-
-    def one_is_wrong(form, epilogue, **tensors):
-        return run_form(form, epilogue, **tensors) * (1.05 if (form, epilogue) == ("pinned", "erf") else 1.0)
-
-    monkeypatch.setattr(experiment_gemm, "run_form", one_is_wrong)
-    log, forms = log_of(tmp_path / "bench_gemm.json"), ["cublas", "128x256 w4 specialised split 2", "pinned"]
-    spilled = {"kernel": "_gemm_kernel", "registers": 168, "spill": 64, "shared": 1, "wgmma": 8, "tma": 3, "atomics": 0}
-    good = [spilled | {"spill": 0}]
-    compiled = {(form, e): good for form in forms for e in experiment_gemm.EPILOGUES}
-    compiled[forms[1], "cheap"] = [spilled]
-    monkeypatch.setattr(experiment_gemm, "why_not", lambda arch, k: "spills 64 bytes" if k[0]["spill"] else None)
-    shape = Shape("vit_tiny_patch16_224", 1, 32)
-    experiment_gemm.experiment(log, shape, device, torch.float16, ["fc2"], forms, compiled, 90, Ceilings(1.0, 1.0))
-    cells = {(r["op"], r["provider"]): r for r in log.records}
-    assert len(cells) == 9 and cells["fc2 bias", "pinned"]["ms_p50"] > 0
-    assert "parity" in str(cells["fc2 erf", "pinned"]) and "ms_p50" not in cells["fc2 erf", "pinned"]
-    assert cells["fc2 cheap", forms[1]]["skipped"] == "spills 64 bytes"
-    table = experiment_gemm.measured_table(log.records, compiled)
-    lines = {line[:31].strip(): line for line in table.splitlines()}
-    assert "1.00x" in lines["cublas"] and "parity" in lines["pinned"] and "spills 64 bytes" in lines[forms[1]]
-    assert "168 / 168 / 168 (64 B spilled)" in lines[forms[1]]
-
-
-def test_table_of_the_experiment():
-    about = {"bench": "gemm", "tflops": 400.0}
-    records = [
-        about | {"op": "fc1 erf", "provider": "cublas", "ms_p50": 0.6},
-        about | {"op": "fc1 erf", "provider": "pinned", "ms_p50": 0.4},
-    ]
-    table = experiment_gemm.measured_table(records, None)
-    assert "600.0   400.0  1.00x" in table and "400.0   400.0  1.50x" in table
+def test_cublas_stands_beside_the_candidates(device, tmp_path, monkeypatch, capsys):
+    """However fast it is, it is never the configuration that is chosen."""
+    target = tune.TARGETS["gemm_fc1"]
+    trial = tune.Trial(target, Shape("vit_tiny_patch16_224", 1, 32), torch.float32, device)
+    pinned, erf = tune.of_target(target, 0, trial.shape, torch.float32)[:2]
+    monkeypatch.setattr(tune, "milliseconds", lambda fns, *_, **__: {k: [0.1 if k == "cublas" else 2.0] for k in fns})
+    log = log_of(tmp_path / "tune.json")
+    assert tune.tune("gemm_fc1", trial, [pinned, erf], {}, log)[0] == pinned and erf.cheap is False
+    last = log.records[-1]
+    assert last["config"] == "cublas" and last["ratio"] == 20 and not last["chosen"]
+    flops = 2 * 5 * 192 * 768
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["cublas", "0.1", f"{flops / 1e8:.4g}", "20.000x"]
 
 
 # ---- compiling, in processes of its own ------------------------------------------------------------------------------
@@ -229,7 +210,7 @@ if __name__ == "__main__":
     said = {name: k[0]["error"] for name, k in compile_all({"dies": os.abort}, 90, jobs=1, seconds=60)}
     assert said["dies"] == "crashes the compiler"
     some = [Config(4, 1024), Config(8, 1024, num_warps=1), Config(4, 1024, num_warps=3), Config(2, 1024)]
-    tune.candidates = lambda *_: some
+    tune.of_target = lambda *_: some
     sys.argv = ["tune", "layer_norm", "--jobs", "2"]
     sys.exit(tune.main())
 """
@@ -247,8 +228,8 @@ def test_command_without_a_gpu(tmp_path):
     assert done.returncode == 0, done.stderr
     heading, _, *lines, last = done.stdout.splitlines()
     assert heading.endswith("compiled for sm_90, not measured; no NVIDIA GPU here") and " ms" not in done.stdout
-    said = dict(line.split("  Config(", 1)[1].split(")  ") if ")  " in line else (line, "") for line in lines)
-    assert said["block_m=4, block_n=1024"] == "pinned"
-    assert said["block_m=8, block_n=1024, num_warps=1"].startswith("dropped: spills ")
-    assert said["block_m=4, block_n=1024, num_warps=3"].startswith("dropped: does not compile")
+    said = {line.split(")")[0].removeprefix("Config("): line for line in lines}
+    assert said["block_m=4, block_n=1024"].endswith(" pinned")
+    assert " dropped: spills " in said["block_m=8, block_n=1024, num_warps=1"]
+    assert " dropped: does not compile" in said["block_m=4, block_n=1024, num_warps=3"]
     assert last == "4 of 4 candidates compiled in time, 2 of them dropped"

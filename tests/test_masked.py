@@ -124,3 +124,17 @@ def test_bad_input():
     model.eval()
     with pytest.raises(ValueError, match="bool_masked_pos must have shape"):
         model(torch.randn(2, 2, 16, 24), hidden(2, 11))
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 500.0), (torch.bfloat16, 1.0)])
+def test_the_loss_of_16_bit_models_is_not_summed_in_16_bits(dtype, size):
+    """A sum over all hidden pixels would be rounded to 8 bits in bf16, and overflow in fp16."""
+    config = vit.ViTConfig(img_size=64, patch_size=8, embed_dim=32, depth=1, num_heads=2)
+    model = vit.MaskedImageModel(config, seed=0, dtype=dtype)
+    image = (size * torch.randn(3, 3, 64, 64)).to(dtype)
+    mask = torch.rand(3, 64) < 0.6
+    loss, drawn = model(image, mask)
+    hidden = mask.unflatten(1, (8, 8)).repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None].expand_as(image)
+    want = (image.double() - drawn.double()).abs()[hidden].mean()
+    assert loss.dtype is torch.float32
+    torch.testing.assert_close(loss.double(), want, rtol=3e-4, atol=0)

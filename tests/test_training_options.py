@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import vit
 from vit.kernels import dropout_seed
-from vit.kernels.reference import keep
+from vit.kernels.reference import dropout_scale
 from vit.reference import Drop
 from vit.reference import VisionTransformer as Reference
 from vit.weights.dialects import write
@@ -33,7 +33,7 @@ MODELS = {rate: {rate: value} for rate, value in RATES.items()} | {
 
 
 def known(x, p, offset):
-    return x * keep(SEED.to(x.device), offset, x.shape, p).to(x.dtype)
+    return x * dropout_scale(SEED.to(x.device), offset, x.shape, p).to(x.dtype)
 
 
 class Known(torch.nn.Module):
@@ -190,3 +190,31 @@ def test_checkpointing_and_compilation_drop_the_same(impl, device):
     found["blocks"] = run(model)
     for way, other in found.items():
         assert all(torch.equal(direct[k], other[k]) for k in direct), way
+
+
+def test_every_way_through_the_model_drops_alike():
+    """One seed a call, drawn from PyTorch's generator: features, intermediates and maps are those of the forward."""
+    config = dataclasses.replace(SMALL, **RATES)
+    model = vit.VisionTransformer(config).train()
+    randomise(model)
+    image = torch.randn(3, 3, 16, 24)
+
+    def drawn(call):
+        torch.manual_seed(5)
+        return call(model)
+
+    logits = drawn(lambda m: m(image))
+    assert not torch.equal(logits, model(image))
+    assert torch.equal(drawn(lambda m: m.attention_maps(image)[0]), logits)
+    features = drawn(lambda m: m.forward_features(image))
+    for call in (
+        lambda m: m.forward_intermediates(image, [0], output_fmt="NLC")[0],
+        lambda m: m.forward_intermediates(image, [1], return_prefix_tokens=False, norm=True, output_fmt="NLC")[0],
+    ):
+        assert torch.equal(drawn(call), features)
+    tokens = drawn(lambda m: m.forward_intermediates(image, 1, norm=True, output_fmt="NLC", intermediates_only=True))[0]
+    torch.testing.assert_close(tokens, features[:, config.num_prefix_tokens :])
+    seed = torch.tensor([9])
+    whole = model(image, dropout_seed=seed)
+    parts = model.forward_head(model.forward_features(image, dropout_seed=seed), dropout_seed=seed)
+    assert torch.equal(whole, parts)

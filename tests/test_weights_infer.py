@@ -259,3 +259,15 @@ def test_parity_of_a_file(tmp_path, capsys):
     path = saved(make(depth=1), tmp_path / "model.safetensors", "timm")
     assert main(["parity", "--model", str(path), "--batch-size", "1"]) == 0
     assert "Parity: pass" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("size", "patch"), [((16, 64), 8), ((64, 16), 8), ((8, 32), (2, 8))])
+def test_timms_config_says_height_and_width(size, patch, tmp_path):
+    """timm writes input_size = (channels, height, width) beside its weights; 16 patches alone would be a square."""
+    model = make(img_size=size, patch_size=patch)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {"input_size": [3, *size]}}))
+    found = vit.load_pretrained(tmp_path, num_heads=3).eval()
+    assert found.config.img_size == size
+    image = torch.randn(2, 3, *size)
+    assert torch.equal(found(image), model(image))
