@@ -27,6 +27,7 @@ def problems(sources: Mapping[str, str]) -> list[str]:
     found = [(file, line, what) for file, tree in trees.items() for line, what in _forbidden(tree)]
     for file, kernel in kernels:
         found += [(file, line, what) for line, what in _calls(kernel, file == "tile.py" and kernel.name == "dot")]
+        found += [(file, kernel.lineno, what) for what in _specialised(kernel)]
     found += _Widths(kernels).narrow_reductions()
     return [f"{file}:{line}: {what}" for file, line, what in sorted(set(found))]
 
@@ -76,6 +77,13 @@ def _calls(kernel: ast.FunctionDef, is_tile_dot: bool) -> Iterator[tuple[int, st
             yield node.lineno, "tl.dot: every dot goes through tile.dot"
         elif _is_tl(node, "program_id", "num_programs") and node not in widened:
             yield node.lineno, f"{ast.unparse(node)} is 32 bits; follow it with .to(tl.int64) at once"
+
+
+def _specialised(kernel: ast.FunctionDef) -> Iterator[str]:
+    """A dropout's offset differs from block to block, and one that 16 divides would be a kernel of its own."""
+    drops = kernel.name.endswith("_kernel") and "OFFSET" in [a.arg for a in kernel.args.args]
+    if drops and not any("'OFFSET'" in ast.unparse(d) for d in kernel.decorator_list):
+        yield 'OFFSET is specialised; decorate with @triton.jit(do_not_specialize=["OFFSET"])'
 
 
 class _Widths:

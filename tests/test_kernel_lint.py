@@ -107,6 +107,12 @@ def test_imports_and_decorators_are_found():
     assert "nothing tunes" in found(tuned)[0]
 
 
+def test_an_offset_is_never_specialised():
+    source = "@triton.jit{}\ndef _a_kernel(x_ptr, OFFSET, P: tl.constexpr):\n    pass"
+    assert "OFFSET is specialised" in found(source.format(""))[0]
+    assert not found(source.format('(do_not_specialize=["OFFSET"])'))
+
+
 def test_only_tile_dot_may_call_tl_dot():
     source = "@triton.jit\ndef {}(a, b, acc):\n    return tl.dot(a, b, acc)"
     assert not kernel_lint.problems({"tile.py": source.format("dot")})
