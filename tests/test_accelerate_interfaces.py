@@ -286,6 +286,27 @@ def test_blocks_of_other_kinds_stay_beside_known_ones():
     assert_close(zoo.results("", model, zoo.images("")), zoo.results("", original, zoo.images("")))
 
 
+@pytest.mark.parametrize("why", ["an unknown part", "a forward of its own"])
+def test_what_lies_deep_inside_a_block_that_stays_stays(why):
+    """Norms of queries and keys, and of the hidden units, too."""
+    layers = import_timm().layers
+    original = zoo.timm_model(qk_norm=True, scale_mlp_norm=True, scale_attn_norm=True, init_values=0.5)
+    if why == "an unknown part":
+        original.blocks[1].drop_path2 = layers.SqueezeExcite(32)
+        original.blocks[1].drop_path2.forward = lambda x: x
+    else:
+        original.blocks[1].forward = functools.partial(type(original.blocks[1]).forward, original.blocks[1])
+    randomise(original)
+    model = copy.deepcopy(original.eval())
+    if why == "a forward of its own":
+        model.blocks[1].forward = functools.partial(type(model.blocks[1]).forward, model.blocks[1])
+    with pytest.warns(UserWarning, match=r"blocks\.1\)"):
+        vit.accelerate(model)
+    deep = {name.rpartition(".")[2] for name in fused_modules(model.blocks[0])}
+    assert not fused_modules(model.blocks[1]) and {"q_norm", "norm"} <= deep
+    assert_close(zoo.results("", model, zoo.images("")), zoo.results("", original, zoo.images("")))
+
+
 def test_an_error_changes_nothing():
     model = zoo.timm_model()
     for call, error, message in (
