@@ -3,26 +3,24 @@
 Forward, for a tile of queries, over the keys tile by tile (Milakov & Gimelshein, 2018; Dao, 2023), s = q kᵀ:
     m' = max(m, max s),  P = exp(scale · (s − m')),  α = exp(scale · (m − m')),  l = α · l + Σ P,  acc = α · acc + P v
     o = acc / l,  lse = scale · m + log l
-Saved: q, k, v, o, m and log l [B, H, N]. Their sum, lse, would do but for its rounding: at logits around 100 that alone
-would put errors of 1e-5 into P, which eager PyTorch does not have in fp32. P is recomputed.
+Saved: q, k, v, o, m and log l [B, H, N]. P is recomputed. lse alone would be enough, but at logits around 100 its
+rounding would put errors of 1e-5 into P, which eager PyTorch does not have in fp32.
 
 Backward, from do:
     P = exp(scale · (s − m) − log l),  delta = Σ_e do · o,  dS = P · (do vᵀ − delta)
     dv = Pᵀ do,  dk = scale · dSᵀ q,  dq = scale · dS k
-With dropout, K = `tile.dropout_scale` of row (b · H + h) · NQ + query and column key: K · P multiplies v and gives dv,
-and dP = K · (do vᵀ) takes the place of do vᵀ. l and lse are those of P. delta stays, because Σ P · dP = Σ do · o.
-One launch, two roles: some programs own a tile of keys (dk, dv) and walk the queries, the others own a tile of queries
-(dq) and walk the keys. Each recomputes P, dS and delta, so nothing is shared between programs, every sum has one fixed
-order, and there is neither scratch memory nor an atomic: seven products instead of five.
+With dropout, K = `tile.dropout_scale` of row (b · H + h) · NQ + query and column key. K · P replaces P in P v and in
+Pᵀ do, and K · (do vᵀ) replaces do vᵀ. l, lse and delta stay as they are: Σ P · K · (do vᵀ) = Σ do · o.
+One launch has programs of two roles. Some own a tile of keys (dk, dv) and walk the queries. The others own a tile of
+queries (dq) and walk the keys. Each recomputes P, dS and delta, which makes seven products instead of five. But no
+program needs another's results: every sum has one fixed order, without atomics and without scratch memory.
 
-q, k and v are read in place with any batch, token and head strides, so packed qkv [B, N, 3, H, E] needs no copy and its
-gradient is written straight into packed dqkv. Sequence lengths are compile-time constants. A head dimension that is not
-a power of two is worked on in parts: 80 = 64 + 16, not 128.
+q, k and v are read in place with any batch, token and head strides. So packed qkv [B, N, 3, H, E] needs no copy, and
+its gradient is written straight into packed dqkv. Sequence lengths are compile-time constants. A head dimension that is
+not a power of two is split into parts: 80 = 64 + 16.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import triton
@@ -30,6 +28,21 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, reference, runtime, tile
+from .attention_tile import (
+    attn_logits,
+    attn_probs,
+    dot_into_parts,
+    dot_parts,
+    exp_scaled,
+    head_rows,
+    load_parts,
+    row_dot_parts,
+    scale_parts,
+    store_parts,
+    zero_parts,
+)
+from .autocast import autocasts
+from .checks import check_floating, check_heads, check_scale
 from .dropout import seed_and_offset
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
@@ -49,34 +62,34 @@ def _attention_fwd_kernel(
     b, h = head // HEADS, head % HEADS
     offs_m = pid % TILES * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < NQ
-    q_rows = tile.head_rows(q_ptr, stride_q, b, h, ALIGN)
-    k_rows = tile.head_rows(k_ptr, stride_k, b, h, ALIGN)
-    v_rows = tile.head_rows(v_ptr, stride_v, b, h, ALIGN)
+    q_rows = head_rows(q_ptr, stride_q, b, h, ALIGN)
+    k_rows = head_rows(k_ptr, stride_k, b, h, ALIGN)
+    v_rows = head_rows(v_ptr, stride_v, b, h, ALIGN)
 
-    q = tile.load_parts(q_rows, offs_m, mask_m, PARTS, ALIGN)
+    q = load_parts(q_rows, offs_m, mask_m, PARTS, ALIGN)
     m_i = tl.full([BLOCK_M], float("-inf"), dtype=ACC)
     l_i = tl.full([BLOCK_M], 0.0, dtype=ACC)
-    acc = tile.zero_parts(BLOCK_M, PARTS, ACC)
+    acc = zero_parts(BLOCK_M, PARTS, ACC)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     for start_n in range(0, NK, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < NK
-        k = tile.load_parts(k_rows, offs_n, mask_n, PARTS, ALIGN)
-        v = tile.load_parts(v_rows, offs_n, mask_n, PARTS, ALIGN)
+        k = load_parts(k_rows, offs_n, mask_n, PARTS, ALIGN)
+        v = load_parts(v_rows, offs_n, mask_n, PARTS, ALIGN)
 
-        logits = tile.attn_logits(q, k, mask_n[None, :], PRECISION, ACC)  # [BLOCK_M, BLOCK_N]
+        logits = attn_logits(q, k, mask_n[None, :], PRECISION, ACC)  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(logits, axis=1))  # finite: every tile has a key
-        p = tile.exp_scaled(logits - m_new[:, None], SCALE)
-        alpha = tile.exp_scaled(m_i - m_new, SCALE)
+        p = exp_scaled(logits - m_new[:, None], SCALE)
+        alpha = exp_scaled(m_i - m_new, SCALE)
         l_i = l_i * alpha + tl.sum(p, axis=1)
         if seed_ptr is not None:
             p *= tile.dropout_scale(seed, OFFSET, (head * NQ + offs_m)[:, None], offs_n[None, :], P).to(ACC)
-        acc = tile.dot_into_parts(p, v, tile.scale_parts(acc, alpha[:, None]), PRECISION)
+        acc = dot_into_parts(p, v, scale_parts(acc, alpha[:, None]), PRECISION)
         m_i = m_new
 
-    o_rows = tile.head_rows(o_ptr, stride_o, b, h, ALIGN)
-    tile.store_parts(o_rows, tile.scale_parts(acc, (1.0 / l_i)[:, None]), offs_m, mask_m, PARTS, ALIGN)
+    o_rows = head_rows(o_ptr, stride_o, b, h, ALIGN)
+    store_parts(o_rows, scale_parts(acc, (1.0 / l_i)[:, None]), offs_m, mask_m, PARTS, ALIGN)
     if m_ptr is not None:
         tl.store(m_ptr + head * NQ + offs_m, m_i, mask=mask_m)
         tl.store(log_l_ptr + head * NQ + offs_m, tl.log(l_i), mask=mask_m)
@@ -98,16 +111,16 @@ def _attention_bwd_kernel(
     b, h = head // HEADS, head % HEADS
     m_ptr += head * NQ
     log_l_ptr += head * NQ
-    q = tile.head_rows(q_ptr, stride_q, b, h, ALIGN)
-    k = tile.head_rows(k_ptr, stride_k, b, h, ALIGN)
-    v = tile.head_rows(v_ptr, stride_v, b, h, ALIGN)
-    o = tile.head_rows(o_ptr, stride_o, b, h, ALIGN)
-    do = tile.head_rows(do_ptr, stride_do, b, h, ALIGN)
+    q = head_rows(q_ptr, stride_q, b, h, ALIGN)
+    k = head_rows(k_ptr, stride_k, b, h, ALIGN)
+    v = head_rows(v_ptr, stride_v, b, h, ALIGN)
+    o = head_rows(o_ptr, stride_o, b, h, ALIGN)
+    do = head_rows(do_ptr, stride_do, b, h, ALIGN)
 
     if pid_m < TILES_K:
         if dk_ptr is not None:
-            dk = tile.head_rows(dk_ptr, stride_dk, b, h, ALIGN)
-            dv = tile.head_rows(dv_ptr, stride_dv, b, h, ALIGN)
+            dk = head_rows(dk_ptr, stride_dk, b, h, ALIGN)
+            dv = head_rows(dv_ptr, stride_dv, b, h, ALIGN)
             offs_n = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
             _dk_dv(
                 q, k, v, seed_ptr, o, do, m_ptr, log_l_ptr, dk, dv, offs_n, head * NQ, OFFSET,
@@ -115,7 +128,7 @@ def _attention_bwd_kernel(
             )  # fmt: skip
     else:
         if dq_ptr is not None:
-            dq = tile.head_rows(dq_ptr, stride_dq, b, h, ALIGN)
+            dq = head_rows(dq_ptr, stride_dq, b, h, ALIGN)
             offs_m = (pid_m - TILES_K) * BLOCK_M + tl.arange(0, BLOCK_M)
             _dq(
                 q, k, v, seed_ptr, o, do, m_ptr, log_l_ptr, dq, offs_m, head * NQ, OFFSET,
@@ -129,31 +142,31 @@ def _dk_dv(
     NQ: tl.constexpr, NK: tl.constexpr, SCALE: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of BLOCK_M keys, over all queries. P and dS are [keys, queries], as the last two products want them.
+    """dk and dv of BLOCK_M keys, over all queries. P and dS are [keys, queries], the layout of the last two products.
 
-    Rows of keys beyond the last hold anything, even inf, and are not stored; queries beyond the last have P = 0.
+    Rows beyond the last key may hold inf; they are not stored. Columns beyond the last query have P = 0.
     """
     mask_n = offs_n < NK
-    k = tile.load_parts(k_rows, offs_n, mask_n, PARTS, ALIGN)
-    v = tile.load_parts(v_rows, offs_n, mask_n, PARTS, ALIGN)
+    k = load_parts(k_rows, offs_n, mask_n, PARTS, ALIGN)
+    v = load_parts(v_rows, offs_n, mask_n, PARTS, ALIGN)
 
-    dk = tile.zero_parts(BLOCK_M, PARTS, ACC)
-    dv = tile.zero_parts(BLOCK_M, PARTS, ACC)
+    dk = zero_parts(BLOCK_M, PARTS, ACC)
+    dv = zero_parts(BLOCK_M, PARTS, ACC)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     for start_m in range(0, NQ, BLOCK_N):
         offs_m = start_m + tl.arange(0, BLOCK_N)
         mask_m = offs_m < NQ
-        q = tile.load_parts(q_rows, offs_m, mask_m, PARTS, ALIGN)
-        do = tile.load_parts(do_rows, offs_m, mask_m, PARTS, ALIGN)
-        o = tile.load_parts(o_rows, offs_m, mask_m, PARTS, ALIGN)
+        q = load_parts(q_rows, offs_m, mask_m, PARTS, ALIGN)
+        do = load_parts(do_rows, offs_m, mask_m, PARTS, ALIGN)
+        o = load_parts(o_rows, offs_m, mask_m, PARTS, ALIGN)
         m = tl.load(m_ptr + offs_m, mask=mask_m, other=0.0)
         log_l = tl.load(log_l_ptr + offs_m, mask=mask_m, other=0.0)
-        delta = tile.row_dot_parts(do, o, ACC)
+        delta = row_dot_parts(do, o, ACC)
 
-        logits = tile.attn_logits(k, q, mask_m[None, :], PRECISION, ACC)
-        p = tile.attn_probs(logits, m[None, :], log_l[None, :], SCALE)
-        dp = tile.dot_parts(v, do, PRECISION, ACC)
+        logits = attn_logits(k, q, mask_m[None, :], PRECISION, ACC)
+        p = attn_probs(logits, m[None, :], log_l[None, :], SCALE)
+        dp = dot_parts(v, do, PRECISION, ACC)
         kept = p
         if seed_ptr is not None:
             drop_scale = tile.dropout_scale(
@@ -162,11 +175,11 @@ def _dk_dv(
             kept *= drop_scale
             dp *= drop_scale
         ds = p * (dp - delta[None, :])
-        dv = tile.dot_into_parts(kept, do, dv, PRECISION)
-        dk = tile.dot_into_parts(ds, q, dk, PRECISION)
+        dv = dot_into_parts(kept, do, dv, PRECISION)
+        dk = dot_into_parts(ds, q, dk, PRECISION)
 
-    tile.store_parts(dk_rows, tile.scale_parts(dk, SCALE), offs_n, mask_n, PARTS, ALIGN)
-    tile.store_parts(dv_rows, dv, offs_n, mask_n, PARTS, ALIGN)
+    store_parts(dk_rows, scale_parts(dk, SCALE), offs_n, mask_n, PARTS, ALIGN)
+    store_parts(dv_rows, dv, offs_n, mask_n, PARTS, ALIGN)
 
 
 @triton.jit
@@ -177,37 +190,37 @@ def _dq(
 ):  # fmt: skip
     """dq of BLOCK_M queries, over all keys."""
     mask_m = offs_m < NQ
-    q = tile.load_parts(q_rows, offs_m, mask_m, PARTS, ALIGN)
-    do = tile.load_parts(do_rows, offs_m, mask_m, PARTS, ALIGN)
-    o = tile.load_parts(o_rows, offs_m, mask_m, PARTS, ALIGN)
+    q = load_parts(q_rows, offs_m, mask_m, PARTS, ALIGN)
+    do = load_parts(do_rows, offs_m, mask_m, PARTS, ALIGN)
+    o = load_parts(o_rows, offs_m, mask_m, PARTS, ALIGN)
     m = tl.load(m_ptr + offs_m, mask=mask_m, other=0.0)
     log_l = tl.load(log_l_ptr + offs_m, mask=mask_m, other=0.0)
-    delta = tile.row_dot_parts(do, o, ACC)
+    delta = row_dot_parts(do, o, ACC)
 
-    dq = tile.zero_parts(BLOCK_M, PARTS, ACC)
+    dq = zero_parts(BLOCK_M, PARTS, ACC)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     for start_n in range(0, NK, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < NK
-        k = tile.load_parts(k_rows, offs_n, mask_n, PARTS, ALIGN)
-        v = tile.load_parts(v_rows, offs_n, mask_n, PARTS, ALIGN)
+        k = load_parts(k_rows, offs_n, mask_n, PARTS, ALIGN)
+        v = load_parts(v_rows, offs_n, mask_n, PARTS, ALIGN)
 
-        logits = tile.attn_logits(q, k, mask_n[None, :], PRECISION, ACC)
-        p = tile.attn_probs(logits, m[:, None], log_l[:, None], SCALE)
-        dp = tile.dot_parts(do, v, PRECISION, ACC)
+        logits = attn_logits(q, k, mask_n[None, :], PRECISION, ACC)
+        p = attn_probs(logits, m[:, None], log_l[:, None], SCALE)
+        dp = dot_parts(do, v, PRECISION, ACC)
         if seed_ptr is not None:
             dp *= tile.dropout_scale(seed, OFFSET, (first_row + offs_m)[:, None], offs_n[None, :], P).to(ACC)
         ds = p * (dp - delta[:, None])
-        dq = tile.dot_into_parts(ds, k, dq, PRECISION)
+        dq = dot_into_parts(ds, k, dq, PRECISION)
 
-    tile.store_parts(dq_rows, tile.scale_parts(dq, SCALE), offs_m, mask_m, PARTS, ALIGN)
+    store_parts(dq_rows, scale_parts(dq, SCALE), offs_m, mask_m, PARTS, ALIGN)
 
 
 def head_parts(head_dim: int) -> tuple[tuple[int, int, int], ...]:
-    """Powers of two, each at least 16, that make up the head dimension rounded up to a multiple of 16.
+    """The parts of a head dimension, each (first column, width, valid columns): 72 gives (0, 64, 64) and (64, 16, 8).
 
-    Each as (first column, width, valid columns): 72 gives (0, 64, 64) and (64, 16, 8).
+    Widths are powers of two of at least 16. Together they are the head dimension, rounded up to a multiple of 16.
     """
     parts, start = [], 0
     padded = triton.cdiv(head_dim, 16) * 16
@@ -219,7 +232,7 @@ def head_parts(head_dim: int) -> tuple[tuple[int, int, int], ...]:
 
 
 def _align(*tensors: Tensor | None) -> int:
-    """8 if all rows start at multiples of 8 elements from their tensor's start: then they load 16 bytes at a time."""
+    """8 if every row starts at a multiple of 8 elements, so that a load can take 16 bytes; else 1."""
     return 8 if all(s % 8 == 0 for t in tensors if t is not None for s in t.stride()[:3]) else 1
 
 
@@ -255,7 +268,7 @@ def _launch_bwd(
     dq: Tensor | None, dk: Tensor | None, dv: Tensor | None,
     scale: float, seed: Tensor | None, dropout_p: float, offset: int,
 ) -> None:  # fmt: skip
-    """Fills dq, and dk with dv, as far as given; all [B, N, H, E] with unit last stride."""
+    """Fills dq unless None, and dk and dv unless None. All are [B, N, H, E] with unit last stride."""
     B, NQ, HEADS, HEAD_DIM = q.shape
     NK = k.shape[1]
     config = configs.attention_bwd(runtime.arch(q.device), max(NQ, NK), HEAD_DIM, q.dtype, seed is not None)
@@ -280,7 +293,10 @@ def attention_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(o [B, NQ, H·E], m [B, H, NQ], log_l [B, H, NQ]); m and log_l are empty unless ``save``."""
     o, m, log_l = _attention_fwd_fake(q, k, v, scale, save)
-    _launch_fwd(*_unit_rows(q, k, v), o.view(q.shape), m, log_l, scale, seed, dropout_p, offset)
+    q, k, v = _unit_rows(q, k, v)
+    _launch_fwd(
+        q=q, k=k, v=v, o=o.view(q.shape), m=m, log_l=log_l, scale=scale, seed=seed, dropout_p=dropout_p, offset=offset
+    )
     return o, m, log_l
 
 
@@ -298,11 +314,14 @@ def attention_bwd(
     scale: float, need_dq: bool, need_dkv: bool,
     seed: Tensor | None = None, dropout_p: float = 0.0, offset: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dv), contiguous; what is not needed is empty."""
+    """(dq, dk, dv), contiguous. Gradients that are not needed are empty."""
     dq, dk, dv = _attention_bwd_fake(do, q, k, v, o, m, log_l, scale, need_dq, need_dkv)
     q, k, v, do = _unit_rows(q, k, v, do.unflatten(-1, q.shape[2:]))
-    wanted = (dq if need_dq else None, *((dk, dv) if need_dkv else (None, None)))
-    _launch_bwd(q, k, v, o.view(q.shape), do, m, log_l, *wanted, scale, seed, dropout_p, offset)
+    _launch_bwd(
+        q=q, k=k, v=v, o=o.view(q.shape), do=do, m=m, log_l=log_l,
+        dq=dq if need_dq else None, dk=dk if need_dkv else None, dv=dv if need_dkv else None,
+        scale=scale, seed=seed, dropout_p=dropout_p, offset=offset,
+    )  # fmt: skip
     return dq, dk, dv
 
 
@@ -321,7 +340,9 @@ def attention_qkvpacked_fwd(
     """`attention_fwd` of packed qkv [B, N, 3, H, E]."""
     o, m, log_l = _attention_qkvpacked_fwd_fake(qkv, scale, save)
     q, k, v = _unit_rows(qkv)[0].unbind(dim=2)
-    _launch_fwd(q, k, v, o.view(q.shape), m, log_l, scale, seed, dropout_p, offset)
+    _launch_fwd(
+        q=q, k=k, v=v, o=o.view(q.shape), m=m, log_l=log_l, scale=scale, seed=seed, dropout_p=dropout_p, offset=offset
+    )
     return o, m, log_l
 
 
@@ -338,8 +359,11 @@ def attention_qkvpacked_bwd(
     """Packed dqkv [B, N, 3, H, E], contiguous: the kernel writes into it."""
     dqkv = qkv.new_empty(qkv.shape)
     qkv, do = _unit_rows(qkv, do.unflatten(-1, qkv.shape[3:]))
-    q, k, v = qkv.unbind(dim=2)
-    _launch_bwd(q, k, v, o.view(q.shape), do, m, log_l, *dqkv.unbind(dim=2), scale, seed, dropout_p, offset)
+    (q, k, v), (dq, dk, dv) = qkv.unbind(dim=2), dqkv.unbind(dim=2)
+    _launch_bwd(
+        q=q, k=k, v=v, o=o.view(q.shape), do=do, m=m, log_l=log_l, dq=dq, dk=dk, dv=dv,
+        scale=scale, seed=seed, dropout_p=dropout_p, offset=offset,
+    )  # fmt: skip
     return dqkv
 
 
@@ -359,17 +383,21 @@ def _setup_context(ctx, inputs, output):
 def _attention_qkvpacked_backward(ctx, do, _dm, _dlog_l):
     if do is None:
         return (None,) * 6
-    *saved, seed = ctx.saved_tensors
-    return attention_qkvpacked_bwd(do, *saved, ctx.scale, seed, ctx.dropout_p, ctx.offset), *[None] * 5
+    qkv, o, m, log_l, seed = ctx.saved_tensors
+    dqkv = attention_qkvpacked_bwd(
+        do=do, qkv=qkv, o=o, m=m, log_l=log_l, scale=ctx.scale, seed=seed, dropout_p=ctx.dropout_p, offset=ctx.offset
+    )
+    return dqkv, *[None] * 5
 
 
 def _attention_backward(ctx, do, _dm, _dlog_l):
     if do is None:
         return (None,) * 8
     need_dq, need_dk, need_dv = ctx.needs_input_grad[:3]
-    *saved, seed = ctx.saved_tensors
+    q, k, v, o, m, log_l, seed = ctx.saved_tensors
     dq, dk, dv = attention_bwd(
-        do, *saved, ctx.scale, need_dq, need_dk or need_dv, seed, ctx.dropout_p, ctx.offset
+        do=do, q=q, k=k, v=v, o=o, m=m, log_l=log_l, scale=ctx.scale, need_dq=need_dq, need_dkv=need_dk or need_dv,
+        seed=seed, dropout_p=ctx.dropout_p, offset=ctx.offset,
     )  # fmt: skip
     return dq if need_dq else None, dk if need_dk else None, dv if need_dv else None, *[None] * 5
 
@@ -380,7 +408,7 @@ runtime.refuse_second_derivative("attention_qkvpacked", attention_qkvpacked_bwd)
 runtime.refuse_second_derivative("attention", attention_bwd)
 
 
-@runtime.autocasts()
+@autocasts()
 def attention_qkvpacked(
     qkv: Tensor,
     *,
@@ -400,8 +428,8 @@ def attention_qkvpacked(
         num_heads: H, exactly when qkv has three dimensions.
         scale: of the logits, positive; 1/sqrt(E) if None.
         return_lse: also return the logsumexp of each query's logits.
-        dropout_p: dropout of the probabilities, as `vit.kernels.dropout` of [B, H, N, N]. They are normalised before,
-            and the logsumexp knows nothing of it.
+        dropout_p: dropout of the normalised probabilities, as `vit.kernels.dropout` of [B, H, N, N]. The logsumexp
+            does not depend on it.
         seed: as in `vit.kernels.dropout`.
         offset: as in `vit.kernels.dropout`.
         impl: "auto", "fused", "triton" or "reference".
@@ -416,7 +444,7 @@ def attention_qkvpacked(
         RuntimeError: ``impl="fused"`` or ``"triton"`` where the kernels cannot run.
     """
     op = "attention_qkvpacked"
-    runtime.check_floating(op, qkv=qkv)
+    check_floating(op, qkv=qkv)
     if num_heads is not None:
         if qkv.dim() != 3 or num_heads < 1 or qkv.shape[-1] % (3 * num_heads):
             raise ValueError(
@@ -437,7 +465,7 @@ def attention_qkvpacked(
     return (out, scale * m + log_l) if return_lse else out
 
 
-@runtime.autocasts()
+@autocasts()
 def attention(
     q: Tensor,
     k: Tensor,
@@ -473,7 +501,7 @@ def attention(
         RuntimeError: ``impl="fused"`` or ``"triton"`` where the kernels cannot run.
     """
     op = "attention"
-    runtime.check_floating(op, q=q, k=k, v=v)
+    check_floating(op, q=q, k=k, v=v)
     check_heads(op, q, k=k, v=v)
     if k.shape != v.shape:
         raise ValueError(f"{op}: k and v must have the same shape, got {tuple(k.shape)} and {tuple(v.shape)}")
@@ -485,28 +513,6 @@ def attention(
     save = return_lse or runtime.needs_grad(q, k, v)
     out, m, log_l = attention_fwd(q, k, v, scale, save, seed, dropout_p, offset)
     return (out, scale * m + log_l) if return_lse else out
-
-
-def check_heads(op: str, q: Tensor, **keys: Tensor) -> None:
-    """Raises unless q is [B, NQ, H, E] and each of ``keys`` [B, NK, H, E], with NK above 0 if there are queries."""
-    if q.dim() != 4:
-        raise ValueError(f"{op}: q must have shape [B, NQ, H, E], got {tuple(q.shape)}")
-    for name, t in keys.items():
-        if t.dim() != 4 or t.shape[0] != q.shape[0] or t.shape[2:] != q.shape[2:]:
-            raise ValueError(
-                f"{op}: {name} must have shape [B, NK, H, E] with B, H, E of q {tuple(q.shape)}, got {tuple(t.shape)}"
-            )
-        if t.shape[1] == 0 and q.shape[1] > 0:
-            raise ValueError(f"{op}: {name} must have at least one token, got {tuple(t.shape)}")
-
-
-def check_scale(op: str, scale: float | None, head_dim: int) -> float:
-    if head_dim == 0:
-        raise ValueError(f"{op}: the last dimension must not be empty")
-    scale = head_dim**-0.5 if scale is None else float(scale)
-    if not 0.0 < scale < math.inf:
-        raise ValueError(f"{op}: scale must be positive and finite, got {scale}")
-    return scale
 
 
 def _unsupported(head_dim: int) -> str | None:

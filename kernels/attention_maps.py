@@ -1,8 +1,8 @@
-"""Attention probabilities, the dense matrix that the fused kernels never store, for whoever asks.
+"""Attention probabilities: the dense matrix that the fused kernels never store.
 
-Plain PyTorch beside the fused forward, from the queries and keys that it read: asking changes nothing there. The whole
-map of a layer takes B · H · NQ · NK numbers, so ``queries`` selects rows (the class token's, say), and slices of q and
-k along the third dimension select heads. As all keys of a row are at hand, its logsumexp is not needed.
+Plain PyTorch computes it from the queries and keys of the fused forward, which stays as it is. The map of a layer takes
+B · H · NQ · NK numbers. ``queries`` selects rows of it, for example the class token's. Slices of q and k along the
+third dimension select heads.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import runtime
-from .attention import check_heads, check_scale
+from .autocast import autocasts
+from .checks import check_floating, check_heads, check_scale
 
 
-@runtime.autocasts()
+@autocasts()
 def attention_probs(
     q: Tensor, k: Tensor, *, scale: float | None = None, queries: Sequence[int] | Tensor | None = None
 ) -> Tensor:
@@ -26,17 +26,17 @@ def attention_probs(
         q: [B, NQ, H, E], any strides. Of packed qkv [B, N, 3, H, E], q and k are ``qkv.unbind(2)[:2]``.
         k: [B, NK, H, E], likewise, in the dtype of ``q``.
         scale: of the logits, positive; 1/sqrt(E) if None, as in `attention`.
-        queries: indices of the wanted queries, in the wanted order, negative ones from the end; all if None.
+        queries: indices of queries, in any order, negative ones from the end; all if None.
 
     Returns:
-        [B, H, NQ, NK], or as many rows as ``queries`` has; fp32, or fp64 for fp64 inputs. Every row sums to 1.
-        Differentiable to any order. Dropout of `attention` comes after it.
+        [B, H, NQ, NK], with ``queries`` only their rows; fp32, or fp64 for fp64 inputs. Every row sums to 1: this is
+        before the dropout of `attention`. Differentiable to any order.
 
     Raises:
         ValueError: shapes that do not fit. TypeError: dtypes that do not fit. IndexError: no such query.
     """
     op = "attention_probs"
-    runtime.check_floating(op, q=q, k=k)
+    check_floating(op, q=q, k=k)
     check_heads(op, q, k=k)
     scale = check_scale(op, scale, q.shape[-1])
     if queries is not None:
@@ -52,6 +52,6 @@ def _indices(op: str, queries: Sequence[int] | Tensor, count: int) -> Sequence[i
         return queries
     queries = list(queries)
     for i in queries:
-        if not -count <= i < count:  # a GPU would only say that an assertion failed
+        if not -count <= i < count:  # on a GPU PyTorch's message is an assertion that failed
             raise IndexError(f"{op}: queries has {i}, but there are {count} queries")
     return queries

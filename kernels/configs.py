@@ -1,8 +1,8 @@
 """Pinned launch configurations: pure functions of architecture, shape class and dtype. Nothing tunes at run time.
 
-``arch`` is 0 when the kernels are interpreted: tiles are then small, so that small test shapes have several tiles and
-ragged edges. Until a measurement under ``benchmarks/results/`` says otherwise the values are those that compile without
-spills on every architecture of the lock file (``tests/lock``).
+``arch`` is 0 when the kernels are interpreted. Tiles are small then, so that small test shapes have several tiles and
+ragged edges. The other values compile without spills on every architecture of the lock file (``tests/lock``). A
+measurement under ``benchmarks/results/`` may replace them.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Tile sizes (unused ones stay 0), warps per program and pipeline depth; the last three are for `gemm` alone.
+    """Tile sizes (0 if unused), warps per program and pipeline depth. The last three fields are for `gemm` alone.
 
-    split: the epilogue takes the columns of a tile in so many pieces, 1, 2 or 4.
-    warp_specialize: some warps load and the others multiply, where the compiler can.
-    cheap: whether GELU does without erf; None means where the result has 16 bits.
+    split: into how many pieces the epilogue splits the columns of a tile: 1, 2 or 4.
+    warp_specialize: some warps load and the others multiply, where the compiler can do so.
+    cheap: GELU uses an approximation of erf. None: only for results of 16 bits.
     """
 
     block_m: int = 0
@@ -39,7 +39,7 @@ def next_power_of_2(n: int) -> int:
 def layer_norm(arch: int, width: int, redraws: bool = False) -> Config:
     """Rows of ``width`` elements held whole in registers, about 4,096 elements a program.
 
-    Half as many where a backward draws the mask of dropout again, beside all that it holds.
+    Half as many in a backward that draws the mask of dropout again, which takes registers.
     """
     block_d = next_power_of_2(width)
     num_warps = min(max(block_d // 512, 4), 16)
@@ -57,7 +57,7 @@ def elementwise(arch: int, width: int) -> Config:
 
 
 def gemm_provider(impl: str) -> str:
-    """What runs a plain product (with or without bias) of an op called with ``impl``: "triton" or "cublas".
+    """Which library runs a plain product, with or without bias, of an op called with ``impl``: "triton" or "cublas".
 
     Products with GELU or its derivative always run in our kernel, which saves a pass over the widest activation.
     """
@@ -65,7 +65,10 @@ def gemm_provider(impl: str) -> str:
 
 
 def has_tma(arch: int) -> bool:
-    """Whether the hardware reads through tensor descriptors, so that the host makes them; before, they are notation."""
+    """Whether the hardware reads through tensor descriptors, so that the host makes them.
+
+    On older GPUs the compiler turns a descriptor into plain loads.
+    """
     return arch == 0 or arch >= 90
 
 
@@ -116,8 +119,8 @@ def attention_bwd(arch: int, n: int, head_dim: int, dtype: torch.dtype, dropout:
 def patch_embed(arch: int, role: str, dtype: torch.dtype, precision: str) -> Config:
     """Tile of an implicit GEMM: block_m patches, block_n channels, block_k pixels of a patch.
 
-    ``role`` says which of the three is summed over: "fwd" pixels, "dw" patches, "dimage" channels. Pixels stay few,
-    because a layout that allows no wide loads keeps an address in registers for each of them.
+    ``role`` says which of the three is summed over: "fwd" pixels, "dw" patches, "dimage" channels. block_k stays small:
+    without wide loads each pixel has an address of its own in registers.
     """
     if arch == 0:
         tiles = {"fwd": (32, 64, 32, 8), "dw": (32, 64, 32, 8), "dimage": (32, 32, 32, 8)}
@@ -127,7 +130,7 @@ def patch_embed(arch: int, role: str, dtype: torch.dtype, precision: str) -> Con
         rows = 64 if arch >= 90 else 32
         tiles = {"fwd": (128, 64, 32, 8, 8, 3), "dw": (rows, 128, 64, 8, 8, 3), "dimage": (128, 32, 64, 8, 8, 3)}
     elif arch >= 90:
-        rows = 64 if arch >= 100 else 128  # there fp32 tokens and position embeddings spill beside 128
+        rows = 64 if arch >= 100 else 128  # 128 rows spill with fp32 tokens and position embeddings
         tiles = {"fwd": (rows, 128, 64, 8, 8, 3), "dw": (64, 128, 64, 8, 8, 3), "dimage": (64, 64, 64, 8, 4, 3)}
     else:
         tiles = {"fwd": (128, 128, 32, 8, 8, 4), "dw": (64, 128, 64, 8, 8, 3), "dimage": (128, 64, 64, 8, 8, 3)}

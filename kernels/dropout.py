@@ -2,9 +2,11 @@
 
     y = x · k(seed, offset, row, column),  k ∈ {0, 1/(1 − p)}
 
-`tile.dropout_scale` computes k again wherever it is needed. So no mask is stored, and backward, recomputation,
-compilation and graph replay agree. Backward: dx = dy · k, the same kernel. The ops that drop inside
-(`residual_layer_norm`, `mlp`, `attention`) use the same function. This op is for embeddings and the head.
+Backward: dx = dy · k, by the same kernel.
+
+No mask is stored: `tile.dropout_scale` computes k wherever it is needed. So the backward, a recomputed forward,
+compiled code and a replayed graph all have the same mask. `residual_layer_norm`, `mlp` and `attention` use the same
+function for their own dropout. This op is for embeddings and the head.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, reference, runtime, tile
+from .checks import check_dropout, check_floating
 
 
 @triton.jit(do_not_specialize=["OFFSET"])
@@ -47,7 +50,7 @@ def _dropout_seed_fake(like):
 def dropout_seed(like: Tensor) -> Tensor:
     """One int64 number [1] on the device of ``like``, from PyTorch's generator there (`torch.manual_seed`).
 
-    An op of its own, so that `torch.compile` and a captured graph draw it anew at every run, as eager code does.
+    A custom op, so that compiled code and a captured graph draw a new number at every run, as eager code does.
     """
     return _dropout_seed(like.detach())
 
@@ -75,7 +78,7 @@ def _dropout_fake(x, p, seed, offset):
 
 @torch.library.custom_op("vit::dropout_bwd", mutates_args=())
 def dropout_bwd(dy: Tensor, p: float, seed: Tensor, offset: int) -> Tensor:
-    """dx, contiguous. An op of its own, so that a second derivative raises as everywhere."""
+    """dx, contiguous. It is a separate op so that its own gradient, a second derivative, can raise."""
     return torch.ops.vit.dropout(dy, p, seed, offset)
 
 
@@ -99,22 +102,11 @@ runtime.refuse_second_derivative("dropout", dropout_bwd)
 
 
 def seed_and_offset(op: str, p: float, seed: Tensor | None, offset: int, x: Tensor) -> tuple[Tensor | None, int]:
-    """What an op of `x` drops out with: the seed (a new one for None) and the offset; (None, 0) for p = 0.
-
-    Raises unless ``p`` is a probability below 1 and ``seed`` is None or one int64 number on the device of x.
-    """
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {p}")
+    """What an op of x drops out with: the seed (a new one for None) and the offset; (None, 0) for p = 0."""
+    check_dropout(op, p, seed, x)
     if p == 0.0:
         return None, 0
-    if seed is None:
-        return dropout_seed(x), offset
-    if not isinstance(seed, torch.Tensor) or seed.dtype is not torch.int64 or seed.numel() != 1:
-        got = f"{seed.dtype} {tuple(seed.shape)}" if isinstance(seed, torch.Tensor) else type(seed).__name__
-        raise TypeError(f"{op}: seed must be an int64 tensor of one element, as dropout_seed(x) returns it, got {got}")
-    if seed.device != x.device:
-        raise ValueError(f"{op}: all tensors must be on one device, got {x.device} and {seed.device} (seed)")
-    return seed, offset
+    return dropout_seed(x) if seed is None else seed, offset
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None = None, offset: int = 0, *, impl: str = "auto") -> Tensor:
@@ -125,7 +117,7 @@ def dropout(x: Tensor, p: float, seed: Tensor | None = None, offset: int = 0, *,
         p: in [0, 1); 0 returns ``x`` itself.
         seed: int64 tensor of one element on the device of ``x``, see `dropout_seed`. None draws one.
         offset: which dropout of the network this is, from 0 to 2³¹ − 1. Two with the same seed and offset drop alike.
-        impl: "auto", "fused", "triton" or "reference". All draw one mask, another than PyTorch's.
+        impl: "auto", "fused", "triton" or "reference". All draw the same mask. PyTorch's own dropout draws another.
 
     Returns:
         Like ``x``, contiguous.
@@ -134,7 +126,7 @@ def dropout(x: Tensor, p: float, seed: Tensor | None = None, offset: int = 0, *,
         ValueError: p outside [0, 1), unknown impl. TypeError: not a floating-point tensor, not a seed.
         RuntimeError: ``impl="fused"`` or ``"triton"`` where the kernel cannot run.
     """
-    runtime.check_floating("dropout", x=x)
+    check_floating("dropout", x=x)
     seed, offset = seed_and_offset("dropout", p, seed, offset, x)
     if p == 0.0:
         return x

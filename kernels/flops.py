@@ -1,10 +1,10 @@
 """What PyTorch's counter, `torch.utils.flop_counter.FlopCounterMode`, counts of each op.
 
-It sees an op as one call, and nothing of what the op runs inside, be it our kernel or cuBLAS: each product is counted
-here, and once. Every formula counts what the counter finds in `reference`: two FLOPs for each multiply-add of a matrix
-product, and none for the rest. A gradient that nobody wants counts nothing.
+The counter sees an op as one call, and nothing that runs inside, neither our kernels nor cuBLAS. So these formulas
+count the products, each once. They count what the counter finds in `reference`: two FLOPs for each multiply-add of a
+matrix product, and none for the rest. Gradients that are not needed do not count.
 
-A formula gets what the op gets, with shapes instead of tensors. `benchmarks.trace` counts what the kernels do instead.
+A formula gets the arguments of its op, with shapes instead of tensors. `benchmarks.trace` counts what the kernels do.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Shape = Sequence[int]
 
 
 def _formula_of(*names: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Registers a formula for these ops, also where somebody imports the package anew."""
+    """Registers a formula for these ops, also when the package is imported a second time."""
     ops = [getattr(torch.ops.vit, name) for name in names]
     for op in ops:
         flop_registry.pop(op, None)
@@ -98,7 +98,7 @@ def _attention_qkvpacked_bwd(do: Shape, qkv: Shape, *_: Any, **__: Any) -> int:
 
 @_formula_of("patch_embed_fwd")
 def _patch_embed_fwd(image: Shape, weight: Shape, *_: Any, **__: Any) -> int:
-    """Every pixel is in one patch; what a mask hides counts, too."""
+    """Every pixel is in one patch. Masked patches count, too."""
     return 2 * prod(image) * weight[0]
 
 
@@ -107,8 +107,8 @@ def _patch_embed_bwd(
     dy: Shape, image: Shape | None, weight: Shape | None, masked: Shape | None, image_shape: Shape, *_: Any, **__: Any
 ) -> int:
     """dimage needs weight, and dw needs image."""
-    wanted = (weight is not None) + (image is not None)
-    return wanted * 2 * prod(image_shape) * dy[-1]
+    products = (weight is not None) + (image is not None)
+    return products * 2 * prod(image_shape) * dy[-1]
 
 
 @_formula_of("layer_norm_fwd", "layer_norm_bwd", "dropout", "dropout_bwd", "dropout_seed")

@@ -4,14 +4,14 @@ Forward, per row of D elements (r: row scale of the sample, g: LayerScale gamma,
     s = residual + r · g · k · branch        (layer_norm: s = x)
     x_hat = (s − mean(s)) · rstd,  rstd = 1 / sqrt(var(s) + eps)
     y = x_hat · w + b
-Saved: s (the output, or x itself), mean, rstd; branch if g wants a gradient. x_hat is recomputed.
+Saved: s (the output, or x itself), mean, rstd; branch if g requires grad. x_hat is recomputed.
 
 Backward, from dy (of y) and ds_out (of s):
     ds = ds_out + rstd · (w·dy − mean(w·dy) − x_hat · mean(w·dy · x_hat))
     dresidual = ds,  dbranch = r · g · k · ds
     dw = Σ_rows dy · x_hat,  db = Σ_rows dy,  dg = Σ_rows r · k · ds · branch
-The three sums: every program adds its rows in order into registers and writes one partial row; the partials are then
-summed in one fixed order. No atomics, so the result is the same bits every time.
+For the three sums, every program adds its rows in order into registers and writes one partial row. The partials are
+then summed in one fixed order. There are no atomics, so the result has the same bits every time.
 
 x [M, D] has any row stride; statistics are fp32 (fp64 for fp64 tensors, interpreted only).
 """
@@ -26,6 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, reference, runtime, tile
+from .autocast import autocast_dtype, autocasts
+from .checks import check_floating
 from .dropout import seed_and_offset
 from .reference import ResidualLayerNorm
 
@@ -178,7 +180,7 @@ def layer_norm_bwd(
     branch: Tensor | None, gamma: Tensor | None, row_scale: Tensor | None, seed: Tensor | None,
     dropout_p: float, offset: int, need_dbranch: bool, need_dw: bool, need_db: bool, need_dgamma: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(ds, dbranch, dw, db, dgamma); what is not needed is empty. dw, db and dgamma are in the accumulator's type."""
+    """(ds, dbranch, dw, db, dgamma), those not needed empty. dw, db and dgamma are in the accumulator's type."""
     ds = s.new_empty(s.shape)
     dbranch = dy.new_empty(s.shape if need_dbranch else 0)
     dy_rows, s_rows = runtime.rows(dy), runtime.rows(s)
@@ -226,7 +228,7 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd, *([stream] if branch is None else []))
     s = x if branch is None else stream
-    # The branch itself is read only by the gradient of gamma.
+    # Only the gradient of gamma reads the branch itself.
     kept = branch if gamma is not None and ctx.needs_input_grad[2] else None
     ctx.save_for_backward(s, mean, rstd, weight, kept, gamma, row_scale, seed)
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -238,11 +240,12 @@ def _backward(ctx, ds_out, dy, _dmean, _drstd):
     need_dx, need_dbranch, need_dgamma, _, need_dw, need_db = ctx.needs_input_grad[:6]
     if dy is None:
         dy = s.new_zeros(s.shape, dtype=ctx.y_dtype)
-    # Without factors the branch has the gradient of the residual: the same tensor serves both.
+    # Without factors branch and residual have the same gradient, so one tensor is enough.
     separate = need_dbranch and any(t is not None for t in (gamma, row_scale, seed))
     ds, dbranch, dw, db, dgamma = layer_norm_bwd(
-        dy, ds_out if ctx.branch_dtype else None, s, mean, rstd, weight, branch, gamma, row_scale, seed,
-        ctx.dropout_p, ctx.offset, separate, need_dw, need_db, need_dgamma,
+        dy=dy, ds_out=ds_out if ctx.branch_dtype else None, s=s, mean=mean, rstd=rstd, weight=weight,
+        branch=branch, gamma=gamma, row_scale=row_scale, seed=seed, dropout_p=ctx.dropout_p, offset=ctx.offset,
+        need_dbranch=separate, need_dw=need_dw, need_db=need_db, need_dgamma=need_dgamma,
     )  # fmt: skip
     return (
         ds if need_dx else None,
@@ -280,21 +283,25 @@ def layer_norm(
         RuntimeError: ``impl="fused"`` or ``"triton"`` where the kernels cannot run.
     """
     _check("layer_norm", x, weight, bias, eps)
-    autocast = runtime.autocast_dtype(x.device) if x.dtype is not torch.float64 else None
+    autocast = autocast_dtype(x.device) if x.dtype is not torch.float64 else None
     if autocast is None:
-        runtime.check_floating("layer_norm", x=x, weight=weight, bias=bias)
+        check_floating("layer_norm", x=x, weight=weight, bias=bias)
     else:
-        runtime.check_floating("layer_norm", x=x)
-        runtime.check_floating("layer_norm", weight=weight, bias=bias)
+        check_floating("layer_norm", x=x)
+        check_floating("layer_norm", weight=weight, bias=bias)
     out_dtype = autocast or x.dtype
     if not runtime.use_triton("layer_norm", impl, [x, weight, bias], _too_wide(x)):
         return reference.layer_norm(x, weight, bias, eps).to(out_dtype)
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     save = runtime.needs_grad(x, weight, bias)
-    return layer_norm_fwd(x, None, None, None, weight, bias, None, eps, 0.0, 0, out_dtype, save)[1]
+    _, y, _, _ = layer_norm_fwd(
+        x=x, branch=None, gamma=None, row_scale=None, weight=weight, bias=bias, seed=None,
+        eps=eps, dropout_p=0.0, offset=0, out_dtype=out_dtype, save=save,
+    )  # fmt: skip
+    return y
 
 
-@runtime.autocasts("residual", "weight", "bias", "gamma", "row_scale")
+@autocasts("residual", "weight", "bias", "gamma", "row_scale")
 def residual_layer_norm(
     residual: Tensor,
     branch: Tensor,
@@ -314,9 +321,9 @@ def residual_layer_norm(
     ``stream = residual + row_scale · gamma · dropout(branch)``, ``y = layer_norm(stream)``.
 
     Args:
-        residual: [B, ..., D], the residual stream. May be fp32 beside fp16 or bf16 branches.
+        residual: [B, ..., D], the residual stream; in the dtype of ``branch``, or fp32 with fp16 or bf16 branches.
         branch: like ``residual``, output of attention or MLP. Under `torch.autocast` it is taken in autocast's dtype.
-        weight: [D] of the LayerNorm, or None; in the dtype of ``branch``, or fp32 beside fp16 or bf16.
+        weight: [D] of the LayerNorm, or None; in the dtype of ``branch``, or fp32 with fp16 or bf16.
         bias: like ``weight``.
         eps: added to the biased variance.
         gamma: [D], LayerScale (Touvron et al., 2021), or None; in a dtype that ``weight`` may have.
@@ -339,11 +346,11 @@ def residual_layer_norm(
         shapes = f"{tuple(residual.shape)}, got {tuple(branch.shape)}"
         raise ValueError(f"{op}: branch must have the shape of residual {shapes}")
     if residual.dtype is not torch.float32 or branch.dtype not in runtime.HALF:
-        runtime.check_floating(op, residual=residual, branch=branch)
-    runtime.check_floating(op, weight=weight, bias=bias)
+        check_floating(op, residual=residual, branch=branch)
+    check_floating(op, weight=weight, bias=bias)
     for name, t in (("weight", weight), ("bias", bias), ("gamma", gamma)):
         if t is not None and (t.dtype is not torch.float32 or branch.dtype not in runtime.HALF):
-            runtime.check_floating(op, branch=branch, **{name: t})
+            check_floating(op, branch=branch, **{name: t})
     if gamma is not None and gamma.shape != residual.shape[-1:]:
         raise ValueError(f"{op}: gamma must have shape ({residual.shape[-1]},), got {tuple(gamma.shape)}")
     if row_scale is not None and row_scale.shape != residual.shape[:1]:
@@ -359,8 +366,9 @@ def residual_layer_norm(
     weight, bias, gamma, row_scale = (None if t is None else t.contiguous() for t in (weight, bias, gamma, row_scale))
     save = runtime.needs_grad(residual, branch, weight, bias, gamma)
     stream, y, _, _ = layer_norm_fwd(
-        residual, branch, gamma, row_scale, weight, bias, seed, eps, dropout_p, offset, branch.dtype, save
-    )
+        x=residual, branch=branch, gamma=gamma, row_scale=row_scale, weight=weight, bias=bias, seed=seed,
+        eps=eps, dropout_p=dropout_p, offset=offset, out_dtype=branch.dtype, save=save,
+    )  # fmt: skip
     return ResidualLayerNorm(stream, y)
 
 

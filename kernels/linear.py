@@ -6,15 +6,15 @@ the accumulator's type:
     acc + bias
     h = acc + bias, out = gelu(h), and h itself as a second output if the backward will need it
     out = acc · gelu'(h), and gelu(h) as a second output, so that the forward need not save it
-with a seed gelu and gelu' are those of dropout behind the activation: times `tile.dropout_scale` of the element.
+With a seed, dropout follows the activation: gelu and gelu' are multiplied by the element's `tile.dropout_scale`.
 
 Forward:  y = x·Wᵀ + b, or h = x·Wᵀ + b and y = gelu(h).
 Backward: dh = dy (with an activation dy · gelu'(h): no product precedes it, so the epilogue is a pass of its own),
     dx = dh·W,  dW = dhᵀ·x,  db = Σ_rows dh
-Saved: x if W wants a gradient, W if x does, h with an activation.
+Saved: x if W requires grad, W if x does, h with an activation.
 
-Every sum has one fixed order: a program walks K alone, from front to back, and db is one reduction over rows. Operands
-are read through tensor descriptors, which pad with zeros beyond the edges.
+Every sum has one fixed order: a program walks all of K, from front to back, and db is one reduction over rows. Operands
+are read through tensor descriptors, which read zeros beyond the edges.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs, reference, runtime, tile
-
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
+from .autocast import autocasts
+from .checks import check_activation, check_floating, check_layer
 
 
 @triton.jit
 def _describe(x, stride, ROWS, COLS, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, TRANS: tl.constexpr):
-    """The descriptor of an operand [ROWS, COLS] that is stored so, or transposed; without a stride x is one already."""
+    """The descriptor of an operand [ROWS, COLS], stored transposed if TRANS. Without a stride x is a descriptor."""
     if stride is None:
         return x
     elif TRANS:
@@ -69,7 +69,7 @@ def _gemm_kernel(
         b = _load(b_desc, start_k, start_n, TRANS_B)
         acc = tile.dot(a, b, acc, PRECISION)
 
-    # Some of the columns at a time: a whole tile beside GELU's temporaries spills registers.
+    # Some of the columns at a time, because a whole tile and GELU's temporaries spill registers.
     pieces = (acc,)
     if SPLIT >= 2:
         pieces = _halves(acc)
@@ -97,7 +97,7 @@ def _epilogue(
 ):  # fmt: skip
     """Bias, activation and dropout for the rows of tile row pid_m and the columns from start_n, and the stores.
 
-    CHEAP: whether GELU does without erf, see `tile.gelu_and_grad`; None: where the result has 16 bits.
+    CHEAP: GELU uses an approximation of erf, see `tile.gelu_and_grad`. None: only for results of 16 bits.
     """
     BLOCK_M: tl.constexpr = acc.shape[0]
     first_row = pid_m * BLOCK_M  # 64-bit; the offsets from there on are not, which halves their registers
@@ -137,7 +137,7 @@ def _activation_kernel(
     M, N, OFFSET,
     ACTIVATION: tl.constexpr, P: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue on a matrix that is there already."""
+    """The epilogue alone, on a matrix in memory."""
     pid = tl.program_id(0).to(tl.int64)
     tiles_n = tl.cdiv(N, BLOCK_N)
     pid_m, start_n = pid // tiles_n, (pid % tiles_n).to(tl.int32) * BLOCK_N
@@ -150,11 +150,11 @@ def _activation_kernel(
 
 
 def _operand(x: Tensor) -> Tensor:
-    """The matrix x, or a copy of it, such that a tensor descriptor can describe it.
+    """The matrix x if a tensor descriptor can describe it, else a copy of x.
 
-    That takes contiguous rows, and a base address and row stride that are multiples of 16 bytes. Where x has other
-    strides, an odd offset or an odd width (10 classes, 588 pixels a patch), the copy lives in a buffer of padded rows,
-    whose padding is never read.
+    A descriptor needs contiguous rows, and a base address and row stride that are multiples of 16 bytes. Other strides,
+    an odd offset or an odd width (10 classes, 588 pixels a patch) need the copy. Its rows are padded, and nothing reads
+    the padding.
     """
     per_16_bytes = 16 // x.element_size()
     height, width = x.shape
@@ -178,7 +178,7 @@ def gemm(
     dropout_p: float = 0.0,
     offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Launches the kernel: (out, aux), aux empty unless wanted.
+    """Launches the kernel and returns (out, aux). aux is empty unless the argument ``aux`` is True.
 
     a is [M, K], or [K, M] with ``trans_a``; b is [K, N], or [N, K] with ``trans_b``; any strides. With ``activation``
     out is gelu(acc + bias) and aux is acc + bias. With ``preact`` [M, N] as well, out is acc · gelu'(preact) and aux is
@@ -194,10 +194,10 @@ def gemm(
     out, aux_out = a.new_empty(M, N), a.new_empty((M, N) if aux else 0)
     if M == 0 or N == 0:
         return out, aux_out
-    if K == 0:  # a descriptor has no empty dimension, but a product over nothing is one over a zero
+    if K == 0:  # a descriptor has no empty dimension; a product over one zero is as good
         K, a, b = 1, a.new_zeros((1, M) if trans_a else (M, 1)), b.new_zeros((N, 1) if trans_b else (1, N))
     a, b = _operand(a), _operand(b)
-    # The host makes the descriptors, but for warps that split a tile: the compiler narrows only what the kernel makes.
+    # The host makes the descriptors, except for warps that split a tile: the compiler narrows only a kernel's own.
     host = configs.has_tma(arch) and not config.warp_specialize
     if config.warp_specialize:
         runtime.allow_descriptors(a.device)
@@ -249,7 +249,7 @@ def rows(x: Tensor) -> Tensor:
 
 
 def reshaped(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """x with another shape, not as a view of it: autograd lets nobody change a view that an op of ours returned."""
+    """x with another shape, but not a view: autograd forbids in-place changes of a view that a custom op returned."""
     return torch.ops.aten._unsafe_view(x, shape)
 
 
@@ -281,7 +281,7 @@ def linear_bwd(
     dy: Tensor, x: Tensor | None, weight: Tensor | None, preact: Tensor | None,
     activation: str | None, need_db: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dx, dw, db). dx needs weight and dw needs x: without them, as without ``need_db``, the gradient is empty."""
+    """(dx, dw, db). dx is empty without weight, dw without x, db without ``need_db``."""
     dh = rows(dy).contiguous()
     if activation is not None:
         dh = activate(dh, activation, rows(preact).contiguous())
@@ -316,7 +316,10 @@ def _backward(ctx, dy, _dpreact):
     need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
     if dy is None:
         return (None,) * 6
-    dx, dw, db = linear_bwd(dy, *ctx.saved_tensors, ctx.activation, need_db, ctx.impl)
+    x, weight, preact = ctx.saved_tensors
+    dx, dw, db = linear_bwd(
+        dy=dy, x=x, weight=weight, preact=preact, activation=ctx.activation, need_db=need_db, impl=ctx.impl
+    )
     return dx if need_dx else None, dw if need_dw else None, db if need_db else None, None, None, None
 
 
@@ -324,7 +327,7 @@ linear_fwd.register_autograd(_backward, setup_context=_setup_context)
 runtime.refuse_second_derivative("linear", linear_bwd)
 
 
-@runtime.autocasts()
+@autocasts()
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, *, impl: str = "auto"
 ) -> Tensor:
@@ -346,7 +349,7 @@ def linear(
         ValueError: shapes that do not fit, unknown activation or impl. TypeError: dtypes that do not fit.
         RuntimeError: ``impl="fused"`` or ``"triton"`` where the kernels cannot run.
     """
-    runtime.check_floating("linear", x=x, weight=weight, bias=bias)
+    check_floating("linear", x=x, weight=weight, bias=bias)
     if x.dim() == 0:
         raise ValueError("linear: x must have shape [..., K], got a scalar")
     check_layer("linear", "the last dimension of x", x.shape[-1], weight, bias)
@@ -358,15 +361,3 @@ def linear(
     bias = None if bias is None else bias.contiguous()
     save = runtime.needs_grad(x, weight, bias)
     return linear_fwd(x, weight, bias, activation, save, impl)[0]
-
-
-def check_layer(op: str, source: str, width: int, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
-    if weight.dim() != 2 or weight.shape[1] != width:
-        raise ValueError(f"{op}: {prefix}weight must have shape [N, {width}] ({source}), got {tuple(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{op}: {prefix}bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-
-
-def check_activation(op: str, activation: str) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")

@@ -3,11 +3,11 @@
 Forward:  h = x·W1ᵀ + b1 and a = k · gelu(h) from one epilogue,  y = a·W2ᵀ + b2
 Backward: dh = (dy·W2) · k · gelu'(h) and a = k · gelu(h) again from one epilogue,
     dx = dh·W1,  dW1 = dhᵀ·x,  db1 = Σ_rows dh,  dW2 = dyᵀ·a,  db2 = Σ_rows dy
-Saved: x, h, W1, W2 and the seed, each only if a wanted gradient reads it. a is as wide as h and is not saved, nor is
-k, the dropout scale: both are computed again. Without gradients h is not written at all.
+Saved: x, h, W1, W2 and the seed, each only if a gradient needs it. a, which is as wide as h, and k, the dropout scale,
+are computed again. Without gradients h is not written at all.
 
-Fused, by our kernel: bias, GELU and dropout behind fc1, their derivative behind the gradient of fc2's input. The other
-products are plain: cuBLAS, or our kernel with ``impl="triton"`` (`configs.gemm_provider`).
+Our kernel fuses bias, GELU and dropout after fc1 into its product, and their derivative into the gradient of fc2's
+input. The other products are plain: cuBLAS, or our kernel with ``impl="triton"`` (`configs.gemm_provider`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from . import reference, runtime
+from .autocast import autocasts
+from .checks import check_activation, check_floating, check_layer
 from .dropout import seed_and_offset
-from .linear import activate, check_activation, check_layer, column_sum, gemm, matmul, reshaped, rows
+from .linear import activate, column_sum, gemm, matmul, reshaped, rows
 
 
 @torch.library.custom_op("vit::mlp_fwd", mutates_args=())
@@ -48,9 +50,9 @@ def mlp_bwd(
     seed: Tensor | None, activation: str, dropout_p: float, offset: int,
     need_db1: bool, need_dw2: bool, need_db2: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dx, dw1, db1, dw2, db2), empty where not wanted.
+    """(dx, dw1, db1, dw2, db2), those not needed empty.
 
-    dx comes with fc1_weight and dw1 with x; these two and db1 need fc2_weight.
+    dx is computed if fc1_weight is given, dw1 if x is given. These two and db1 need fc2_weight.
     """
     dx, dw1, db1, dw2, db2 = (dy.new_empty(0) for _ in range(5))
     dy_rows = rows(dy).contiguous()
@@ -58,7 +60,7 @@ def mlp_bwd(
     drop = {"seed": seed, "dropout_p": dropout_p, "offset": offset}
     if fc2_weight is not None:
         dpreact, postact = gemm(dy_rows, fc2_weight, None, activation, rows(preact).contiguous(), aux=need_dw2, **drop)
-    elif need_dw2:  # nothing before fc2 learns
+    elif need_dw2:  # nothing before fc2 requires grad
         postact = activate(rows(preact).contiguous(), activation, **drop)
     if fc1_weight is not None:
         dx = reshaped(matmul(dpreact, fc1_weight, impl=impl), (*dy.shape[:-1], fc1_weight.shape[1]))
@@ -106,10 +108,14 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dy, _dpreact):
     if dy is None:
         return (None,) * 11
+    x, preact, fc1_weight, fc2_weight, seed = ctx.saved_tensors
     needs = ctx.needs_input_grad[:5]
     _, _, need_db1, need_dw2, need_db2 = needs
-    drop = ctx.dropout_p, ctx.offset
-    grads = mlp_bwd(dy, *ctx.saved_tensors, ctx.activation, *drop, need_db1, need_dw2, need_db2, ctx.impl)
+    grads = mlp_bwd(
+        dy=dy, x=x, preact=preact, fc1_weight=fc1_weight, fc2_weight=fc2_weight, seed=seed,
+        activation=ctx.activation, dropout_p=ctx.dropout_p, offset=ctx.offset,
+        need_db1=need_db1, need_dw2=need_dw2, need_db2=need_db2, impl=ctx.impl,
+    )  # fmt: skip
     return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *[None] * 6
 
 
@@ -117,7 +123,7 @@ mlp_fwd.register_autograd(_backward, setup_context=_setup_context)
 runtime.refuse_second_derivative("mlp", mlp_bwd)
 
 
-@runtime.autocasts()
+@autocasts()
 def mlp(
     x: Tensor,
     fc1_weight: Tensor,
@@ -154,7 +160,7 @@ def mlp(
         RuntimeError: ``impl="fused"`` or ``"triton"`` where the kernels cannot run.
     """
     params = {"fc1_weight": fc1_weight, "fc1_bias": fc1_bias, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
-    runtime.check_floating("mlp", x=x, **params)
+    check_floating("mlp", x=x, **params)
     if x.dim() == 0:
         raise ValueError("mlp: x must have shape [..., D], got a scalar")
     check_layer("mlp", "the last dimension of x", x.shape[-1], fc1_weight, fc1_bias, "fc1_")
@@ -164,7 +170,10 @@ def mlp(
     if not runtime.use_triton("mlp", impl, [x, *params.values()]):
         return reference.mlp(x, *params.values(), activation, dropout_p=dropout_p, seed=seed, offset=offset)
     fc1_bias, fc2_bias = (None if b is None else b.contiguous() for b in (fc1_bias, fc2_bias))
-    # Only fc2's bias can do without the pre-activation.
+    # The gradient of fc2_bias alone needs no pre-activation.
     save = runtime.needs_grad(x, fc1_weight, fc1_bias, fc2_weight)
-    layers = fc1_weight, fc1_bias, fc2_weight, fc2_bias
-    return mlp_fwd(x, *layers, seed, activation, dropout_p, offset, save, impl)[0]
+    y, _ = mlp_fwd(
+        x=x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias, seed=seed,
+        activation=activation, dropout_p=dropout_p, offset=offset, save=save, impl=impl,
+    )  # fmt: skip
+    return y

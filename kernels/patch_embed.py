@@ -8,7 +8,7 @@ Forward:
     tokens[b, t] = P[b·N + t − R]·Wᵀ + bias + pos[t]   otherwise
 pos has T rows, or only the last N of them. P never exists in memory: the kernels turn (patch, k) into the address of a
 pixel with the image's own four strides, so that any layout is read as it is. The pixels of masked patches are never
-read. Saved: image if W wants a gradient, W if the image does, the mask.
+read. Saved: image if W requires grad, W if the image does, the mask.
 
 Backward, from dy [B, T, D], with G the rows of dy that belong to patches, zero for masked ones:
     sums = Σ_b dy,  dpos = sums (its last N rows),  dprefix = sums[:R],  dbias = Σ G
@@ -16,8 +16,8 @@ Backward, from dy [B, T, D], with G the rows of dy that belong to patches, zero 
     dW = Gᵀ·P: a program owns one tile of dW and one range of patches, walks it in order and writes a partial tile; the
         partials are then summed in one fixed order
     dP = G·W, stored straight to the pixels: each belongs to exactly one patch, so these are plain stores
-No atomics, so the result is the same bits every time. Products accumulate in fp32 (fp64 for fp64 tensors, interpreted
-only), and so do all sums. Where the tokens are fp32 beside 16-bit pixels, G is rounded to 16 bits for the products.
+There are no atomics, so the result has the same bits every time. Products and sums accumulate in fp32 (fp64 for fp64
+tensors, interpreted only). If tokens are fp32 and pixels have 16 bits, G is rounded to 16 bits for the products.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, reference, runtime, tile
+from .autocast import autocasts
+from .checks import check_floating
 
 
 @triton.jit
 def _split_rows(start, PER_IMAGE, BLOCK_M: tl.constexpr):
-    """(image as int64, row inside it) of BLOCK_M rows: one 64-bit division a tile, the others are 32-bit and cheap."""
+    """(image as int64, row inside it) of BLOCK_M rows. Only one division a tile is 64-bit; 32-bit ones are cheap."""
     image = start // PER_IMAGE
     row = (start - image * PER_IMAGE).to(tl.int32) + tl.arange(0, BLOCK_M)
     return (image + row // PER_IMAGE).to(tl.int64), row % PER_IMAGE
@@ -95,7 +97,7 @@ def _patch_embed_fwd_kernel(
 
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(ACC)[None, :]
-    if masked_ptr is not None:  # a selection: not even NaN in the weight reaches a masked patch
+    if masked_ptr is not None:  # selects, so that NaN in the weight does not reach a masked patch
         mask_token = tl.load(mask_token_ptr + offs_d, mask=mask_d, other=0.0).to(ACC)
         acc = tl.where(is_masked[:, None] != 0, mask_token[None, :], acc)
     if prefix_ptr is not None:
@@ -133,7 +135,7 @@ def _patch_embed_dw_kernel(
     for start_m in range(split * ROWS_PER_SPLIT, tl.minimum((split + 1) * ROWS_PER_SPLIT, M), BLOCK_M):
         mask_m = start_m + tl.arange(0, BLOCK_M) < M
         b, n = _split_rows(start_m, N, BLOCK_M)
-        if masked_ptr is not None:  # both factors become 0, because 0 times a NaN is none
+        if masked_ptr is not None:  # both factors become 0, because 0 times NaN is NaN
             mask_m = mask_m & (tl.load(masked_ptr + b * N + n, mask=mask_m, other=0) == 0)
         offs_dy = (b * stride_dyb + (R + n).to(tl.int64) * stride_dyt)[None, :] + offs_d[:, None]
         dy = tl.load(dy_ptr + offs_dy, mask=mask_m[None, :] & mask_d[:, None], other=0.0)  # [BLOCK_D, BLOCK_M]
@@ -180,7 +182,7 @@ def _patch_embed_dimage_kernel(
 
 
 def _layout(image: Tensor, PH: int, PW: int) -> dict[str, int]:
-    """Strides, patch, and how many elements the start of every row of a patch is a multiple of: the width of a load."""
+    """Strides, patch size, and ALIGN: every row of a patch starts at a multiple of so many elements."""
     b, c, h, w = image.stride()
     align = math.gcd(8, b, c, h, PW * w)
     return {"stride_b": b, "stride_c": c, "stride_h": h, "stride_w": w, "PH": PH, "PW": PW, "ALIGN": align}
@@ -219,78 +221,102 @@ def _patch_embed_fwd_fake(image, weight, bias, pos_embed, prefix, mask_token, ma
     return image.new_empty(B, T, D, dtype=torch.promote_types(image.dtype, added.dtype))
 
 
+def _fill_sums(
+    dy: Tensor, g: Tensor, is_masked: Tensor | None, num_prefix: int,
+    dbias: Tensor, dpos: Tensor, dprefix: Tensor, dmask_token: Tensor,
+) -> None:  # fmt: skip
+    """Fills the gradients that are sums over the images, except empty ones.
+
+    g [B, T, D] is dy with zeros in masked rows, is_masked [B, T, 1].
+    """
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    of_masked = None
+    # Contiguous, because the order of PyTorch's sum depends on the strides.
+    if dbias.numel() or dpos.numel() or dprefix.numel():
+        sums = g.contiguous().sum(dim=0, dtype=wide)  # [T, D]
+    if is_masked is not None and (dpos.numel() or dmask_token.numel()):
+        of_masked = dy.contiguous().masked_fill(~is_masked, 0.0).sum(dim=0, dtype=wide)  # [T, D]
+
+    # Copies: if two gradients shared memory, clipping in place would scale them twice.
+    if dbias.numel():
+        dbias.copy_(sums[num_prefix:].sum(dim=0))
+    if dprefix.numel():
+        dprefix.copy_(sums[None, :num_prefix])
+    if dpos.numel():
+        dpos.copy_((sums if of_masked is None else sums + of_masked)[None, -dpos.shape[1] :])
+    if dmask_token.numel():
+        dmask_token.copy_(of_masked.sum(dim=0))
+
+
+def _dw(g: Tensor, image: Tensor, masked: Tensor | None, patch_size: list[int], num_prefix: int) -> Tensor:
+    """Gᵀ·P [D, C, PH, PW], in the dtype of g."""
+    (B, T, D), C, (PH, PW) = g.shape, image.shape[1], patch_size
+    N = T - num_prefix
+    precision = runtime.precision(g.dtype)
+    config = configs.patch_embed(runtime.arch(g.device), "dw", g.dtype, precision)
+    tiles = triton.cdiv(D, config.block_n) * triton.cdiv(C * PH * PW, config.block_k)
+    # About two programs a multiprocessor, each with at least one block of rows.
+    blocks = triton.cdiv(B * N, config.block_m)
+    splits = max(1, min(blocks, 2 * runtime.num_sms(g.device) // tiles))
+    rows_per_split = max(1, triton.cdiv(blocks, splits)) * config.block_m
+    splits = triton.cdiv(B * N, rows_per_split)
+    partials = g.new_empty(splits, D, C, PH, PW, dtype=torch.promote_types(g.dtype, torch.float32))
+    runtime.launch(
+        _patch_embed_dw_kernel, splits * tiles,
+        dy_ptr=g, image_ptr=image, masked_ptr=masked, dw_ptr=partials,
+        M=B * N, D=D, C=C, N=N, R=num_prefix, GRID_W=image.shape[3] // PW, ROWS_PER_SPLIT=rows_per_split,
+        stride_dyb=g.stride(0), stride_dyt=g.stride(1), **_layout(image, PH, PW),
+        PRECISION=precision, ACC=runtime.acc_type(g.dtype),
+        BLOCK_M=config.block_m, BLOCK_D=config.block_n, BLOCK_K=config.block_k,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return partials.sum(dim=0).to(g.dtype)
+
+
+def _fill_dimage(g: Tensor, weight: Tensor, dimage: Tensor, num_prefix: int) -> None:
+    """Writes G·W to the pixels of dimage."""
+    (B, T, D), (_, C, PH, PW) = g.shape, weight.shape
+    N, K = T - num_prefix, C * PH * PW
+    precision = runtime.precision(g.dtype)
+    config = configs.patch_embed(runtime.arch(g.device), "dimage", g.dtype, precision)
+    runtime.launch(
+        _patch_embed_dimage_kernel, triton.cdiv(B * N, config.block_m) * triton.cdiv(K, config.block_k),
+        dy_ptr=g, w_ptr=weight.contiguous(), dimage_ptr=dimage,
+        M=B * N, D=D, C=C, N=N, R=num_prefix, GRID_W=dimage.shape[3] // PW,
+        stride_dyb=g.stride(0), stride_dyt=g.stride(1), **_layout(dimage, PH, PW),
+        PRECISION=precision, ACC=runtime.acc_type(g.dtype),
+        BLOCK_M=config.block_m, BLOCK_D=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
 @torch.library.custom_op("vit::patch_embed_bwd", mutates_args=())
 def patch_embed_bwd(
     dy: Tensor, image: Tensor | None, weight: Tensor | None, masked: Tensor | None,
     image_shape: list[int], patch_size: list[int], dtype: torch.dtype, num_prefix: int, num_pos: int,
     need_dbias: bool, need_dprefix: bool, need_dmask_token: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dimage, dw, dbias, dpos, dprefix, dmask_token), each empty unless wanted: dimage needs weight, dw needs image.
+    """(dimage, dw, dbias, dpos, dprefix, dmask_token), those not needed empty.
 
-    The first three are in ``dtype``, the others in that of dy. num_pos is the number of rows of the position embedding,
-    or 0 if its gradient is not wanted.
+    dimage is computed if weight is given, dw if image is given. The first three are in ``dtype``, the others in that of
+    dy. num_pos is the number of rows of the position embedding, or 0 if it needs no gradient.
     """
     dimage, dw, dbias, dpos, dprefix, dmask_token = _patch_embed_bwd_fake(
         dy, image, weight, masked, image_shape, patch_size, dtype, num_prefix, num_pos,
         need_dbias, need_dprefix, need_dmask_token,
     )  # fmt: skip
-    (B, T, D), C, (PH, PW) = dy.shape, image_shape[1], patch_size
-    wide = torch.promote_types(dy.dtype, torch.float32)
-    of_masked = None
+    g, is_masked = dy, None
     if masked is not None:
-        rows = torch.nn.functional.pad(masked, (num_prefix, 0)).unsqueeze(2)
-        if num_pos or need_dmask_token:
-            of_masked = dy.contiguous().masked_fill(~rows, 0.0).sum(dim=0, dtype=wide)  # [T, D]
-        dy = dy.masked_fill(rows, 0.0)
-    if num_pos or need_dbias or need_dprefix:
-        # Contiguous, because the order of PyTorch's sum depends on the strides. Copies, because gradients that shared
-        # memory would be scaled twice by whoever clips them in place.
-        sums = dy.contiguous().sum(dim=0, dtype=wide)  # [T, D]
-        if need_dbias:
-            dbias.copy_(sums[num_prefix:].sum(dim=0))
-        if need_dprefix:
-            dprefix.copy_(sums[None, :num_prefix])
-        if num_pos:
-            dpos.copy_((sums if of_masked is None else sums + of_masked)[None, T - num_pos :])
-    if need_dmask_token:
-        dmask_token.copy_(of_masked.sum(dim=0))
-
-    dy = dy.to(dtype)
-    if dy.stride(2) != 1:
-        dy = dy.contiguous()
-    N, K = T - num_prefix, C * PH * PW
-    arch, precision = runtime.arch(dy.device), runtime.precision(dy.dtype)
-    sizes = {"M": B * N, "D": D, "C": C, "N": N, "R": num_prefix, "GRID_W": image_shape[3] // PW}
-    dy_strides = {"stride_dyb": dy.stride(0), "stride_dyt": dy.stride(1)}
-    numerics = {"PRECISION": precision, "ACC": runtime.acc_type(dy.dtype)}
-
+        is_masked = torch.nn.functional.pad(masked, (num_prefix, 0)).unsqueeze(2)  # [B, T, 1]
+        g = dy.masked_fill(is_masked, 0.0)
+    _fill_sums(dy, g, is_masked, num_prefix, dbias, dpos, dprefix, dmask_token)
+    g = g.to(dtype)
+    if g.stride(2) != 1:
+        g = g.contiguous()
     if image is not None:
-        config = configs.patch_embed(arch, "dw", dy.dtype, precision)
-        tiles = triton.cdiv(D, config.block_n) * triton.cdiv(K, config.block_k)
-        # About two programs a multiprocessor, each with at least one block of rows.
-        blocks = triton.cdiv(B * N, config.block_m)
-        splits = max(1, min(blocks, 2 * runtime.num_sms(dy.device) // tiles))
-        rows_per_split = max(1, triton.cdiv(blocks, splits)) * config.block_m
-        splits = triton.cdiv(B * N, rows_per_split)
-        partials = dy.new_empty(splits, *dw.shape, dtype=wide)
-        runtime.launch(
-            _patch_embed_dw_kernel, splits * tiles,
-            dy_ptr=dy, image_ptr=image, masked_ptr=masked, dw_ptr=partials,
-            **sizes, ROWS_PER_SPLIT=rows_per_split, **dy_strides, **_layout(image, PH, PW), **numerics,
-            BLOCK_M=config.block_m, BLOCK_D=config.block_n, BLOCK_K=config.block_k,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
-        dw = partials.sum(dim=0).to(dy.dtype)
-
+        dw = _dw(g, image, masked, patch_size, num_prefix)
     if weight is not None:
-        config = configs.patch_embed(arch, "dimage", dy.dtype, precision)
-        runtime.launch(
-            _patch_embed_dimage_kernel, triton.cdiv(B * N, config.block_m) * triton.cdiv(K, config.block_k),
-            dy_ptr=dy, w_ptr=weight.contiguous(), dimage_ptr=dimage,
-            **sizes, **dy_strides, **_layout(dimage, PH, PW), **numerics,
-            BLOCK_M=config.block_m, BLOCK_D=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+        _fill_dimage(g, weight, dimage, num_prefix)
     return dimage, dw, dbias, dpos, dprefix, dmask_token
 
 
@@ -315,16 +341,22 @@ def _setup_context(ctx, inputs, output):
     need_dimage, need_dw = ctx.needs_input_grad[:2]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(image if need_dw else None, weight if need_dimage else None, masked)
-    ctx.sizes = image.shape, weight.shape[2:], image.dtype, 0 if prefix is None else prefix.shape[1]
+    ctx.image_shape, ctx.patch_size, ctx.dtype = image.shape, weight.shape[2:], image.dtype
+    ctx.num_prefix = 0 if prefix is None else prefix.shape[1]
     ctx.num_pos = 0 if pos_embed is None else pos_embed.shape[1]
 
 
 def _backward(ctx, dy):
     if dy is None:
         return (None,) * 7
+    image, weight, masked = ctx.saved_tensors
     needs = ctx.needs_input_grad[:6]
-    _, _, need_dbias, need_dpos, *need_rest = needs
-    grads = patch_embed_bwd(dy, *ctx.saved_tensors, *ctx.sizes, ctx.num_pos if need_dpos else 0, need_dbias, *need_rest)
+    _, _, need_dbias, need_dpos, need_dprefix, need_dmask_token = needs
+    grads = patch_embed_bwd(
+        dy=dy, image=image, weight=weight, masked=masked, image_shape=ctx.image_shape, patch_size=ctx.patch_size,
+        dtype=ctx.dtype, num_prefix=ctx.num_prefix, num_pos=ctx.num_pos if need_dpos else 0,
+        need_dbias=need_dbias, need_dprefix=need_dprefix, need_dmask_token=need_dmask_token,
+    )  # fmt: skip
     return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), None
 
 
@@ -332,7 +364,7 @@ patch_embed_fwd.register_autograd(_backward, setup_context=_setup_context)
 runtime.refuse_second_derivative("patch_embed", patch_embed_bwd)
 
 
-@runtime.autocasts("pos_embed", "prefix", "mask_token")
+@autocasts("pos_embed", "prefix", "mask_token")
 def patch_embed(
     image: Tensor,
     weight: Tensor,
@@ -346,7 +378,7 @@ def patch_embed(
 ) -> Tensor:
     """Images to tokens: the stem of a ViT (Dosovitskiy et al., 2021), without an intermediate in memory.
 
-    Each patch is projected, or replaced by the mask token, prefix tokens (class, registers) are put in front, and the
+    Each patch is projected, or replaced by the mask token. Prefix tokens (class, registers) are put in front, and the
     position embedding is added.
 
     Args:
@@ -357,11 +389,11 @@ def patch_embed(
         pos_embed: [1, R + N, D], or [1, N, D] if the prefix tokens get none, or None; N = (H / PH)·(W / PW).
         prefix: [1, R, D] or None.
         mask_token: [1, 1, D], for masked-image modelling; unused without ``bool_masked_pos``.
-        bool_masked_pos: [B, N], bool: which patches the mask token replaces. Whatever their pixels are, NaN too,
-            neither the result nor a gradient depends on them.
+        bool_masked_pos: [B, N], bool: which patches the mask token replaces. Neither the result nor a gradient depends
+            on their pixels, not even on NaN.
         impl: "auto", "fused", "triton" or "reference".
 
-    pos_embed, prefix and mask_token share one dtype: that of ``image``, or fp32 beside fp16 or bf16.
+    pos_embed, prefix and mask_token share one dtype: that of ``image``, or fp32 with fp16 or bf16 images.
 
     Returns:
         [B, R + N, D], contiguous, in the wider of the dtypes; patches in row-major order of the grid.
@@ -371,11 +403,11 @@ def patch_embed(
         RuntimeError: ``impl="fused"`` or ``"triton"`` where the kernels cannot run.
     """
     op = "patch_embed"
-    runtime.check_floating(op, image=image, weight=weight, bias=bias)
-    runtime.check_floating(op, pos_embed=pos_embed, prefix=prefix, mask_token=mask_token)
+    check_floating(op, image=image, weight=weight, bias=bias)
+    check_floating(op, pos_embed=pos_embed, prefix=prefix, mask_token=mask_token)
     for name, t in (("pos_embed", pos_embed), ("prefix", prefix), ("mask_token", mask_token)):
         if t is not None and (t.dtype is not torch.float32 or image.dtype not in runtime.HALF):
-            runtime.check_floating(op, image=image, **{name: t})
+            check_floating(op, image=image, **{name: t})
     _check(op, image, weight, bias, pos_embed, prefix)
     _check_mask(op, image, weight, mask_token, bool_masked_pos)
     if bool_masked_pos is None:

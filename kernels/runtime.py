@@ -1,7 +1,6 @@
-"""The only file that asks about the machine, and the only launcher.
+"""What the machine is, which path an op takes on it, and the launcher.
 
-Everything else decides from what it is told here: is Triton interpreted, which architecture is the target, how many
-multiprocessors it has, may this op run as a Triton kernel on these tensors.
+No other file asks about the machine, and no other file launches a kernel.
 """
 
 from __future__ import annotations
@@ -9,28 +8,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import inspect
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
-#: "auto": Triton and cuBLAS where the kernels run, else plain PyTorch. "fused": the same, or an error where they cannot
-#: run. "triton": our kernel for every product, too, or an error. "reference": plain PyTorch.
+#: "auto": Triton and cuBLAS where the kernels run, else plain PyTorch. "fused": Triton and cuBLAS, or an error.
+#: "triton": Triton for every product, too, or an error. "reference": plain PyTorch.
 Impl = Literal["auto", "fused", "triton", "reference"]
 IMPLS: tuple[str, ...] = get_args(Impl)
 
-#: Fixed when the kernels are decorated, that is, now: ``TRITON_INTERPRET=1`` must be set before the first import.
+#: Fixed at import, because the kernels are decorated then: set ``TRITON_INTERPRET=1`` before it.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
-Op = TypeVar("Op", bound=Callable)
 HALF = (torch.float16, torch.bfloat16)
 _ACC_TYPES = {
     torch.float16: tl.float32,
@@ -41,6 +35,21 @@ _ACC_TYPES = {
 
 
 # ---- what the machine is ---------------------------------------------------------------------------------------------
+
+
+OnLaunch = Callable[[Any, tuple[int, ...], dict[str, Any], dict[str, Any]], None]
+
+
+@dataclasses.dataclass
+class DryRun:
+    """A GPU that is not there, and what is called instead of each launch; see `vit.kernels.dry_run`."""
+
+    arch: int
+    on_launch: OnLaunch
+    num_sms: int
+
+
+current_dry_run: DryRun | None = None  # set by `vit.kernels.dry_run` alone
 
 
 @functools.cache
@@ -59,22 +68,22 @@ def _num_sms(index: int) -> int:
 @torch.compiler.assume_constant_result
 def arch(device: torch.device) -> int:
     """Compute capability times ten (80, 89, 90 …) of the target; 0 when the kernels are interpreted."""
-    if _dry_run is not None:
-        return _dry_run.arch
+    if current_dry_run is not None:
+        return current_dry_run.arch
     if INTERPRETED:
         return 0
     return _capability(device.index or 0)
 
 
 def num_sms(device: torch.device) -> int:
-    """Multiprocessors of the target; a small number when interpreted, so that loops over work are exercised."""
-    if _dry_run is not None:
-        return _dry_run.num_sms
+    """Multiprocessors of the target. Few when interpreted, so that the loops of a program run several times."""
+    if current_dry_run is not None:
+        return current_dry_run.num_sms
     return 3 if INTERPRETED else _num_sms(device.index or 0)
 
 
 def allow_descriptors(device: torch.device) -> None:
-    """Gives this thread's next launches the memory in which a GPU with TMA keeps descriptors that a kernel makes."""
+    """Lets this thread's next kernels make tensor descriptors, which a GPU with TMA keeps in memory from here."""
     triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
 
 
@@ -84,9 +93,9 @@ def acc_type(dtype: torch.dtype) -> tl.dtype:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of every dot: IEEE, or tf32 for fp32 tensors exactly when PyTorch's cuBLAS calls use that.
+    """``input_precision`` of every dot: tf32 for fp32 tensors if PyTorch's own products use it, else IEEE.
 
-    ``fp32_precision`` is what PyTorch itself reads there, whichever API set it; ``allow_tf32`` raises where both did.
+    PyTorch reads ``fp32_precision``, whichever of its two APIs was used. ``allow_tf32`` raises after a use of both.
     """
     return "tf32" if dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
@@ -134,7 +143,7 @@ def _why_not_triton(tensors: Sequence[torch.Tensor]) -> str | None:
                 "Triton's interpreter computes wrong bfloat16 results; use float32, or the strict interpreter of tests/"
             )
         return None
-    if x.device.type != "cuda" and _dry_run is None:
+    if x.device.type != "cuda" and current_dry_run is None:
         return (
             f"Triton kernels need CUDA tensors, got {x.device.type}; move the tensors to an NVIDIA GPU, use "
             "impl='reference', or set TRITON_INTERPRET=1 before importing vit to interpret the kernels on the CPU"
@@ -165,12 +174,12 @@ def use_triton(
         impl: one of `IMPLS`.
         tensors: tensor arguments, the main one first; ``None`` entries are skipped.
         unsupported: why the op's kernels cannot take these shapes, if they cannot.
-        cublas: the call is a product that cuBLAS runs where the kernels could.
+        cublas: the call is a plain product, and cuBLAS runs it instead of a Triton kernel.
 
     Raises:
         ValueError: unknown ``impl``, or tensors on different devices.
-        RuntimeError: ``impl="fused"`` or ``"triton"`` where the kernels cannot run. An explicit request never falls
-            back. Or DTensors and plain tensors are mixed.
+        RuntimeError: ``impl="fused"`` or ``"triton"`` where the kernels cannot run, because an explicit request never
+            falls back; or DTensors and plain tensors are mixed.
     """
     if impl not in IMPLS:
         raise ValueError(f"{op}: impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
@@ -191,7 +200,7 @@ def use_triton(
         raise RuntimeError(f"{op}: impl={impl!r} cannot run: {why_not}")
     if impl == "reference":
         path, reason = "reference", "asked for with impl='reference'"
-    elif impl == "auto" and x.device.type != "cuda" and _dry_run is None:
+    elif impl == "auto" and x.device.type != "cuda" and current_dry_run is None:
         path, reason = "reference", f"auto: a {x.device.type} tensor runs the eager reference"
     elif why_not is not None:
         path, reason = "reference", f"auto: {why_not}"
@@ -206,68 +215,14 @@ def use_triton(
     return path == "triton"
 
 
-def check_floating(op: str, **tensors: torch.Tensor | None) -> None:
-    """Raises TypeError unless every given tensor is a floating-point tensor of the first one's dtype."""
-    first: tuple[str, torch.dtype] | None = None
-    for name, t in tensors.items():
-        if t is None:
-            continue
-        if not isinstance(t, torch.Tensor):
-            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(t).__name__}")
-        if not t.is_floating_point():
-            raise TypeError(f"{op}: {name} must be a floating-point tensor, got {t.dtype}; convert it first")
-        if first is None:
-            first = (name, t.dtype)
-        elif t.dtype != first[1]:
-            raise TypeError(f"{op}: {name} is {t.dtype} but {first[0]} is {first[1]}; give both the same dtype")
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype that `torch.autocast` asks of matrix products on this device; None where it is off."""
-    if device.type == "meta":  # PyTorch has no autocast there, and raises when asked
-        return None
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-
-
-def autocasts(*kept: str) -> Callable[[Op], Op]:
-    """Decorates a public op: under `torch.autocast` it takes its tensors in autocast's dtype, and runs with it off.
-
-    As for PyTorch's own ops, fp64 and integer tensors stay what they are; so do the arguments named in ``kept``. The
-    first argument tells the device.
-    """
-
-    def decorate(op: Op) -> Op:
-        names = tuple(inspect.signature(op).parameters)
-
-        @functools.wraps(op)
-        def under_autocast(*args, **kwargs):
-            x = args[0] if args else kwargs.get(names[0])
-            dtype = autocast_dtype(x.device) if isinstance(x, torch.Tensor) else None
-            if dtype is None:
-                return op(*args, **kwargs)
-
-            def cast(name: str, value: Any) -> Any:
-                tensor = isinstance(value, torch.Tensor) and value.is_floating_point()
-                return value.to(dtype) if tensor and value.dtype is not torch.float64 and name not in kept else value
-
-            positional = [cast(name, value) for name, value in zip(names, args, strict=False)]
-            named = {name: cast(name, value) for name, value in kwargs.items()}
-            with torch.autocast(x.device.type, enabled=False):
-                return op(*positional, *args[len(names) :], **named)
-
-        return under_autocast
-
-    return decorate
-
-
 def rows(x: torch.Tensor) -> torch.Tensor:
-    """x [..., D] as [M, D] with unit stride inside a row; copies only where the strides leave no choice."""
+    """x [..., D] as [M, D] with unit stride inside a row. Copies only where no view has these strides."""
     x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 def refuse_second_derivative(op: str, backward: torch.library.CustomOpDef) -> None:
-    """Makes the gradient of ``backward``, the op behind the gradient of ``op``, an error that says what to do."""
+    """Makes the second derivative of ``op`` an error: the gradient of ``backward`` raises, and says what to do."""
 
     def refuse(ctx, *_):
         raise RuntimeError(
@@ -279,69 +234,11 @@ def refuse_second_derivative(op: str, backward: torch.library.CustomOpDef) -> No
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd will ask for a gradient of any of these, so that the forward must save for it."""
+    """Whether any of these requires grad, so that the forward must save tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 # ---- the launcher ----------------------------------------------------------------------------------------------------
-
-
-OnLaunch = Callable[[Any, tuple[int, ...], dict[str, Any], dict[str, Any]], None]
-
-
-def compile_kernel(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], options: dict[str, Any]) -> Any:
-    """Compiles one launch for the target, through the real JIT path; returns Triton's compiled kernel."""
-    return kernel.warmup(grid=grid, **args, **options)
-
-
-@dataclasses.dataclass
-class _DryRun:
-    arch: int
-    on_launch: OnLaunch
-    num_sms: int
-
-
-_dry_run: _DryRun | None = None
-
-
-class _NoGpu:
-    """Triton's driver for a GPU that is not there. One device index per architecture: Triton caches by index."""
-
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-
-    def get_current_device(self) -> int:
-        return self.arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-
-@contextlib.contextmanager
-def dry_run(arch: int, on_launch: OnLaunch = compile_kernel, num_sms: int = 132) -> Iterator[None]:
-    """Makes `launch` call ``on_launch(kernel, grid, arguments, options)`` and run nothing. Outputs stay unwritten.
-
-    Ops decide as for a GPU of compute capability ``arch`` / 10 with ``num_sms`` multiprocessors, and ``impl="auto"``
-    takes their tensors for tensors on it. They are on the CPU or of device "meta", with or without a GPU in the
-    machine; on the CPU PyTorch's own matrix products compute nothing, either. One thread at a time.
-    """
-    global _dry_run
-    previous, _dry_run = _dry_run, _DryRun(arch, on_launch, num_sms)
-    active = driver._active
-    driver.set_active(_NoGpu(arch))
-    with warnings.catch_warnings(action="ignore"):  # that these ops have a kernel already
-        products = torch.library.Library("aten", "IMPL")
-        products.impl("mm", lambda a, b: a.new_empty(a.shape[0], b.shape[1]), "CPU")
-        products.impl("addmm", lambda c, a, b, **_: a.new_empty(a.shape[0], b.shape[1]), "CPU")
-    try:
-        yield
-    finally:
-        products._destroy()
-        driver.set_active(active)
-        _dry_run = previous
 
 
 def launch(kernel: Any, grid: int | tuple[int, ...], *, num_warps: int, num_stages: int, **args: Any) -> None:
@@ -359,8 +256,8 @@ def launch(kernel: Any, grid: int | tuple[int, ...], *, num_warps: int, num_stag
         raise ValueError(f"{kernel.__name__}: a grid of {grid} exceeds what CUDA can launch")
     # Explicit, because Triton's default has changed between versions and it changes results.
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    if _dry_run is not None:
-        _dry_run.on_launch(kernel, grid, args, options)
+    if current_dry_run is not None:
+        current_dry_run.on_launch(kernel, grid, args, options)
         return
     device = next(a.device for a in map(_tensor_of, args.values()) if a is not None)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
@@ -369,9 +266,10 @@ def launch(kernel: Any, grid: int | tuple[int, ...], *, num_warps: int, num_stag
 
 @functools.cache
 def _fix_cache_keys() -> None:
-    """So that every process finds a kernel in Triton's cache under one key, whichever of them it needs first.
+    """Computes the cache keys of all kernels in one fixed order.
 
-    Triton computes a function's key when it is first asked for, and the order in which functions are asked shows in it.
+    Triton computes a key on first use, and the order of first uses changes the keys. In a fixed order every process
+    finds a kernel in Triton's cache under the same key.
     """
     package = __name__.rpartition(".")[0]
     for name in sorted(name for name in sys.modules if name.startswith(f"{package}.")):

@@ -1,4 +1,4 @@
-"""Helpers shared by the kernels: everything here works on tiles that are already in registers."""
+"""Helpers that several ops share. They work on tiles that are already in registers."""
 
 import triton
 import triton.language as tl
@@ -10,10 +10,10 @@ _INTERPRETED = tl.constexpr(runtime.INTERPRETED)
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b in the accumulator's type; the only way to a matrix unit here.
+    """acc + a @ b in the accumulator's type. Every product in a kernel goes through here.
 
-    The interpreter multiplies 16-bit operands by their bit patterns, so interpreted operands are widened first;
-    compiled code keeps its 16-bit tensor-core instruction.
+    The interpreter multiplies 16-bit operands by their bit patterns, so interpreted operands are widened first.
+    Compiled code keeps its 16-bit tensor-core instruction.
     """
     if _INTERPRETED:
         a = a.to(acc.dtype)
@@ -25,8 +25,8 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 def row_stats(x, mask, D, eps):
     """Mean and 1/sqrt(variance + eps) of each row of x, from registers.
 
-    The mean is corrected by the mean of what it leaves: rows that are constant or far from zero then come out as
-    exactly as with Welford's algorithm, where the plain mean's last bit would be multiplied by up to 1/sqrt(eps).
+    The mean is corrected by the mean of the centred row. Rows that are constant or far from zero then are as exact as
+    with Welford's algorithm. Without the correction 1/sqrt(eps) could multiply an error in the mean's last bit.
 
     x: [BLOCK_M, BLOCK_D] with zeros where mask is false; D: number of valid columns.
     """
@@ -48,7 +48,7 @@ def grouped_tile(pid, TILES_M, TILES_N, GROUP_M: tl.constexpr):
 
 @triton.jit
 def gelu_and_grad(x, ACTIVATION: tl.constexpr, CHEAP: tl.constexpr):
-    """gelu(x) and gelu'(x); whichever is not used costs nothing.
+    """gelu(x) and gelu'(x). The compiler removes the one that is not used.
 
     ACTIVATION "gelu": x·Φ(x) and Φ(x) + x·φ(x). CHEAP replaces erf (more than 30 instructions) for results that will be
     rounded to 16 bits: Φ(−|x|) = ½ erfc(|x|/√2) by Abramowitz & Stegun 7.1.26, which shares its exponential with φ.
@@ -78,7 +78,7 @@ def gelu_and_grad(x, ACTIVATION: tl.constexpr, CHEAP: tl.constexpr):
             tl.static_assert(ACTIVATION == "quick_gelu", "unknown activation")
             v = 1.702 * x
             slope = tl.full(x.shape, 1.702, x.dtype)
-        # From the exponential that cannot overflow; 1 − σ would cancel.
+        # The exponential of −|v| cannot overflow. 1 − σ is computed from it, because a subtraction would cancel.
         exp = tl.exp(-tl.abs(v))
         small = 1.0 / (1.0 + exp)
         cdf = tl.where(v < 0.0, exp * small, small)
@@ -87,10 +87,11 @@ def gelu_and_grad(x, ACTIVATION: tl.constexpr, CHEAP: tl.constexpr):
 
 @triton.jit
 def dropout_scale(seed, offset, row, column, P: tl.constexpr):
-    """1/(1 − P) with probability 1 − P, else 0, for each element: what dropout multiplies it by.
+    """The factor of dropout for each element: 1/(1 − P) with probability 1 − P, else 0.
 
-    The first word of Philox-4x32-10 (Salmon et al., 2011) under the key ``seed`` at the counter (column, low and high
-    half of row, offset). It depends on nothing else, so backward, a recomputed forward and any tiling draw the same.
+    Its random number is the first word of Philox-4x32-10 (Salmon et al., 2011) with the key ``seed`` and the counter
+    (column, low and high half of row, offset). It depends on nothing else, so the backward, a recomputed forward and
+    every tiling draw the same number.
 
     seed: int64 scalar. offset: which dropout of the network. row: int64, column: int32, broadcast against each other.
     """
@@ -98,111 +99,3 @@ def dropout_scale(seed, offset, row, column, P: tl.constexpr):
     word, _, _, _ = tl.philox(seed, column, row.to(tl.int32), (row >> 32).to(tl.int32), offset)
     THRESHOLD: tl.constexpr = int(P * 4294967296.0)  # compiled code has no round()
     return tl.where(word.to(tl.uint32, bitcast=True) >= THRESHOLD, 1.0 / (1.0 - P), 0.0)
-
-
-# Attention works on the rows of one head, [BLOCK, head_dim], as a tuple of tiles with power-of-two widths. PARTS gives
-# (first column, width, valid columns) of each. Rows are (pointer to the head's first, stride between them).
-
-
-@triton.jit
-def head_rows(ptr, stride, b, h, ALIGN: tl.constexpr):
-    """Rows of head h of sample b. stride: (batch, token, head), all multiples of ALIGN."""
-    offset = b * stride[0] + h * stride[2]
-    if ALIGN > 1:
-        offset = tl.multiple_of(offset, ALIGN)
-    return ptr + offset, stride[1]
-
-
-@triton.jit
-def _row_ptrs(rows, offs, ALIGN: tl.constexpr):
-    offsets = offs.to(tl.int64) * rows[1]
-    if ALIGN > 1:
-        offsets = tl.multiple_of(offsets, ALIGN)
-    return rows[0] + offsets[:, None]
-
-
-@triton.jit
-def load_parts(rows, offs, mask, PARTS: tl.constexpr, ALIGN: tl.constexpr):
-    """Rows offs, zeros where mask is false and in invalid columns."""
-    ptrs = _row_ptrs(rows, offs, ALIGN)
-    x = ()
-    for i in tl.static_range(len(PARTS)):
-        offs_d = tl.arange(0, PARTS[i][1])
-        valid = mask[:, None]
-        if PARTS[i][2] < PARTS[i][1]:
-            valid = valid & (offs_d < PARTS[i][2])[None, :]
-        x += (tl.load(ptrs + (PARTS[i][0] + offs_d)[None, :], mask=valid, other=0.0),)
-    return x
-
-
-@triton.jit
-def store_parts(rows, x, offs, mask, PARTS: tl.constexpr, ALIGN: tl.constexpr):
-    """Writes x to rows offs where mask is true, rounded to their type."""
-    ptrs = _row_ptrs(rows, offs, ALIGN)
-    for i in tl.static_range(len(PARTS)):
-        offs_d = tl.arange(0, PARTS[i][1])
-        valid = mask[:, None]
-        if PARTS[i][2] < PARTS[i][1]:
-            valid = valid & (offs_d < PARTS[i][2])[None, :]
-        tl.store(ptrs + (PARTS[i][0] + offs_d)[None, :], x[i].to(rows[0].dtype.element_ty), mask=valid)
-
-
-@triton.jit
-def zero_parts(BLOCK: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr):
-    x = ()
-    for i in tl.static_range(len(PARTS)):
-        x += (tl.full([BLOCK, PARTS[i][1]], 0.0, dtype=ACC),)
-    return x
-
-
-@triton.jit
-def scale_parts(x, factor):
-    y = ()
-    for i in tl.static_range(len(x)):
-        y += (x[i] * factor,)
-    return y
-
-
-@triton.jit
-def row_dot_parts(a, b, ACC: tl.constexpr):
-    """Σ_columns a · b of each row."""
-    total = tl.sum(a[0].to(ACC) * b[0].to(ACC), axis=1)
-    for i in tl.static_range(1, len(a)):
-        total += tl.sum(a[i].to(ACC) * b[i].to(ACC), axis=1)
-    return total
-
-
-@triton.jit
-def dot_parts(a, b, PRECISION: tl.constexpr, ACC: tl.constexpr):
-    """a @ bᵀ, [rows of a, rows of b]."""
-    acc = tl.full([a[0].shape[0], b[0].shape[0]], 0.0, dtype=ACC)
-    for i in tl.static_range(len(a)):
-        acc = dot(a[i], b[i].T, acc, PRECISION)
-    return acc
-
-
-@triton.jit
-def dot_into_parts(p, x, acc, PRECISION: tl.constexpr):
-    """acc + p @ x; p is rounded to the type of x."""
-    y = ()
-    for i in tl.static_range(len(x)):
-        y += (dot(p.to(x[i].dtype), x[i], acc[i], PRECISION),)
-    return y
-
-
-@triton.jit
-def attn_logits(a, b, mask, PRECISION: tl.constexpr, ACC: tl.constexpr):
-    """a @ bᵀ, not yet scaled; −inf where mask is false."""
-    return tl.where(mask, dot_parts(a, b, PRECISION, ACC), float("-inf"))
-
-
-@triton.jit
-def exp_scaled(x, SCALE: tl.constexpr):
-    """exp(SCALE · x). Differences of logits come here, not logits: what multiplies them then rounds little."""
-    return tl.exp2(x * (SCALE * 1.4426950408889634))
-
-
-@triton.jit
-def attn_probs(logits, m, log_l, SCALE: tl.constexpr):
-    """exp(SCALE · (logits − m)) / l, as the forward computed it."""
-    return tl.exp2((logits - m) * (SCALE * 1.4426950408889634) - log_l * 1.4426950408889634)

@@ -7,7 +7,7 @@ import triton.language as tl
 from peers import import_transformers
 
 from vit.kernels import linear, mlp, reference, runtime, tile
-from vit.kernels.linear import ACTIVATIONS
+from vit.kernels.checks import ACTIVATIONS
 
 
 @triton.jit

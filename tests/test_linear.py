@@ -9,6 +9,7 @@ import torch
 from views import nan_padded
 
 from vit.kernels import configs, linear, reference, runtime
+from vit.kernels.dry_run import dry_run
 from vit.kernels.linear import gemm, linear_bwd, linear_fwd
 from vit.testing import check_op
 
@@ -301,10 +302,23 @@ def test_choice_is_recorded(randn, device):
     assert paths() == [*where, "cublas", "triton", "triton", "triton"]
 
 
+def test_recorders_nest(randn):
+    args = randn(4, 16), randn(8, 16)
+    with runtime.record_choices() as outer:
+        linear(*args)
+        with pytest.raises(KeyError), runtime.record_choices() as inner:
+            linear(*args)
+            linear(*args)
+            raise KeyError
+        linear(*args)
+    linear(*args)
+    assert (len(outer), len(inner)) == (2, 2)
+
+
 def test_choice_on_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(runtime, "INTERPRETED", False)
     x, weight = torch.ones(4, 16), torch.ones(8, 16)
-    with runtime.dry_run(90, lambda *_: None), runtime.record_choices() as choices:
+    with dry_run(90, lambda *_: None), runtime.record_choices() as choices:
         for impl in ("auto", "fused"):
             linear(x, weight, impl=impl)
     assert [(c.path, c.reason) for c in choices] == [

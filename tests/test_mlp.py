@@ -7,7 +7,8 @@ import torch
 from views import nan_padded
 
 from vit.kernels import configs, mlp, reference
-from vit.kernels.linear import ACTIVATIONS, gemm
+from vit.kernels.checks import ACTIVATIONS
+from vit.kernels.linear import gemm
 from vit.kernels.mlp import mlp_bwd, mlp_fwd
 from vit.testing import check_op
 

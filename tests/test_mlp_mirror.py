@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vit.kernels import linear, mlp, reference
-from vit.kernels.linear import ACTIVATIONS
+from vit.kernels.checks import ACTIVATIONS
 from vit.testing import check_mirror
 
 HALF = pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])

@@ -271,7 +271,7 @@ def test_warmup(tmp_path):
 ORDER = """
 import sys, torch
 from vit import kernels
-from vit.kernels import runtime
+from vit.kernels.dry_run import dry_run
 
 x, qkv = torch.empty(8, 64), torch.empty(1, 8, 3, 2, 32)
 calls = {
@@ -279,7 +279,7 @@ calls = {
     "attention_qkvpacked": lambda: kernels.attention_qkvpacked(qkv, impl="triton"),
 }
 found = {}
-with runtime.dry_run(90, lambda kernel, *_: found.update({kernel.__name__: kernel.cache_key})):
+with dry_run(90, lambda kernel, *_: found.update({kernel.__name__: kernel.cache_key})):
     for name in sys.argv[1:]:
         calls[name]()
 print(sorted(found.items()))

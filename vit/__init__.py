@@ -4,7 +4,7 @@
     model = vit.create_model("vit_base_patch16_224", num_classes=10)
     logits = model(image)
 
-``vit.kernels`` has the ops, `vit.reference` the same network in plain PyTorch. Importing touches no GPU.
+`vit.kernels` has the ops, `vit.reference` the same network in plain PyTorch. The import does not use the GPU.
 """
 
 from vit import kernels, reference

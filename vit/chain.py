@@ -1,6 +1,7 @@
-"""Blocks in a row: the add at the end of one and the LayerNorm at the start of the next are one op.
+"""A sequence of blocks. One op computes the residual add of a block and the first LayerNorm of the next block.
 
-The residual stream x and its normalised copy y travel together. y is None where the next block normalises for itself.
+So blocks pass on two tensors: the residual stream x, and y, the next block's LayerNorm of x. y is None if the next
+block must compute it itself.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 class Link(NamedTuple):
     """A block of the chain.
 
-    run: (x, y, next_norm) -> (x after the block, ``next_norm`` of it). y is ``norm`` of x, or None: not known yet.
-    norm: the norm that the block applies first, if the block before it may apply it instead.
+    Attributes:
+        run: (x, y, next_norm) -> (x after the block, ``next_norm`` of that). The input y is ``norm(x)`` or None.
+        norm: the block's first LayerNorm, if the previous block may compute it; else None.
     """
 
     run: Callable[[Tensor, Tensor | None, nn.Module | None], tuple[Tensor, Tensor | None]]
@@ -23,7 +25,7 @@ class Link(NamedTuple):
 
 
 def called(block: Callable[[Tensor], Tensor]) -> Link:
-    """A block that is only called: it shares no norm with its neighbours."""
+    """The link of a block that is called as ``block(x)``, with no fusion across its borders."""
     return Link(lambda x, y, next_norm: (block(x), None))
 
 
@@ -32,8 +34,7 @@ def chain(
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Runs the blocks one after the other on x [B, N, D].
 
-    Yields the stream and its next normalisation, before the first block and after each. ``last_norm`` is the one after
-    the last block.
+    Yields (x, y) before the first block and after each block. After the last block, y is ``last_norm(x)`` or None.
     """
     y = None
     yield x, y

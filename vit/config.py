@@ -1,4 +1,4 @@
-"""Model configuration in timm's words, and the one table of named variants."""
+"""The model configuration, with timm's names, and the table of named variants."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ _CHOICES = {
     "weight_init": ("", "zeros", "jax", "jax_nlhb"),
     "impl": ("auto", "fused", "triton", "reference"),
 }
-_MOST = 10**11  # parameters, and so any size that makes them; the largest ViT has 2e10
+_MOST = 10**11  # limit of parameters and of every size; the largest ViT has 2e10 parameters
 _DROPOUT = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "act_drop_rate", "attn_drop_rate", "drop_path_rate")
 
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """Everything that determines a Vision Transformer except its weights; the words are timm's.
+    """Everything that determines a Vision Transformer except its weights. The names are timm's.
 
     Raises:
-        ValueError: a value is out of range or does not fit another one; the message names both and a fix.
+        ValueError: a value is out of range or conflicts with another one; the message suggests a fix.
+        TypeError: a value has the wrong type.
     """
 
-    img_size: int | tuple[int, int] = 224  # pixels, one side or (height, width); stored as a pair, like patch_size
-    patch_size: int | tuple[int, int] = 16  # divides img_size
+    img_size: int | tuple[int, int] = 224  # pixels, one integer or (height, width); stored as a pair
+    patch_size: int | tuple[int, int] = 16  # pixels, likewise; must divide img_size
     in_chans: int = 3
     num_classes: int = 1000  # 0: no head
     global_pool: str = "token"  # "token" (class token), "avg" (mean of the patches) or "" (all tokens)
@@ -45,29 +46,27 @@ class ViTConfig:
     class_token: bool = True
     no_embed_class: bool = False  # position embedding for the patches only, not for class and register tokens
     reg_tokens: int = 0  # register tokens, between the class token and the patches
-    pre_norm: bool = (
-        False  # normalise the tokens before the first block, as CLIP; the patch projection has no bias then
-    )
-    final_norm: bool = True  # False: no norm after the blocks, neither before nor after pooling
-    fc_norm: bool | None = None  # normalise after pooling, not before; None: only where global_pool is "avg"
+    pre_norm: bool = False  # LayerNorm before the first block, as in CLIP; the patch projection then has no bias
+    final_norm: bool = True  # False: no LayerNorm after the blocks, neither before nor after pooling
+    fc_norm: bool | None = None  # final norm after pooling instead of before; None: if global_pool is "avg"
     act_layer: str = "gelu"  # "gelu" (erf), "gelu_tanh" or "quick_gelu", x · sigmoid(1.702 · x)
     norm_eps: float = 1e-6
-    use_mask_token: bool = False  # a token for the patches that forward's bool_masked_pos hides
+    use_mask_token: bool = False  # the token that replaces the patches in forward's bool_masked_pos
     representation_size: int | None = None  # width of the tanh layer of a pre-training head; None: no such layer
-    dynamic_img_size: bool = False  # take images of any size unless forward's interpolate_pos_encoding says otherwise
-    # How the position embedding is resized, always bicubic: "bicubic_offset" passes the scale factor (new + 0.1) / old
-    # (DINO, Hugging Face 4), "bicubic" the size (Hugging Face 5), "bicubic_antialias" the size and smooths (timm). The
-    # results differ by a few percent.
+    dynamic_img_size: bool = False  # default of forward's interpolate_pos_encoding: take images of any size
+    # How the position embedding is resized, always bicubic. "bicubic_offset" passes the scale factor (new + 0.1) / old
+    # (DINO, transformers 4), "bicubic" the size (transformers 5), "bicubic_antialias" the size with antialias (timm).
+    # The results differ by a few percent.
     interpolation: str = "bicubic_offset"
-    drop_rate: float = 0.0  # dropout in training: before the head,
-    pos_drop_rate: float = 0.0  # after the position embedding,
-    proj_drop_rate: float = 0.0  # after attention's projection, the MLP's activation and its second layer,
-    act_drop_rate: float | None = None  # the activation's own rate (Hugging Face has 0); None: proj_drop_rate
-    attn_drop_rate: float = 0.0  # and of the attention probabilities
-    drop_path_rate: float = 0.0  # stochastic depth of the last block's branches; the blocks before have linearly less
-    patch_drop_rate: float = 0.0  # share of the patches that each image loses in training (FLIP)
-    weight_init: str = ""  # "" (timm's), "zeros" (class token and position embedding start at 0), "jax" or "jax_nlhb"
-    impl: str = "auto"  # of the ops: "auto", "fused", "triton" or "reference", see README
+    drop_rate: float = 0.0  # dropout before the head
+    pos_drop_rate: float = 0.0  # dropout after the position embedding
+    proj_drop_rate: float = 0.0  # dropout after attention's projection, the MLP's activation and its second layer
+    act_drop_rate: float | None = None  # dropout after the MLP's activation; None: proj_drop_rate
+    attn_drop_rate: float = 0.0  # dropout of the attention probabilities
+    drop_path_rate: float = 0.0  # stochastic depth of the last block; the rate grows linearly from 0 in the first
+    patch_drop_rate: float = 0.0  # fraction of the patches that each image loses in training (FLIP)
+    weight_init: str = ""  # timm's modes "", "zeros", "jax" and "jax_nlhb", see vit.init.init_weights
+    impl: str = "auto"  # "auto", "fused", "triton" or "reference" for every op, see README
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -97,7 +96,7 @@ class ViTConfig:
             raise ValueError('global_pool="token" needs class_token=True; use global_pool="avg" without one')
 
     def _check_size(self) -> None:
-        """Raises before anyone makes parameters that no memory holds."""
+        """Raises ValueError if the parameters would exceed any memory."""
         dim, wide = self.embed_dim, self.representation_size or 0
         parameters = {
             ("embed_dim", "depth", "mlp_ratio"): self.depth * dim * (4 * dim + 2 * self.mlp_hidden_dim),
@@ -157,12 +156,13 @@ class ViTConfig:
         return self.drop_path_rate * index / max(self.depth - 1, 1)
 
     def check_image(self, image: Tensor, interpolate_pos_encoding: bool | None = None) -> tuple[int, int]:
-        """The patch grid of ``image`` [B, in_chans, H, W]; H and W are free multiples of the patch when interpolating.
+        """Checks ``image`` [B, in_chans, H, W] and returns its patch grid (rows, columns).
 
+        With interpolation H and W may be any multiples of the patch, else they must be ``img_size``.
         ``interpolate_pos_encoding=None`` means ``dynamic_img_size``.
 
         Raises:
-            TypeError: the image is not floating point.
+            TypeError: the image is not a floating-point tensor.
             ValueError: its rank, channels or size do not fit the model.
         """
         if not isinstance(image, torch.Tensor):
@@ -185,10 +185,10 @@ class ViTConfig:
         return height // self.patch_size[0], width // self.patch_size[1]
 
     def check_mask(self, mask: Tensor | None, batch: int, grid: tuple[int, int]) -> None:
-        """Raises unless ``mask`` says of every patch of the ``grid`` of each image whether it is hidden, or is None.
+        """Checks a mask of patches; None is valid.
 
         Raises:
-            TypeError: the mask is not boolean.
+            TypeError: the mask is not a bool tensor.
             ValueError: its shape is not [B, number of patches], or the model has no mask token.
         """
         if mask is None:
@@ -204,13 +204,16 @@ class ViTConfig:
 
     @classmethod
     def from_hf(cls, config: Any, **overrides: Any) -> ViTConfig:
-        """The same model from a Hugging Face ``ViTConfig``: the object, or its ``config.json`` as a mapping.
+        """Converts a Hugging Face ``ViTConfig``.
 
-        A missing word has Hugging Face's default; ``interpolation`` is ``"bicubic"``, as transformers 5 computes.
-        ``overrides`` are fields of `ViTConfig`, e.g. ``num_classes=0`` for a model without a head.
+        A missing key has Hugging Face's default. ``interpolation`` is ``"bicubic"``, as in transformers 5.
+
+        Args:
+            config: the object, or its ``config.json`` as a mapping.
+            **overrides: fields of `ViTConfig`, e.g. ``num_classes=0`` for a model without a head.
 
         Raises:
-            ValueError: the configuration asks for something that this model does not have.
+            ValueError: the configuration has a feature that this model does not have.
             TypeError: an override is not a field of `ViTConfig`.
         """
         get = config.get if isinstance(config, Mapping) else lambda name, default: getattr(config, name, default)
@@ -229,12 +232,16 @@ class ViTConfig:
 
 
 def check_field(name: str, value: Any, called: str | None = None) -> None:
-    """Raises unless ``value`` is one that the field ``name`` can have, whatever the others; choices are not looked at.
+    """Checks the type and range of one field on its own. It does not check fields with a fixed set of strings.
 
-    ``called`` is what the message calls it.
+    Args:
+        name: the field.
+        value: its value.
+        called: the name in the error message; None means ``name``.
 
     Raises:
-        TypeError: not True or False, not a number. ValueError: no integer, or out of range.
+        TypeError: the value is not a bool or not a number.
+        ValueError: the value is not an integer, or it is out of range.
     """
     annotation = ViTConfig.__dataclass_fields__[name].type
     called = called or name
@@ -261,7 +268,7 @@ def check_field(name: str, value: Any, called: str | None = None) -> None:
 
 
 def mlp_ratio(dim: int, hidden: int) -> float:
-    """The ratio from which `ViTConfig.mlp_hidden_dim` finds ``hidden`` again."""
+    """The ratio from which `ViTConfig.mlp_hidden_dim` computes exactly ``hidden``."""
     rounded_down = int(dim * (hidden / dim)) < hidden
     return math.nextafter(hidden / dim, math.inf) if rounded_down else hidden / dim
 
@@ -322,12 +329,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def list_models() -> list[str]:
-    """Names that `get_config` knows, smallest width first."""
+    """The names that `get_config` knows: plain ViTs by width, then SigLIP and CLIP variants."""
     return list(VARIANTS)
 
 
 def get_config(name: str, **overrides: Any) -> ViTConfig:
-    """The configuration of a named variant, e.g. ``"vit_base_patch16_224"``, with any field of `ViTConfig` overridden.
+    """The configuration of a named variant, e.g. ``"vit_base_patch16_224"``.
+
+    Args:
+        name: one of `list_models`.
+        **overrides: fields of `ViTConfig`.
 
     Raises:
         ValueError: the name is unknown, or the resulting configuration is not valid.
@@ -339,7 +350,7 @@ def get_config(name: str, **overrides: Any) -> ViTConfig:
 
 
 def known_fields(overrides: dict[str, Any]) -> dict[str, Any]:
-    """``overrides``; raises TypeError unless each is a field of `ViTConfig`."""
+    """Returns ``overrides``. Raises TypeError unless each is a field of `ViTConfig`."""
     fields = ViTConfig.__dataclass_fields__
     for name in overrides.keys() - fields:
         raise TypeError(f"ViTConfig has no field {name!r}{_nearest(name, fields)}")
@@ -359,15 +370,15 @@ def _check_int(name: str, value: Any, at_least: int, at_most: int = _MOST) -> No
 
 
 def _short(value: Any) -> str:
-    """A value in a message; Python refuses to print very long integers."""
+    """The value as text. Python refuses to print very long integers."""
     return f"2**{value.bit_length() - 1} or more" if isinstance(value, int) and abs(value) > 2**64 else repr(value)
 
 
 def pair(name: str, value: Any) -> tuple[int, int]:
-    """One integer or (height, width) as the latter.
+    """Turns one integer or (height, width) into (height, width).
 
     Raises:
-        ValueError: neither.
+        ValueError: it is neither.
     """
     both = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(both) != 2:

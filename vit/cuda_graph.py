@@ -1,4 +1,4 @@
-"""One inference forward as a CUDA graph: a replay is a single launch instead of one for every kernel."""
+"""An inference forward as a CUDA graph. A replay is one launch instead of one launch per kernel."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ Capture = Callable[[Callable[[], Any], torch.device], Callable[[], Any]]
 
 
 def graph(model: nn.Module, example: Tensor | tuple[Tensor, ...], **options: Any) -> Graph:
-    """Captures one forward of ``model`` without gradients, to be replayed on other inputs of the same shape.
+    """Captures one forward of ``model`` without gradients and replays it on other inputs of the same shape.
 
         run = vit.graph(model.eval(), images)
         logits = run(other_images)
 
-    Each call copies its inputs to where the graph reads, replays, and returns new tensors, which later calls leave
-    alone. A replay reads the parameters where they are: `load_state_dict` and optimizer steps take effect, and moving
-    or casting the model is an error. What was decided in Python while it was captured stays: ``options``, autocast,
-    modules that were put into the model afterwards do not count.
+    Each call copies its inputs to the graph's inputs, replays the graph and returns new tensors. Later calls do not
+    overwrite them. A replay reads the current values of the parameters, so `load_state_dict` and optimizer steps take
+    effect. Moving or casting the model is an error. Everything that Python decided during the capture is fixed:
+    ``options``, autocast and the modules of the model.
 
     Args:
         model: any module on one NVIDIA GPU, in evaluation.
         example: its positional arguments, one tensor or several; the values do not matter.
-        **options: further arguments of every forward, without tensors.
+        **options: keyword arguments of every forward, without tensors.
 
     Raises:
-        RuntimeError: the model or the example is not on a GPU; or the forward cannot be captured, because it waits for
-            the GPU, say.
-        ValueError: the model or a part of it is in training; model and example are on different devices.
-        TypeError: the example is not made of tensors, or the options are.
+        RuntimeError: the model or the example is not on a GPU, or the forward cannot be captured, for example because
+            it waits for the GPU.
+        ValueError: a module is in training, or model and example are on different devices.
+        TypeError: the example contains something other than tensors, or an option is a tensor.
     """
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
     device = check(model, inputs, options)
@@ -47,7 +47,7 @@ def graph(model: nn.Module, example: Tensor | tuple[Tensor, ...], **options: Any
 
 
 class Graph:
-    """What `graph` returns. Inputs and outputs have one place in memory: one thread and one stream at a time."""
+    """The result of `graph`. All calls share the memory of inputs and outputs: use one thread and one stream."""
 
     def __init__(
         self, model: nn.Module, example: tuple[Tensor, ...], options: dict[str, Any], capture: Capture
@@ -56,9 +56,9 @@ class Graph:
         self._places = [t.data_ptr() for t in self._tensors]
         device = example[0].device
         dtype, enabled = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
-        with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be written to at a later call
+        with torch.inference_mode(False), torch.no_grad():  # later calls cannot write to inference tensors
             self._inputs = tuple(x.detach().clone() for x in example)
-            # Autocast's cache would die before the graph.
+            # No autocast cache: it would be freed before the graph.
             with unchanged(model, example), torch.autocast(device.type, dtype, enabled, cache_enabled=False):
                 self._replay = capture(lambda: model(*self._inputs, **options), device)
 
@@ -67,10 +67,10 @@ class Graph:
         """The outputs of the model, as new tensors.
 
         Raises:
-            TypeError: not as many tensors as in the example; the model returns a type of container that PyTorch's
+            TypeError: the number of tensors differs from the example's, or the model returns a container that PyTorch's
                 pytree does not know.
-            ValueError: another shape, dtype or device than the example's.
-            RuntimeError: the model was moved or cast since.
+            ValueError: shape, dtype or device differ from the example's.
+            RuntimeError: the model was moved or cast after the capture.
         """
         if len(inputs) != len(self._inputs) or not all(isinstance(x, Tensor) for x in inputs):
             kinds = ", ".join(type(x).__name__ for x in inputs)
@@ -87,7 +87,7 @@ class Graph:
 
 
 def _copy(out: Any) -> Any:
-    # Anything else may hold tensors that the next replay overwrites.
+    # Other objects may contain tensors that the next replay overwrites.
     if not isinstance(out, Tensor | bool | int | float | str | None):
         raise TypeError(f"vit.graph: cannot copy a {type(out).__name__}; let the model return tensors, tuples or dicts")
     return out.clone() if isinstance(out, Tensor) else out
@@ -98,7 +98,7 @@ def _say(t: Tensor) -> str:
 
 
 def check(model: nn.Module, example: tuple[Tensor, ...], options: dict[str, Any]) -> torch.device:
-    """The one device of model and example; raises for what `graph` refuses on any device."""
+    """Checks the arguments of `graph` as far as possible without a GPU. Returns the device of model and example."""
     if not example or not all(isinstance(t, Tensor) for t in example):
         raise TypeError(
             f"vit.graph: example must be a tensor or a tuple of them, got {[type(t).__name__ for t in example]}"
@@ -125,15 +125,15 @@ def check(model: nn.Module, example: tuple[Tensor, ...], options: dict[str, Any]
 
 
 def capture(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """A function that replays ``run`` on the GPU ``device`` and returns the same tensors every time."""
+    """Captures ``run`` on the GPU ``device``. The result is a function that replays it and returns the same tensors."""
     with torch.cuda.device(device):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(3):  # compiles the kernels and makes cuBLAS allocate, neither of which can be captured
+            for _ in range(3):  # a capture cannot compile kernels or let cuBLAS allocate
                 run()
         torch.cuda.current_stream().wait_stream(side)
-        gc.collect()  # no autograd node of the warm-up may live on: it would wait for a stream outside the capture
+        gc.collect()  # frees the warm-up's autograd nodes, which would wait for a stream outside the capture
         torch.cuda.synchronize()
         captured = torch.cuda.CUDAGraph()
         try:

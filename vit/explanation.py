@@ -1,4 +1,4 @@
-"""Which path each op of a model took, and why."""
+"""`vit.explain`: the path of each op of a model, and the reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vit.unchanged import unchanged
 
 @dataclasses.dataclass(frozen=True)
 class OpPath:
-    """Calls of one op that took one path for one reason."""
+    """The calls of one op with the same path, reason and dtype."""
 
     op: str
     path: str
@@ -33,15 +33,18 @@ class Explanation(list[OpPath]):
 
 @torch.no_grad()
 def explain(model: nn.Module, *args: Tensor, **kwargs) -> Explanation:
-    """Runs one forward of ``model`` without gradients and tells which path each op took and why.
+    """Runs one forward of ``model`` without gradients and reports the path of each op, with the reason.
 
-    A global module hook makes PyTorch call every module by itself. Then fewer ops are fused, and an entry names the
-    hooks.
+    The model, its buffers and the random states stay unchanged. Only one thread at a time may call it. With global
+    module hooks, PyTorch must call each module, so fewer ops are fused. The last entry then names the hooks.
 
-    The model stays as it is, its buffers too, and random numbers that it draws are given back. One thread at a time.
+    Args:
+        model: any module.
+        *args: positional arguments of the forward.
+        **kwargs: keyword arguments of the forward.
 
     Returns:
-        One entry per op, path and reason, in the order of first use; ``print`` it for a table.
+        One entry per op, path, reason and dtype, in the order of first use. ``print`` shows a table.
     """
     with unchanged(model, (args, kwargs)), runtime.record_choices() as choices:
         model(*args, **kwargs)

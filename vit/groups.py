@@ -1,6 +1,6 @@
-"""Which parameters an optimiser treats alike: layer-wise learning rates, and those that do not decay.
+"""Parameter groups for an optimiser: layer-wise learning rates and weight decay.
 
-The words and the grouping are those of timm's ``param_groups_layer_decay``, which takes our models, too.
+Names and groups are those of timm's ``param_groups_layer_decay``, which also accepts the models of this package.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 from vit.config import ViTConfig
 
 NO_WEIGHT_DECAY = frozenset({"cls_token", "reg_token", "mask_token", "pos_embed"})
-#: In timm's format. Layers count in the order stem, blocks, the rest; 99999 joins what matches to the layer before it.
+#: In timm's format. The order of the layers is stem, blocks, the rest. 99999 puts a match into the previous layer.
 MATCHER = {
     "stem": r"^(?:cls_token|reg_token|mask_token|pos_embed|patch_embed|norm_pre)",
     "blocks": [(r"^blocks\.(\d+)", None), (r"^norm\.", (99999,))],
@@ -23,25 +23,26 @@ MATCHER = {
 def param_groups_layer_decay(
     model: nn.Module, weight_decay: float = 0.05, layer_decay: float = 0.75
 ) -> list[dict[str, Any]]:
-    """Parameter groups for an optimiser, with ``lr_scale`` = layer_decay ** (layers above) (Bao et al., BEiT, 2022).
+    """Parameter groups with ``lr_scale`` = layer_decay ** (number of later layers) (Bao et al., BEiT, 2022).
 
-    The stem is the first layer, each block one, the last together with the final norm, and the head (with ``fc_norm``)
-    the last, whose scale is 1. What has one dimension, tokens and position embedding do not decay. Frozen parameters
-    are left out.
+    The first layer is the stem. Each block is a layer, and the final norm belongs to the last block. The last layer is
+    the head with ``fc_norm``; its scale is 1. Tokens, position embedding and parameters with one dimension have no
+    weight decay. Frozen parameters are in no group.
 
     Args:
         model: a VisionTransformer of this package, fast or reference.
-        weight_decay: of the others.
-        layer_decay: in (0, 1]; 1 leaves the learning rate alike everywhere.
+        weight_decay: weight decay of the other parameters.
+        layer_decay: in (0, 1]; 1 means the same learning rate everywhere.
 
     Returns:
-        Dictionaries with ``params``, ``lr_scale`` and ``weight_decay``. PyTorch's optimisers ignore ``lr_scale``: a
-        schedule multiplies it in (timm's do), or ``group["lr"] = base_lr * group["lr_scale"]``.
+        Dictionaries with ``params``, ``lr_scale`` and ``weight_decay``. PyTorch's optimisers ignore ``lr_scale``, but
+        timm's schedulers apply it. Otherwise set ``group["lr"] = base_lr * group["lr_scale"]``.
 
     Raises:
-        ValueError: layer_decay is outside (0, 1]. TypeError: another kind of model.
+        ValueError: layer_decay is outside (0, 1].
+        TypeError: the model is not a VisionTransformer of this package.
     """
-    model = getattr(model, "_orig_mod", model)  # torch.compile puts that name before every parameter's
+    model = getattr(model, "_orig_mod", model)  # torch.compile prefixes the names of parameters
     if not isinstance(getattr(model, "config", None), ViTConfig):
         kind = type(model).__name__
         raise TypeError(

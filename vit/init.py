@@ -1,4 +1,4 @@
-"""timm's weight initialisation, by parameter name, so that any model with timm's names can use it."""
+"""timm's weight initialisation by parameter name, for any model with timm's names."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ def init_weights(model: nn.Module, seed: int | None = None) -> None:
     """Initialises every parameter of a ViT in place, with the distributions of timm's ``weight_init`` modes.
 
     ``""``: linear weights and ``pos_embed`` normal, std 0.02; class and register tokens normal, std 1e-6; the patch
-    projection as PyTorch initialises a convolution; norms 1 and 0; LayerScale γ ``init_values``; other biases 0.
+    projection as in PyTorch's convolution; LayerNorm weight 1; LayerScale γ ``init_values``; mask token and other
+    biases 0.
 
-    ``"zeros"``: the same, but class token, register tokens and ``pos_embed`` 0.
+    ``"zeros"``: as ``""``, but class token, register tokens and ``pos_embed`` 0.
 
-    ``"jax"``: the patch projection and ``pre_logits`` LeCun's truncated normal, other linear weights Xavier's uniform,
-    the head 0, biases of the MLPs normal, std 1e-6. ``"jax_nlhb"``: and the head's bias −log(num_classes).
+    ``"jax"``: as ``""``, but the patch projection and ``pre_logits`` LeCun's truncated normal with bias 0, the head 0,
+    other linear weights Xavier's uniform, and biases of the MLPs normal, std 1e-6.
+
+    ``"jax_nlhb"``: as ``"jax"``, but the bias of the head −log(num_classes).
 
     Args:
-        model: has timm's parameter names and a ``config`` with ``init_values`` and ``weight_init``.
-        seed: draws the same fp32 numbers on the CPU whatever the model's device and dtype, and leaves the global
-            generators alone. None draws on the model's device from the global generator.
+        model: a model with timm's parameter names and a `ViTConfig` as ``config``.
+        seed: draws the same fp32 numbers on the CPU for every device and dtype, and does not use the global
+            generators. None draws on the model's device from the global generator.
 
     Raises:
-        ValueError: a parameter has a name that no rule covers.
+        ValueError: no rule covers the name of a parameter.
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     config = model.config
@@ -54,8 +57,8 @@ def init_weights(model: nn.Module, seed: int | None = None) -> None:
         elif leaf == "weight" and jax:
             _jax_weight(module, value, generator)
         elif leaf == "pos_embed" or leaf == "weight":
-            # timm truncates at ±2, which is 100 std away and never reached, except that its float arithmetic returns
-            # -2 itself about once in 2^24 draws: a normal distribution is what it means.
+            # timm truncates at ±2, which is 100 std away. But its float arithmetic returns -2 about once in 2^24 draws.
+            # A normal distribution avoids that error.
             nn.init.normal_(value, std=0.02, generator=generator)
         elif leaf == "bias" and jax and ".mlp." in name:
             nn.init.normal_(value, std=1e-6, generator=generator)
@@ -64,7 +67,7 @@ def init_weights(model: nn.Module, seed: int | None = None) -> None:
         else:
             raise ValueError(f"no initialisation is known for parameter {name!r} of shape {tuple(param.shape)}")
         if value is not param:
-            if hasattr(param, "placements"):  # a DTensor: every rank drew the same and keeps its part
+            if hasattr(param, "placements"):  # a DTensor: every rank draws the same numbers and keeps its shard
                 from torch.distributed.tensor import distribute_tensor
 
                 value = distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
@@ -75,7 +78,7 @@ def _jax_weight(module: str, value: Tensor, generator: torch.Generator | None) -
     if module == "head":
         nn.init.zeros_(value)
     elif module in ("patch_embed.proj", "pre_logits.fc"):
-        std = value[0].numel() ** -0.5 / 0.8796256610342398  # the std of a standard normal cut off at ±2
+        std = value[0].numel() ** -0.5 / 0.8796256610342398  # the std of a standard normal truncated at ±2
         nn.init.trunc_normal_(value, std=std, a=-2 * std, b=2 * std, generator=generator)
     else:
         nn.init.xavier_uniform_(value, generator=generator)

@@ -1,7 +1,7 @@
-"""The modules of a ViT: timm's parameter names around the ops of `vit.kernels`.
+"""The modules of a ViT, on the ops of `vit.kernels` and with timm's parameter names.
 
-Each takes ``impl`` and hands it to every op. Each can be called as timm's: ``block(x)``, ``patch_embed(image)``. In
-training ``seed`` says what drops out; without one each dropout draws its own.
+Every module passes ``config.impl`` to its ops. Calls are as in timm: ``block(x)``, ``patch_embed(image)``. In training,
+``seed`` determines all dropout masks; without one, each dropout draws its own seed.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from vit.config import ViTConfig
 from vit.kernels import reference
 from vit.plain import hooked, is_linear, linear, plain, remember, replaced
 
-# What a dropout mask belongs to: its offset is 8 · block + one of these. The last two belong to no block.
+# The dropouts of a model. The offset of a mask is 8 · block + one of these; POS and HEAD belong to no block.
 ATTN, PROJ, ACT, FC2, PATH1, PATH2, POS, HEAD = range(8)
 
 
 def dropping(module: nn.Module, seed: Tensor | None, offset: int) -> dict[str, Any]:
-    """The keywords that let an op drop out at the module's ``drop_rate``; none in evaluation."""
+    """The dropout arguments of an op, with the module's ``drop_rate``; empty in evaluation."""
     drops = module.training and module.drop_rate > 0.0
     return {"dropout_p": module.drop_rate, "seed": seed, "offset": offset} if drops else {}
 
 
 def seeded(seed: Tensor | None) -> tuple[Tensor, ...]:
-    """What follows x in the call of a part: a part that others put in its place need not take a seed in evaluation."""
+    """The arguments after x in a call of a submodule. Without a seed, a replacement that takes only x also works."""
     return () if seed is None else (seed,)
 
 
 class Dropout(nn.Module):
-    """Dropout that is part of no other op."""
+    """Dropout as a separate op."""
 
     def __init__(self, config: ViTConfig, p: float, offset: int) -> None:
         super().__init__()
@@ -50,12 +50,12 @@ class DropPath(Dropout):
     """Stochastic depth (Huang et al., 2016)."""
 
     def forward(self, x: Tensor, seed: Tensor | None = None) -> Tensor:
-        """x [B, ...] times the scale of each sample."""
+        """Multiplies x [B, ...] by the scale of each sample."""
         scale = self.scale(x, seed)
         return x if scale is None else x * scale.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
 
     def scale(self, x: Tensor, seed: Tensor | None) -> Tensor | None:
-        """What the branch of each sample is multiplied by, 0 or 1 / (1 − p): [B]. None where every branch stays."""
+        """The factor of each sample's branch, 0 or 1 / (1 − p): [B]. None in evaluation or if p is 0."""
         if self.p == 0.0 or not self.training:
             return None
         ones = torch.ones(x.shape[0], 1, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -63,9 +63,10 @@ class DropPath(Dropout):
 
 
 class PatchEmbed(nn.Module):
-    """Image to tokens; ``proj`` holds the 4-D weight of the equivalent convolution.
+    """Projects patches of an image to tokens. ``proj`` is the equivalent convolution.
 
-    ``img_size``, ``patch_size`` and ``grid_size`` are (height, width), ``num_patches`` is their number, as in timm.
+    ``img_size``, ``patch_size`` and ``grid_size`` are (height, width). ``num_patches`` is the number of patches, as in
+    timm.
     """
 
     def __init__(self, config: ViTConfig) -> None:
@@ -85,12 +86,12 @@ class PatchEmbed(nn.Module):
         mask_token: Tensor | None = None,
         bool_masked_pos: Tensor | None = None,
     ) -> Tensor:
-        """[B, C, H, W] -> [B, R + N, D] with the R prefix tokens in front and the position embedding added."""
+        """[B, C, H, W] -> [B, R + N, D]: R prefix tokens and N patches, with the position embedding added."""
         mask = {"mask_token": mask_token, "bool_masked_pos": bool_masked_pos}
         if type(self.proj) is nn.Conv2d and not (hooked(self.proj) or replaced(self.proj)):
             params = self.proj.weight, self.proj.bias
             return kernels.patch_embed(image, *params, pos_embed, prefix, **mask, impl=self.impl)
-        if bool_masked_pos is not None:  # else the gradient of the weight would multiply hidden pixels by 0
+        if bool_masked_pos is not None:  # hidden pixels may be NaN, and 0 · NaN would reach the weight's gradient
             grid = [size // patch for size, patch in zip(image.shape[2:], self.patch_size, strict=True)]
             hidden = bool_masked_pos.unflatten(1, grid)
             for dim, patch in zip((1, 2), self.patch_size, strict=True):
@@ -101,7 +102,7 @@ class PatchEmbed(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm on the op."""
+    """LayerNorm with `vit.kernels.layer_norm`."""
 
     def __init__(self, config: ViTConfig, width: int | None = None) -> None:
         super().__init__(width or config.embed_dim, eps=config.norm_eps)
@@ -121,7 +122,7 @@ def add_norm(
     impl: str,
     dropout: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """x + drop_path(layer_scale(dropout(branch))), and ``norm`` of it; one op where all of them are plain."""
+    """x + drop_path(layer_scale(dropout(branch))), and ``norm`` of that. One op if `vit.plain` allows it."""
     factors = [part for part in (layer_scale, drop_path) if part is not None]
     if lendable(norm) and all(map(plain, factors)):
         gamma = None if layer_scale is None else layer_scale.gamma
@@ -135,15 +136,15 @@ def add_norm(
 
 
 def lendable(norm: nn.Module | None) -> bool:
-    """Whether an op may apply the norm from its parameters: it is our own, and calling it would do nothing more.
+    """Whether an op may read the norm's parameters instead of calling the norm.
 
-    FSDP makes a subclass of what it shards, and has the parameters together only while that is called.
+    Not for a subclass: FSDP makes one of each module that it shards, and gathers its parameters only during the call.
     """
     return type(norm) is LayerNorm and plain(norm)
 
 
 class LayerScale(nn.Module):
-    """γ times a branch; the op that adds the branch multiplies by it."""
+    """Multiplies a branch by γ. `add_norm` usually fuses this."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -154,7 +155,7 @@ class LayerScale(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention on [B, N, D]; q, k and v stay packed as qkv's projection wrote them."""
+    """Multi-head self-attention on [B, N, D]. The op reads the packed output of the qkv projection."""
 
     def __init__(self, config: ViTConfig, index: int) -> None:
         super().__init__()
@@ -179,7 +180,7 @@ class Attention(nn.Module):
         return linear(self.qkv, x, self.impl)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values as attention sees them, [B, N, HEADS, HEAD_DIM] each."""
+        """Queries, keys and values after q_norm and k_norm, [B, N, HEADS, HEAD_DIM] each."""
         q, k, v = self.project(x).unflatten(2, (3, self.num_heads, -1)).unbind(2)
         return (q, k, v) if self.q_norm is None else (self.q_norm(q), self.k_norm(k), v)
 
@@ -207,9 +208,9 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-LN encoder block; ``index`` is its place in the model."""
+    """One pre-LN encoder block; ``index`` is its index in the model."""
 
-    takes_seed = True  # what wraps a block and shows its attributes takes a seed, too
+    takes_seed = True  # also visible through wrappers that forward attributes, so `run_blocks` gives them a seed
 
     def __init__(self, config: ViTConfig, index: int) -> None:
         super().__init__()
@@ -232,7 +233,7 @@ class Block(nn.Module):
     def step(
         self, x: Tensor, y: Tensor | None, next_norm: nn.Module | None, seed: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """The stream and ``next_norm`` of it, from the stream x and y = norm1(x); see `vit.chain.Link`."""
+        """The ``run`` of `vit.chain.Link`: x and y = norm1(x) or None -> the new x and ``next_norm(x)``."""
         y = self.norm1(x) if y is None else y
         drop = dropping(self, seed, self.offset + PROJ)
         attended = self.attn(y, *seeded(seed))
@@ -242,17 +243,17 @@ class Block(nn.Module):
         return add_norm(next_norm, x, hidden, self.ls2, self.drop_path2, seed, self.impl, drop)
 
     def link(self, seed: Tensor | None, recompute: bool) -> Link:
-        """The block in a chain. ``recompute``: keep no activations."""
+        """The block as a link of a chain. With ``recompute``, backward recomputes its activations."""
         if type(self) is not Block or hooked(self) or replaced(self):
             return _called(self, seed if type(self).forward is Block.forward else None, recompute)
-        # With a seed a block draws no random numbers.
+        # With a seed the block draws no random numbers, so no RNG state needs saving.
         again = functools.partial(checkpoint, self.step, use_reentrant=False, preserve_rng_state=seed is None)
         step = again if recompute else self.step
         return Link(lambda x, y, norm: step(x, y, norm, seed), self.norm1 if lendable(self.norm1) else None)
 
 
 class Blocks(nn.Sequential):
-    """The blocks in a row. A row of other modules that takes its place is called module by module."""
+    """The blocks, run as a chain. Modules of other classes in it are called one by one."""
 
     def forward(self, x: Tensor, seed: Tensor | None = None, recompute: bool = False) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
@@ -268,7 +269,7 @@ def run_blocks(
     seed: Tensor | None = None,
     recompute: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """`vit.chain.chain` of a row of blocks; ``last_norm`` is applied after the last where it can be lent."""
+    """Runs blocks as a `vit.chain.chain`. The last block applies ``last_norm`` if `lendable` allows it."""
     links = []
     for block in blocks:
         own = seed if getattr(block, "takes_seed", False) else None
@@ -283,7 +284,7 @@ def _called(block: nn.Module, seed: Tensor | None, recompute: bool) -> Link:
 
 
 class Linear(nn.Linear):
-    """A linear layer on the op."""
+    """A linear layer with `vit.kernels.linear`."""
 
     def __init__(self, config: ViTConfig, in_features: int, out_features: int, **factory) -> None:
         super().__init__(in_features, out_features, **factory)
@@ -294,7 +295,7 @@ class Linear(nn.Linear):
 
 
 class PreLogits(nn.Module):
-    """The hidden layer of a pre-training head (paper, 3.1): a linear layer and tanh."""
+    """The hidden layer of a pre-training head (paper, 3.1): linear, then tanh."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Masked-image modelling, as SimMIM (Xie et al., 2022): the pixels of hidden patches from the tokens around them."""
+"""Masked-image modelling as in SimMIM (Xie et al., 2022): reconstructs the pixels of hidden patches."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from vit.plain import linear
 
 
 class MaskedImageModel(nn.Module):
-    """A ViT whose head draws each patch again. B images, N patches of PH · PW pixels, C channels, D = embed_dim.
+    """A ViT with a decoder that reconstructs each patch.
 
-    Transformers' ``ViTForMaskedImageModeling`` on a square grid of the model's own size: the same reconstruction and
-    loss. Here any grid and any patch work.
+    Shapes: B images, N patches of PH · PW pixels, C channels, D = embed_dim. On a square grid of the model's own size,
+    reconstruction and loss are those of transformers' ``ViTForMaskedImageModeling``. Other grids and patches work, too.
 
     Args:
-        config: of the encoder; its head and pooling are left out, a mask token is put in.
-        seed: of the initial weights. device, dtype: of the parameters.
+        config: configuration of the encoder. Its head and pooling are removed, and a mask token is added.
+        seed: seed of the initial weights.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
     """
 
     def __init__(
@@ -44,18 +46,20 @@ class MaskedImageModel(nn.Module):
     def forward(
         self, image: Tensor, bool_masked_pos: Tensor | None = None, interpolate_pos_encoding: bool | None = None
     ) -> tuple[Tensor | None, Tensor]:
-        """Hides patches and draws them again.
+        """Hides patches and reconstructs the image.
 
         Args:
             image: [B, C, H, W], as for `vit.VisionTransformer`.
-            bool_masked_pos: bool [B, N]: which patches are hidden; None hides none.
+            bool_masked_pos: bool [B, N], True for hidden patches; None hides none.
             interpolate_pos_encoding: as for `vit.VisionTransformer`.
 
         Returns:
-            (loss, reconstruction [B, C, H, W]): the mean absolute error of the hidden pixels, None without a mask.
+            (loss, reconstruction [B, C, H, W]). The loss is the mean absolute error of the hidden pixels, or None
+            without a mask.
 
         Raises:
-            ValueError: patch_drop_rate leaves patches without a token; and as `vit.VisionTransformer`.
+            ValueError: ``patch_drop_rate`` is not 0 in training, or as for `vit.VisionTransformer`.
+            TypeError: as for `vit.VisionTransformer`.
         """
         config = self.encoder.config
         if self.training and config.patch_drop_rate:
@@ -69,7 +73,7 @@ class MaskedImageModel(nn.Module):
             return None, drawn
         mask = bool_masked_pos.unflatten(1, grid).repeat_interleave(config.patch_size[0], 1)
         mask = mask.repeat_interleave(config.patch_size[1], 2).unsqueeze(1)  # [B, 1, H, W]
-        # Where nothing is hidden in the whole batch the loss is 0, not NaN, as transformers has it.
+        # If no patch of the batch is hidden, the loss is 0, not NaN, as in transformers.
         error = F.l1_loss(image.to(drawn.dtype), drawn, reduction="none").masked_fill(~mask, 0.0)
         error = error.sum(dtype=torch.promote_types(error.dtype, torch.float32))
         return error / (mask.sum() + 1e-5) / config.in_chans, drawn

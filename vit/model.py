@@ -1,4 +1,7 @@
-"""The Vision Transformer: patches, blocks, head. Shapes: B images, R prefix tokens, N tokens in all, D = embed_dim."""
+"""The Vision Transformer: patch embedding, blocks, head.
+
+Shapes: B images, R prefix tokens, N tokens in total, D = embed_dim.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,10 @@ class VisionTransformer(nn.Module):
     """A ViT (Dosovitskiy et al., ICLR 2021) on the ops of `vit.kernels`, with timm's state-dict keys.
 
     Args:
-        config: the architecture, and ``impl``, which reaches every op.
-        seed: of the initial weights, see `vit.init.init_weights`.
-        device, dtype: of the parameters, as for any torch module.
+        config: the architecture, and the ``impl`` of every op.
+        seed: seed of the initial weights, see `vit.init.init_weights`.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
     """
 
     def __init__(
@@ -39,7 +43,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.grad_checkpointing = False
-        self._source: dict[str, Any] = {}  # what `pretrained_cfg` knows of the weights
+        self._source: dict[str, Any] = {}  # the entries of `pretrained_cfg` that describe the weights
         dim = config.embed_dim
         with torch.device(device) if device is not None else torch.device(torch.get_default_device()):
             self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if config.class_token else None
@@ -74,18 +78,18 @@ class VisionTransformer(nn.Module):
 
         Args:
             image: [B, in_chans, H, W], floating point, in the dtype of the parameters; any strides.
-            bool_masked_pos: bool [B, number of patches of the image]: where the mask token stands instead of the patch.
-            interpolate_pos_encoding: resize the position embedding, so that any H and W that are multiples of the patch
-                are accepted. None: as ``config.dynamic_img_size`` says.
-            dropout_seed: which elements drop out in training, see `vit.kernels.dropout_seed`; None draws one. Patches
-                (``patch_drop_rate``) are drawn from PyTorch's generator instead.
+            bool_masked_pos: bool [B, number of patches]; the mask token replaces the patches that are True.
+            interpolate_pos_encoding: resize the position embedding to the image. H and W may then be any multiples of
+                the patch. None means ``config.dynamic_img_size``.
+            dropout_seed: seed of dropout in training, from `vit.kernels.dropout_seed`; None draws one. It does not
+                cover ``patch_drop_rate``, which uses PyTorch's generator.
 
         Returns:
-            [B, num_classes]; [B, N, num_classes] where ``global_pool=""``; D columns where there is no head.
+            [B, num_classes], or [B, N, num_classes] if ``global_pool=""``; D columns if the model has no head.
 
         Raises:
-            TypeError: the image is not floating point, the mask not boolean.
-            ValueError: its rank, channels or size do not fit the model, or there is no mask token.
+            TypeError: the image is not floating point, the mask is not boolean, or the seed is not an int64 tensor.
+            ValueError: the image or the mask does not fit the model, or the model has no mask token.
         """
         seed = self._seed(image, dropout_seed)
         x = self.forward_features(image, bool_masked_pos, interpolate_pos_encoding, dropout_seed=seed)  # [B, N, D]
@@ -99,7 +103,7 @@ class VisionTransformer(nn.Module):
         *,
         dropout_seed: Tensor | None = None,
     ) -> Tensor:
-        """All tokens [B, N, D] after the last block, normalised unless the model has an ``fc_norm``."""
+        """All tokens [B, N, D] after the last block and ``norm``, which is an identity if the model has ``fc_norm``."""
         seed = self._seed(image, dropout_seed)
         x = self._embed(image, bool_masked_pos, interpolate_pos_encoding, seed)  # [B, N, D]
         if hooked(self.blocks):
@@ -128,23 +132,26 @@ class VisionTransformer(nn.Module):
         intermediates_only: bool = False,
         interpolate_pos_encoding: bool | None = None,
     ) -> Any:
-        """The stream after chosen blocks, with timm's options.
+        """The residual stream after selected blocks, with timm's options.
 
         Args:
             image: as for `forward`.
-            indices: of the blocks, negative ones from the end; n means the last n, None all. The order is the blocks'.
-            return_prefix_tokens: make each intermediate a pair (patch tokens, prefix tokens), if there are any.
-            norm: apply the final norm to each.
+            indices: indices of the blocks; negative ones count from the end. An integer n means the last n blocks,
+                None all blocks. The intermediates come in the order of the blocks.
+            return_prefix_tokens: return each intermediate as (patch tokens, prefix tokens), if the model has prefixes.
+            norm: apply the final norm to each intermediate.
             stop_early: skip the blocks after the last index.
-            output_fmt: "NCHW" for patch tokens as a map [B, D, grid height, grid width], "NLC" for [B, N, D].
-            intermediates_only: return the list alone.
+            output_fmt: "NCHW" for patch tokens as a map [B, D, grid height, grid width], "NLC" for [B, N - R, D].
+            intermediates_only: return only the list.
             interpolate_pos_encoding: as for `forward`.
 
         Returns:
-            (tokens after the last block that ran, normalised; list of intermediates), or the list.
+            (normalised tokens [B, N, D] after the last block that ran, list of intermediates), or only the list.
 
         Raises:
-            ValueError: an index is out of range, output_fmt is unknown, or a map is asked for while patches drop out.
+            ValueError: an index is out of range, output_fmt is unknown, or output_fmt is "NCHW" in training with
+                ``patch_drop_rate``.
+            TypeError: an index is not an integer.
         """
         config, taken = self.config, take_indices(self.config.depth, indices)
         if output_fmt not in ("NCHW", "NLC"):
@@ -177,7 +184,7 @@ class VisionTransformer(nn.Module):
         return_prefix_tokens: bool = False,
         norm: bool = False,
     ) -> list[Any]:
-        """`forward_intermediates` in the words of DINO: the last ``n`` blocks, or the blocks with the indices ``n``."""
+        """`forward_intermediates` with DINO's arguments: the last ``n`` blocks, or the blocks with indices ``n``."""
         output_fmt = "NCHW" if reshape else "NLC"
         return self.forward_intermediates(
             image, n, return_prefix_tokens, norm, output_fmt=output_fmt, intermediates_only=True
@@ -191,7 +198,7 @@ class VisionTransformer(nn.Module):
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
-        """What each block returns, in timm's words."""
+        """Name, channels and reduction of each block, in timm's format."""
         return [
             {"module": f"blocks.{i}", "num_chs": self.embed_dim, "reduction": max(self.config.patch_size)}
             for i in range(self.config.depth)
@@ -199,10 +206,10 @@ class VisionTransformer(nn.Module):
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
-        """timm's words for the model's images and head, and what is known of its weights.
+        """timm's description of the model's images, its head and its weights.
 
-        `vit.load_pretrained` adds ``source`` and, where they are known, ``mean``, ``std`` and ``label_names``.
-        Assignment keeps these and whatever else the model itself does not say.
+        `vit.load_pretrained` adds ``source`` and, if the checkpoint has them, ``mean``, ``std`` and ``label_names``.
+        Assignment ignores the keys that the model derives from its configuration.
         """
         config = self.config
         return self._source | {
@@ -222,15 +229,15 @@ class VisionTransformer(nn.Module):
     default_cfg = property(lambda self: self.pretrained_cfg)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether each block is computed again in backward instead of keeping its activations."""
+        """Makes backward recompute each block, so that forward keeps no activations of it."""
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that an optimiser should not decay, beside those with one dimension."""
+        """Names of parameters without weight decay. Parameters with one dimension should have none either."""
         return set(NO_WEIGHT_DECAY)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Which layer a parameter belongs to, in timm's format; ``coarse`` changes nothing, as in timm's ViT."""
+        """Patterns that give each parameter its layer, in timm's format. ``coarse`` has no effect, as in timm's ViT."""
         return dict(MATCHER)
 
     def attention_maps(
@@ -240,19 +247,21 @@ class VisionTransformer(nn.Module):
         bool_masked_pos: Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """The logits, to the same bits as without maps, and what attends to what.
+        """The logits and the attention probabilities. The logits have the same bits as those of `forward`.
 
         Args:
             image: as for `forward`.
-            layers: which blocks, as ``indices`` of `forward_intermediates`. Each map takes B · HEADS · N² numbers.
+            layers: the blocks, as ``indices`` of `forward_intermediates`. Each map takes B · HEADS · N² numbers.
             bool_masked_pos: as for `forward`.
             interpolate_pos_encoding: as for `forward`.
 
         Returns:
-            (logits, {block: probabilities [B, HEADS, N queries, N keys]}), before dropout, in fp32.
+            (logits, {block: probabilities [B, HEADS, N queries, N keys]}). The probabilities are those before dropout,
+            in fp32, or fp64 for an fp64 model.
 
         Raises:
-            ValueError: a block is out of range; and as `forward`.
+            ValueError: a block is out of range, or as for `forward`.
+            TypeError: as for `forward`.
         """
         taken, seed, maps = take_indices(self.config.depth, layers), self._seed(image), {}
         x = self._embed(image, bool_masked_pos, interpolate_pos_encoding, seed)
@@ -264,7 +273,7 @@ class VisionTransformer(nn.Module):
         return self.forward_head(y, dropout_seed=seed), maps
 
     def _seed(self, x: Tensor, seed: Tensor | None = None) -> Tensor | None:
-        """What decides which elements drop out: None in evaluation and without a rate, else ``seed`` or a new one."""
+        """The seed of dropout: ``seed``, or a new one for None. None in evaluation and if every rate is 0."""
         if seed is not None and not (isinstance(seed, Tensor) and seed.dtype is torch.int64):
             raise TypeError(
                 f"dropout_seed must be an int64 tensor, as vit.kernels.dropout_seed returns it, got {seed!r}"
@@ -285,9 +294,10 @@ class VisionTransformer(nn.Module):
         return self.norm_pre(self.patch_drop(self.pos_drop(x, seed)))
 
     def _run(self, x: Tensor, depth: int, seed: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Runs the first ``depth`` blocks. Yields the stream and its next normalisation, before and after each.
+        """Runs the first ``depth`` blocks. Yields (x, y) before the first block and after each block.
 
-        The normalisation is None where the next block makes it; after the last block it is the model's norm.
+        x is the residual stream and y its LayerNorm for the next block, or None if the next block computes it itself.
+        After the last block y is ``self.norm(x)``.
         """
         blocks = list(self.blocks)[:depth]
         for index, (stream, y) in enumerate(run_blocks(blocks, x, self.norm, seed, self._recompute)):
@@ -303,10 +313,10 @@ class VisionTransformer(nn.Module):
 
     @torch.no_grad()
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the head by a zero-initialised one for fine-tuning (paper, 3.2), or by none for 0 classes.
+        """Replaces the head by a zero-initialised one for fine-tuning (paper, 3.2). 0 classes: no head.
 
-        The hidden layer of a pre-training head goes with it. ``global_pool``, unless None, is the pooling from now on;
-        the norms stay where they are.
+        This also removes the hidden layer of a pre-training head. ``global_pool``, unless None, replaces the pooling;
+        the norms do not move.
         """
         changed = {"num_classes": num_classes, "representation_size": None}
         if global_pool is not None:
@@ -322,12 +332,12 @@ class VisionTransformer(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Removes what `forward_intermediates` of these blocks does not need, as timm's.
+        """Removes what `forward_intermediates` does not need for these blocks, as timm does.
 
         Args:
-            indices: of the blocks, as there; those after the last of them go.
-            prune_norm: the norm after the blocks goes, too.
-            prune_head: the head and its norm go, and nothing is pooled.
+            indices: as for `forward_intermediates`. The blocks after the last index are removed.
+            prune_norm: also remove the norm after the blocks.
+            prune_head: remove the head and its norm, and pool nothing.
 
         Returns:
             The indices, ascending and not negative.
@@ -358,20 +368,21 @@ def create_model(
     dtype: torch.dtype | None = None,
     **overrides: Any,
 ) -> VisionTransformer:
-    """A named variant, e.g. ``create_model("vit_base_patch16_224", num_classes=10)``.
+    """Creates a named variant, e.g. ``create_model("vit_base_patch16_224", num_classes=10)``.
 
     Args:
         name: timm's name, one of `vit.list_models`.
-        pretrained: a checkpoint, as for `vit.load_pretrained`, which takes the other arguments; None: random weights.
-        seed: of random weights; None draws from torch's global generator.
-        device: of the parameters.
-        dtype: of the parameters.
+        pretrained: path or hub name of a checkpoint, as for `vit.load_pretrained`; None means random weights.
+        seed: seed of random weights; None draws from torch's global generator.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
         **overrides: any field of `ViTConfig`, e.g. ``img_size=(96, 80)``, ``depth=1``, ``impl="triton"``.
 
     Raises:
-        ValueError: unknown name (the nearest is suggested) or invalid value. TypeError: no such field, or
-            ``pretrained=True``.
-        CheckpointError, FileNotFoundError: as `vit.load_pretrained`.
+        ValueError: the name is unknown (the message suggests the nearest), or a value is invalid.
+        TypeError: an override is not a field of `ViTConfig`, or ``pretrained`` is True or False.
+        CheckpointError: as for `vit.load_pretrained`.
+        FileNotFoundError: as for `vit.load_pretrained`.
     """
     if isinstance(pretrained, bool):
         raise TypeError(
@@ -379,7 +390,7 @@ def create_model(
             "Hugging Face hub), or leave it out for random weights"
         )
     if pretrained is not None:
-        from vit.weights import load_pretrained  # it imports this file
+        from vit.weights import load_pretrained  # here, because it imports this file
 
         return load_pretrained(name, pretrained, device=device, dtype=dtype, **overrides)
     return VisionTransformer(get_config(name, **overrides), seed, device=device, dtype=dtype)

@@ -1,8 +1,8 @@
-"""Whether a module may be computed from its parameters, without calling it.
+"""Tests whether an op may read a module's parameters instead of calling the module.
 
-The fused ops read the weights of several modules at once. That is right only where calling the module would do nothing
-else: not with hooks, another forward, a parametrisation, pruning, a wrapper (LoRA), or a weight that is quantised or
-distributed. Such a module is called as it is: never wrong, only not fused.
+A fused op reads the weights of several modules. That is correct only if a call would do nothing else. It is not correct
+with hooks, a replaced forward, a parametrisation, pruning, a wrapper (LoRA), or a quantised or distributed weight. Such
+modules are called, without fusion.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import vit.kernels as kernels
 
-_forwards: dict[type, Callable | None] = {}  # what each class ran when it was first seen
+_forwards: dict[type, Callable | None] = {}  # the forward of each class when `remember` first saw it
 
 
 def class_of(module: nn.Module) -> type:
-    """The module's class in its library, where `vit.adapters.fused` gave it another."""
+    """The module's class, or the library's class if `vit.adapters.fused` replaced it."""
     cls = type(module)
     return cls._fused_base if getattr(cls, "_fused_self", None) is cls else cls
 
 
 def owner_of(cls: type) -> type:
-    """The class of a library whose ``forward`` runs; not one that FSDP or `vit.adapters.fused` derived."""
+    """The class that defines the library's ``forward``. Skips classes that FSDP or `vit.adapters.fused` derived."""
     classes = (c for c in cls.__mro__ if "_fused_base" not in vars(c) and "torch.distributed.fsdp" not in c.__module__)
     return next(c for c in classes if "forward" in vars(c))
 
 
 def patched(cls: type) -> bool:
-    """Whether the class has a ``forward`` from outside its library, be it dressed up by `functools.wraps`."""
+    """Whether the ``forward`` of the class comes from outside its library, even if `functools.wraps` hides that."""
     cls = owner_of(cls)
     module = getattr(cls.forward, "__globals__", {}).get("__name__", "")
     return module.partition(".")[0] != cls.__module__.partition(".")[0]
 
 
 def remember(*classes: type) -> None:
-    """Notes the forward of classes whose modules are read, so that `plain` sees when somebody replaces it."""
+    """Stores the forward of classes, so that `replaced` detects a later replacement."""
     for cls in classes:
         _forwards.setdefault(cls, None if patched(cls) else cls.forward)
 
 
 def global_hooks() -> list[str]:
-    """Names of the hooks that PyTorch runs around every module."""
+    """Names of the global hooks, which PyTorch runs for every module."""
     kinds = (
         module_._global_forward_hooks,
         module_._global_forward_pre_hooks,
@@ -57,13 +57,13 @@ def global_hooks() -> list[str]:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its ``forward``."""
+    """Whether a call of the module does more than its ``forward``."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return any(map(bool, hooks)) or _has_any_global_hook() or module._compiled_call_impl is not None
 
 
 def replaced(module: nn.Module) -> bool:
-    """Whether somebody gave this one module, or its class, another ``forward``."""
+    """Whether the ``forward`` of this module or of its class was replaced."""
     cls = class_of(module)
     own = module.__dict__.get("forward")
     if own is not None and (getattr(own, "__func__", None) is not type(module).forward or own.__self__ is not module):
@@ -72,23 +72,23 @@ def replaced(module: nn.Module) -> bool:
 
 
 def plain(module: nn.Module) -> bool:
-    """Whether calling the module computes what its class computes from ordinary tensors, and nothing more."""
+    """Whether a call of the module runs only the ``forward`` of its class, on ordinary tensors."""
     wrapped = any(p is not None and is_traceable_wrapper_subclass(p) for p in module._parameters.values())
     return not (hooked(module) or replaced(module) or wrapped)
 
 
 def absent(module: nn.Module | None) -> bool:
-    """Whether there is nothing to compute."""
+    """Whether the module is None or an identity."""
     return module is None or (type(module) is nn.Identity and plain(module))
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it is a linear layer, and nothing more."""
+    """Whether it is a `plain` linear layer."""
     return type(module) in (nn.Linear, NonDynamicallyQuantizableLinear) and plain(module)
 
 
 def linear(module: nn.Module, x: Tensor, impl: str) -> Tensor:
-    """``module(x)`` of a linear layer, on the op where it is nothing more."""
+    """``module(x)`` of a linear layer, with `vit.kernels.linear` if the module is `plain`."""
     return kernels.linear(x, module.weight, module.bias, impl=impl) if is_linear(module) else module(x)
 
 

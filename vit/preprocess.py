@@ -1,6 +1,6 @@
-"""From a photograph to the tensor that a checkpoint was trained on: the source's own size, crop, mean and deviation.
+"""Converts a photograph to the input of a checkpoint, with the size, crop, mean and standard deviation of its source.
 
-With Pillow alone, which resizes as those libraries do on Pillow images. Shapes: B images, H and W pixels.
+It needs only Pillow, with which the source libraries also resize. Shapes: B images, H and W pixels.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """Resize, crop the centre, multiply, subtract the mean, divide by the standard deviation."""
+    """Resize, centre crop, scale, subtract the mean, divide by the standard deviation."""
 
     source: str
-    resize: tuple[int, int] | int | None  # (height, width) whatever the shape, or the shorter side; None: as it is
-    crop: tuple[int, int] | None  # (height, width); past the edge of the picture it is black
+    resize: tuple[int, int] | int | None  # (height, width), or the length of the shorter side; None: no resize
+    crop: tuple[int, int] | None  # (height, width), black outside the picture; None: no crop
     resample: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     scale: float = 1 / 255
-    odd_down: bool = False  # an odd margin halves to the integer below; else to the even one, as Python's round does
+    odd_down: bool = False  # half of an odd margin: round down; False: to even, as Python's round does
 
     def __call__(self, photo: Image.Image) -> Tensor:
         """[1, 3, H, W] in fp32."""
@@ -67,21 +67,27 @@ class Preprocessing:
 
 @dataclasses.dataclass(frozen=True)
 class _Rule:
-    """What a source does at any size; ``crop_pct`` is the size over the shorter side that is resized to, None: the
-    whole picture is squeezed into the size."""
+    """The preprocessing of a source at any size.
+
+    ``crop_pct`` is the crop size divided by the shorter side after the resize. None means no crop: the picture is
+    resized to the size, whatever its aspect ratio.
+    """
 
     where: str
     crop_pct: float | None
     resample: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    from_384: dict[str, Any] = dataclasses.field(default_factory=dict)  # what differs for 384 pixels and more
+    from_384: dict[str, Any] = dataclasses.field(default_factory=dict)  # other values from 384 pixels on
 
 
-# Constants as read in vit_jax/input_pipeline.py of google-research/vision_transformer and in big_vision's ViT configs
-# (both resize with TensorFlow, the first without antialiasing: here it is Pillow's, as in transformers' conversions);
-# transformers 5.23, ViTImageProcessor; timm 1.0.31, the default_cfgs of vision_transformer.py and deit.py: what most
-# models of a kind have; torchvision 0.28, the transforms of its weights; dinov2/data/transforms.py.
+# Sources of the constants:
+# - google: vit_jax/input_pipeline.py of google-research/vision_transformer; big_vision: its ViT configs. Both resize
+#   with TensorFlow, google without antialiasing. Here Pillow resizes, as for the models that transformers converted.
+# - hf: ViTImageProcessor of transformers 5.23.
+# - timm: the most common values in the default_cfgs of vision_transformer.py and deit.py of timm 1.0.31.
+# - torchvision: the transforms of the weights of torchvision 0.28.
+# - dinov2: dinov2/data/transforms.py.
 _UNCUT = {"crop_pct": 1.0}
 _SWAG = {"where": "torchvision, IMAGENET1K_SWAG", "crop_pct": 1.0, "resample": BICUBIC}
 SOURCES = {
@@ -95,7 +101,7 @@ SOURCES = {
     "torchvision": _Rule("torchvision, IMAGENET1K_V1", 224 / 256, BILINEAR, IMAGENET_MEAN, IMAGENET_STD, _SWAG),
     "dinov2": _Rule("facebookresearch/dinov2", 224 / 256, BICUBIC, IMAGENET_MEAN, IMAGENET_STD),
 }
-# What a processor of transformers does where its file does not say.
+# The defaults of transformers' image processors.
 _BY_SIDE = {
     "size": {"shortest_edge": 224}, "crop_size": 224, "do_center_crop": True, "resample": BICUBIC,
     "image_mean": CLIP_MEAN, "image_std": CLIP_STD,
@@ -116,7 +122,7 @@ _PROCESSORS = {
 
 
 def preprocessing(source: str, size: tuple[int, int]) -> Preprocessing:
-    """What ``source`` (a key of `SOURCES`) does for a model that takes ``size`` = (height, width)."""
+    """The preprocessing of ``source``, a key of `SOURCES`, for a model with input ``size`` = (height, width)."""
     if source not in SOURCES:
         raise ValueError(f"unknown preprocessing {source!r}; known: {', '.join(SOURCES)}")
     rule = SOURCES[source]
@@ -124,13 +130,13 @@ def preprocessing(source: str, size: tuple[int, int]) -> Preprocessing:
     values = {"resample": rule.resample, "mean": rule.mean, "std": rule.std}
     if rule.crop_pct is None:
         return Preprocessing(rule.where, size, None, **values)
-    # timm and torchvision resize by the shorter side, which is meant for square sizes.
+    # timm and torchvision resize the shorter side, and assume square sizes.
     shorter = math.floor(max(size) / rule.crop_pct)
     return Preprocessing(rule.where, shorter, size, **values, odd_down=source == "big_vision")
 
 
 def of_folder(folder: Path, size: tuple[int, int]) -> Preprocessing | None:
-    """What the files beside a checkpoint say: preprocessor_config.json of transformers, or timm's config.json."""
+    """The preprocessing in a checkpoint's folder: transformers' preprocessor_config.json, or timm's config.json."""
     told = _json(folder / "preprocessor_config.json")
     if told is not None:
         return _of_transformers(told)
@@ -145,7 +151,7 @@ def of_folder(folder: Path, size: tuple[int, int]) -> Preprocessing | None:
 
 
 def class_names(folder: Path) -> dict[int, str]:
-    """id2label of transformers' config.json, or label_names of timm's; empty where there are none worth showing."""
+    """Class names from config.json: transformers' id2label or timm's label_names; {} for generic names (LABEL_0)."""
     config = _json(folder / "config.json") or {}
     names = config.get("id2label") or dict(enumerate(config.get("label_names") or []))
     names = {int(index): str(name) for index, name in names.items()}
@@ -154,12 +160,13 @@ def class_names(folder: Path) -> dict[int, str]:
 
 
 def open_photo(path: Path) -> Image.Image:
-    """The photograph the right way up, in RGB.
+    """Opens a photograph in RGB, rotated as its EXIF data say.
 
     Raises:
-        ValueError: not a picture that Pillow reads. OSError: it cannot be read.
+        ValueError: Pillow cannot identify the file as a picture, or it is not a regular file.
+        OSError: the file cannot be read.
     """
-    if path.exists() and not path.is_file():  # a pipe would be waited for
+    if path.exists() and not path.is_file():  # opening a pipe would block
         raise ValueError(f"{path} is not a regular file")
     try:
         with Image.open(path) as photo:

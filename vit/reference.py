@@ -1,7 +1,7 @@
-"""The Vision Transformer in plain PyTorch: the specification that the fast model is tested against.
+"""The Vision Transformer in plain PyTorch: the specification for tests of the fast model.
 
-It shares no code with `vit.kernels`, `vit.layers` or `vit.model`, so that it can disagree with them. Its state-dict
-keys are timm's. Shapes: B images, N = prefix + patch tokens, D = embed_dim.
+It shares no code with `vit.kernels`, `vit.layers` or `vit.model`, so their bugs are not in it. Its state-dict keys are
+timm's. Shapes: B images, N = prefix + patch tokens, D = embed_dim.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from vit.init import init_weights
 def interpolate_pos_embed(
     pos: Tensor, grid: tuple[int, int], new_grid: tuple[int, int], interpolation: str = "bicubic_offset"
 ) -> Tensor:
-    """Resizes the position embedding of a patch grid; what precedes the grid (class, registers) stays as it is.
+    """Resizes the position embedding of the patches. The rows of prefix tokens do not change.
 
     Args:
         pos: ``[1, prefix + gh·gw, D]``; the prefix length follows from the shapes. 16-bit values are resized in fp32.
         grid: ``(gh, gw)`` of ``pos``.
-        new_grid: the grid wanted, at least ``(1, 1)``.
+        new_grid: ``(new_gh, new_gw)``, at least ``(1, 1)``.
         interpolation: ``"bicubic_offset"``, ``"bicubic"`` or ``"bicubic_antialias"``, see `ViTConfig`.
 
     Returns:
-        ``[1, prefix + new_gh·new_gw, D]``; ``pos`` itself where the grid does not change.
+        ``[1, prefix + new_gh·new_gw, D]``, or ``pos`` itself if the grid does not change.
 
     Raises:
         ValueError: ``pos`` has fewer rows than the grid, or the interpolation is unknown.
@@ -40,7 +40,7 @@ def interpolate_pos_embed(
     if tuple(grid) == tuple(new_grid):
         return pos
     if interpolation == "bicubic_offset":
-        # Without the 0.1 the rounding of the scale factor can cost a row. It also moves the sampling points.
+        # Without the 0.1, a rounded scale factor can lose a row. The 0.1 also moves the sampling points.
         target = {"scale_factor": tuple((new + 0.1) / old for new, old in zip(new_grid, grid, strict=True))}
     elif interpolation in ("bicubic", "bicubic_antialias"):
         target = {"size": tuple(new_grid), "antialias": interpolation == "bicubic_antialias"}
@@ -58,10 +58,10 @@ def torch_dropout(x: Tensor, p: float, offset: int) -> Tensor:
 
 
 class Drop(nn.Module):
-    """The dropout with number ``offset``; ``function`` can be replaced by another that drops x [...] with p.
+    """Dropout number ``offset``. Replace ``function(x, p, offset)`` to choose the mask.
 
-    In block i: 8·i of the attention probabilities, + 1 after the projection, + 2 after the MLP's activation, + 3 after
-    its second layer, + 4 and + 5 of the branches' samples. 6 after the position embedding, 7 before the head.
+    In block i: 8·i for the attention probabilities, + 1 after the projection, + 2 after the MLP's activation, + 3 after
+    the MLP's second layer, + 4 and + 5 for stochastic depth. 6 is after the position embedding, 7 before the head.
     """
 
     def __init__(self, rate: float, offset: int) -> None:
@@ -175,7 +175,7 @@ class Block(nn.Module):
 
 
 class PatchDrop(nn.Module):
-    """Drops a share of the patches of each image in training; what stays is shuffled."""
+    """In training, drops a fraction of each image's patches and shuffles the others."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ class PatchDrop(nn.Module):
 
 
 class PreLogits(nn.Module):
-    """Hidden tanh layer of the head that models are pre-trained with."""
+    """The tanh hidden layer of a pre-training head."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -203,11 +203,11 @@ class PreLogits(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """The reference model; ``config.impl`` has no effect on it.
+    """The reference model; ``config.impl`` has no effect.
 
     Args:
         config: the architecture.
-        seed: of the initial weights, see `vit.init.init_weights`.
+        seed: seed of the initial weights, see `vit.init.init_weights`.
     """
 
     def __init__(self, config: ViTConfig, seed: int | None = None) -> None:
@@ -239,28 +239,29 @@ class VisionTransformer(nn.Module):
 
         Args:
             image: ``[B, in_chans, H, W]``, floating point, in the dtype of the parameters.
-            bool_masked_pos: bool ``[B, num_patches]``, of the image's own grid: patches that the mask token replaces.
-                What their pixels are does not matter, not even to a gradient.
-            interpolate_pos_encoding: allow any H and W that are multiples of the patch; None: ``dynamic_img_size``.
+            bool_masked_pos: bool ``[B, number of patches]``; the mask token replaces the patches that are True. The
+                pixels of these patches have no effect on results or gradients, even if they are NaN.
+            interpolate_pos_encoding: allow any H and W that are multiples of the patch. None means
+                ``config.dynamic_img_size``.
 
         Returns:
-            ``[B, num_classes]``, or ``[B, N, num_classes]`` where ``global_pool=""``; D columns without a head.
+            ``[B, num_classes]``, or ``[B, N, num_classes]`` if ``global_pool=""``; D columns without a head.
 
         Raises:
-            TypeError: the image is not floating point, the mask not boolean.
-            ValueError: its rank, channels or size do not fit the model, or there is no mask token.
+            TypeError: the image is not floating point, or the mask is not boolean.
+            ValueError: the image or the mask does not fit the model, or the model has no mask token.
         """
         return self.forward_head(self.forward_features(image, bool_masked_pos, interpolate_pos_encoding))
 
     def forward_features(
         self, image: Tensor, bool_masked_pos: Tensor | None = None, interpolate_pos_encoding: bool | None = None
     ) -> Tensor:
-        """All tokens ``[B, N, D]`` after the last block (and ``norm``, unless there is an ``fc_norm``)."""
+        """All tokens ``[B, N, D]`` after the last block and ``norm``, an identity if the model has ``fc_norm``."""
         config, mask = self.config, bool_masked_pos
         grid = config.check_image(image, interpolate_pos_encoding)
         config.check_mask(mask, image.shape[0], grid)
         pos = interpolate_pos_embed(self.pos_embed, config.grid_size, grid, config.interpolation)
-        if mask is not None:  # hidden pixels are cut off before the product that would multiply a NaN by 0
+        if mask is not None:  # hidden pixels may be NaN, and 0 · NaN would reach the weight's gradient
             rows, columns = config.patch_size
             pixels = mask.unflatten(1, grid).repeat_interleave(rows, 1).repeat_interleave(columns, 2)
             image = image.masked_fill(pixels.unsqueeze(1), 0)
@@ -283,7 +284,7 @@ class VisionTransformer(nn.Module):
 
     @torch.no_grad()
     def reset_classifier(self, num_classes: int) -> None:
-        """Replaces the whole head by a zero-initialised linear layer for fine-tuning, or by none for 0 classes."""
+        """Replaces the whole head by a zero-initialised linear layer for fine-tuning. 0 classes: no head."""
         self.config = dataclasses.replace(self.config, num_classes=num_classes, representation_size=None)
         self.pre_logits = nn.Identity()
         like = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}

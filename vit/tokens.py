@@ -1,4 +1,4 @@
-"""What happens to the sequence of tokens before the first block, and which blocks are asked for."""
+"""Position embedding of another grid, patch dropout, and indices of blocks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from vit.config import ViTConfig
 
 
 def take_indices(depth: int, indices: int | Iterable[int] | None) -> set[int]:
-    """Indices of blocks: all for None, the last n for an integer, negative ones counted from the end.
+    """The indices of blocks as a set. None means all blocks, an integer n the last n; negative ones count from the end.
 
     Raises:
-        ValueError: out of range, or none at all. TypeError: not integers.
+        ValueError: an index is out of range, or there is none.
+        TypeError: an index is not an integer.
     """
     if indices is None:
         return set(range(depth))
@@ -39,10 +40,10 @@ def take_indices(depth: int, indices: int | Iterable[int] | None) -> set[int]:
 
 
 def resize_pos_embed(pos: Tensor, config: ViTConfig, grid: tuple[int, int]) -> Tensor:
-    """The position embedding for another grid: bicubic, as two fixed matrix products.
+    """Resizes the position embedding to another grid: bicubic interpolation as two matrix products.
 
-    The bicubic kernel is separable, and the backward of a matrix product is deterministic where that of CUDA's bicubic
-    interpolation is not.
+    The bicubic kernel is separable. Matrix products have a deterministic backward; CUDA's bicubic interpolation does
+    not.
     """
     if grid == config.grid_size:
         return pos
@@ -57,11 +58,11 @@ def resize_pos_embed(pos: Tensor, config: ViTConfig, grid: tuple[int, int]) -> T
 
 
 def _bicubic_matrix(old: int, new: int, interpolation: str, like: Tensor) -> Tensor:
-    """[new, old]: the weights that F.interpolate's bicubic mode gives each of ``old`` values."""
-    # An image whose columns are the basis vectors; its width stays. (PyTorch 2.13 resizes the channels of an image one
-    # pixel wide wrongly with antialias.)
+    """[new, old]: the weights of F.interpolate's bicubic mode along one axis."""
+    # The columns of this image are the basis vectors, so only its height is resized. An image one pixel wide with
+    # ``old`` channels would be simpler, but PyTorch 2.13 resizes its channels wrongly with antialias.
     basis = torch.eye(old, dtype=like.dtype, device=like.device)[None, None]
-    # The 0.1 also moves the sampling points.
+    # As a scale factor, because the 0.1 must also move the sampling points.
     offset = interpolation == "bicubic_offset"
     target = {"scale_factor": ((new + 0.1) / old, 1.0)} if offset else {"size": (new, old)}
     smooth = interpolation == "bicubic_antialias"
@@ -69,15 +70,15 @@ def _bicubic_matrix(old: int, new: int, interpolation: str, like: Tensor) -> Ten
 
 
 class PatchDrop(nn.Module):
-    """Keeps the prefix tokens and, per image, a random part of the patches in training (Li et al., 2023).
+    """In training, keeps the prefix tokens and a random subset of each image's patches (Li et al., 2023).
 
-    As timm's PatchDropout does: at least one patch, in random order, drawn from PyTorch's generator of the device.
+    Like timm's PatchDropout, it keeps at least one patch, in random order, and uses PyTorch's generator of the device.
     """
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.prefix = config.num_prefix_tokens
-        # As text, because torch.compile may take a float for a symbol, and no shape can depend on that.
+        # A string: torch.compile may turn a float attribute into a symbol, and no shape can depend on that symbol.
         self.share = repr(1.0 - config.patch_drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,5 +89,5 @@ class PatchDrop(nn.Module):
         count = max(1, int(N * float(self.share)))
         patches = torch.randn(B, N, device=x.device).argsort(dim=1)[:, :count] + self.prefix
         kept = torch.cat([torch.arange(self.prefix, device=x.device).expand(B, -1), patches], dim=1)
-        # Each token is taken at most once, so the scattered gradients never meet and their order does not matter.
+        # Each token is taken at most once, so the backward adds no two gradients and is deterministic.
         return x.gather(1, kept[:, :, None].expand(-1, -1, D))

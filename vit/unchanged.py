@@ -1,4 +1,4 @@
-"""A forward that leaves no trace: what `vit.explain`, `vit warmup` and `vit.graph` run is not a step of the user's."""
+"""A forward without side effects on the model, for `vit.explain`, `vit warmup` and `vit.graph`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_leaves
 
 @contextlib.contextmanager
 def unchanged(model: nn.Module, inputs: Any, *, train: bool = False) -> Iterator[None]:
-    """Gives back what forwards inside the ``with`` block change: buffers, modes, random numbers.
+    """Restores what forwards inside the ``with`` block change: buffers, training modes and random states.
 
-    Parameters too where a part of the model trains or will (``train``), because a momentum encoder moves its own there.
-    A tensor that did not change is not written to.
+    Also restores parameters, because some models change them in training (momentum encoders). That needs ``train`` or
+    a module in training mode. Tensors that did not change are not written to.
     """
     modes = {m: m.training for m in model.modules()}
     held = [(held, dict(held)) for m in modes for held in (vars(m)["_buffers"], vars(m)["_parameters"])]
@@ -32,7 +32,7 @@ def unchanged(model: nn.Module, inputs: Any, *, train: bool = False) -> Iterator
                 module.training = training
             for now, before in held:
                 for name in before:
-                    if now[name] is not before[name]:  # a scripted module can be asked, but not written to
+                    if now[name] is not before[name]:  # a scripted module does not allow assignment
                         now[name] = before[name]
             with torch.no_grad():
                 for t, value in values:

@@ -1,8 +1,8 @@
-"""`vit.accelerate`: the fused ops in a live model of timm, Hugging Face or torchvision.
+"""`vit.accelerate`: runs an existing timm, Hugging Face or torchvision model on the fused ops.
 
-Nothing of those libraries is imported: modules are known by the class whose ``forward`` they run. A module keeps its
-name, parameters, buffers and hooks; its class becomes a subclass with another ``forward`` (`fused`), which `restore`
-takes away again.
+The package does not import these libraries. It recognises a module by the name of its class. A module keeps its name,
+parameters, buffers and hooks. Its class is replaced by a subclass with a fused ``forward`` (see `fused`), and `restore`
+undoes that.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vit.plain import class_of, owner_of, patched, remember, replaced
 _LIBRARIES = (timm, torchvision, huggingface)
 _MODULES = generic.MODULES | {path: entry for library in _LIBRARIES for path, entry in library.MODULES.items()}
 _PATCHES = {path: name for library in _LIBRARIES for path, name in library.PATCHES.items()}
-# Modules that a block may hold beside those that its library's CHILDREN name; they are called, or read where plain.
+# Further classes that a block may contain, besides those in its library's CHILDREN.
 _HELPERS = {"torch.nn.modules.linear.Identity", "torch.nn.modules.dropout.Dropout", *parts.DROP_PATHS}
 _HELPERS |= set(parts.LAYER_SCALES)
 
@@ -37,29 +37,32 @@ def accelerate(
 ) -> nn.Module:
     """Makes a timm, Hugging Face or torchvision ViT run on the fused ops, in place.
 
-    The object, its parameters, ``state_dict`` keys, signatures and outputs stay what they are, so an optimizer made
-    before still works. The fused modules get a subclass of their class, as from PyTorch's parametrisations; a module or
-    class whose ``forward`` somebody replaces, before or after, and a linear layer, LayerNorm or other part that
-    somebody hooks, wraps (LoRA) or quantises, is called as it is. A copy and a saved module stay accelerated.
-    TorchScript, torch.fx and the legacy ONNX exporter see the library's model.
+    Parameters, ``state_dict`` keys, signatures and outputs do not change, so an existing optimizer still works. Each
+    fused module gets a subclass of its class, as with PyTorch's parametrisations. Copies and saved modules stay
+    accelerated. TorchScript, torch.fx and the legacy ONNX exporter see the library's model.
+
+    Some modules are called without fusion: those with a replaced ``forward``, and linear layers, LayerNorms and other
+    parts with hooks, wrappers (LoRA) or quantised weights. It does not matter whether that change comes before or after
+    this call.
 
     Args:
-        model: with blocks of timm's ``VisionTransformer``, transformers' ViT, DeiT, Dinov2 or Dinov2WithRegisters, or
-            torchvision's ``VisionTransformer``, anywhere in it.
-        impl: of every op: "auto" (fused where supported, else plain PyTorch), "fused" (or an error), "triton" (our
-            kernel for plain products, too) or "reference".
+        model: a module that contains blocks of timm's ``VisionTransformer``, of transformers' ViT, DeiT, Dinov2 or
+            Dinov2WithRegisters, or of torchvision's ``VisionTransformer``.
+        impl: path of every op. "auto": fused if supported, else plain PyTorch. "fused": fused, or an error. "triton":
+            as "fused", with our kernel also for plain matrix products. "reference": plain PyTorch.
         attention: use the attention op.
         mlp: use the MLP op.
-        norm: use the op of LayerNorms and of the residual adds before them.
-        patch_embed: use the op of the patch projection.
+        norm: use the ops for LayerNorm and for residual add with LayerNorm.
+        patch_embed: use the op for the patch projection.
 
     Returns:
-        ``model`` itself. Blocks that are not known, or have unknown parts (SwiGLU, RoPE), are left as they are, with
-        one UserWarning that names them.
+        ``model`` itself. Blocks of an unknown class or with unknown parts (SwiGLU, RoPE) do not change. One UserWarning
+        names them.
 
     Raises:
-        ValueError: there is no block to accelerate (the message says what was found), or ``impl`` is unknown.
-        TypeError: not a module.
+        ValueError: the model has no block to accelerate (the message says what was found), the model is a
+            `vit.VisionTransformer`, which needs no acceleration, or ``impl`` is unknown.
+        TypeError: ``model`` is not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -104,7 +107,7 @@ def accelerate(
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undoes `accelerate`: every module runs its library's ``forward`` again, to the same bits. Returns ``model``."""
+    """Undoes `accelerate` in place: every module runs its library's ``forward`` again. Returns ``model``."""
     for module in model.modules():
         if type(module) is not library_class(type(module)):
             module.__class__ = library_class(type(module))
@@ -112,7 +115,7 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def _outside_of(model: nn.Module, left: dict[nn.Module, tuple[str, str]]) -> Iterator[tuple[str, nn.Module]]:
-    """Every module once, parents first, without what is inside those that meanwhile are in ``left``."""
+    """Yields every module once, parents first, except modules inside those that the caller has put into ``left``."""
     skipped = set()
     for name, module in model.named_modules():
         if module in skipped:
@@ -123,12 +126,12 @@ def _outside_of(model: nn.Module, left: dict[nn.Module, tuple[str, str]]) -> Ite
 
 
 def part_of(cls: type) -> Part | None:
-    """How modules of a class are accelerated; None for an unknown one."""
+    """The `Part` of a class, or None for an unknown class."""
     return _MODULES.get(parts.path_of(library_class(cls))) or _MODULES.get(parts.path_of(owner_of(cls)))
 
 
 def _patch_projections(model: nn.Module) -> Iterator[nn.Module]:
-    """The convolutions that cut images into the patches of a ViT, as far as their owner is known."""
+    """Yields the patch projections of all modules whose class is in PATCHES."""
     for module in model.modules():
         for cls in type(module).__mro__:
             if name := _PATCHES.get(parts.path_of(cls)):
@@ -136,7 +139,7 @@ def _patch_projections(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _unknown_part(block: nn.Module) -> str | None:
-    """Why a known block cannot be computed by the fused ops; None if it can."""
+    """The reason why the fused ops cannot compute this block, or None."""
     path = parts.path_of(owner_of(type(block)))
     library = next(library for library in _LIBRARIES if path in library.MODULES)
     for name, child in block.named_children():
@@ -145,7 +148,7 @@ def _unknown_part(block: nn.Module) -> str | None:
             if child_path not in _HELPERS:
                 return f"its {name} is {child_path}"
             continue
-        inside = [part_of(class_of(module)) for module in child.modules()]  # of a wrapper (PEFT), which is called
+        inside = [part_of(class_of(module)) for module in child.modules()]  # a wrapper (PEFT) contains the known module
         if not any(part is not None and part.kind == want for part in inside):
             return f"its {name} is {child_path}"
         if inside[0] is not None and (refusal := inside[0].refuse(child)):
@@ -155,14 +158,14 @@ def _unknown_part(block: nn.Module) -> str | None:
 
 
 def _looks_like_a_block(module: nn.Module) -> bool:
-    """Whether a module of an unknown class holds, as its own children, attention and a normalisation."""
+    """Whether a module of an unknown class has attention and a norm as direct children."""
     names = [(name.lower(), type(child).__name__.lower()) for name, child in module.named_children()]
     attends = any(("attn" in name or "attention" in name) and "pool" not in name for name, _ in names)
     return attends and any("norm" in kind for _, kind in names)
 
 
 def _why(left: dict[nn.Module, tuple[str, str]]) -> str:
-    """What was left and why, a line for each class and reason, with the first of their names."""
+    """The unchanged modules as text: for each class and reason, the first name and a count."""
     if not left:
         return "no attention block was found in it"
     first, counts = {}, Counter()

@@ -1,4 +1,4 @@
-"""Our attention as one that transformers models are loaded with: ``attn_implementation="vit_kernels"``."""
+"""The attention op as a backend of transformers: ``attn_implementation="vit_kernels"``."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from vit.adapters import parts
 
 
 def register_attention(name: str = "vit_kernels", impl: str = "auto") -> str:
-    """Registers the attention op with transformers, for every model that takes its attention from the registry.
+    """Registers the attention op with transformers, for every model that uses the attention registry.
 
         vit.register_attention()
         model = transformers.AutoModel.from_pretrained(folder, attn_implementation="vit_kernels")
 
-    It returns the weights when ``output_attentions=True`` asks for them, unlike "sdpa" and as "eager" does. With a
-    mask, causal attention, or fewer key heads than query heads, a layer takes transformers' "sdpa". `accelerate` fuses
-    more than attention and needs no registration.
+    With ``output_attentions=True`` it also returns the weights, like "eager" and unlike "sdpa". With a mask, causal
+    attention, fewer key heads than query heads, or a dropout of 1, a layer uses transformers' "sdpa". `accelerate`
+    fuses more than attention and needs no registration.
 
     Args:
-        name: under which models ask for it.
+        name: the name of the backend.
         impl: "auto", "fused", "triton" or "reference".
 
     Returns:

@@ -1,7 +1,7 @@
-"""The class of an accelerated module: a subclass of the library's class, with its name and the fused ``forward``.
+"""The class of an accelerated module: a subclass of the library's class with the same name and a fused ``forward``.
 
-PyTorch's parametrisations and FSDP2 do the same. The forward gets the module that is called: a copy, a replica or a
-module whose class changes later runs what it should, and nothing refers back to the module.
+PyTorch's parametrisations and FSDP2 also replace the class. The forward is a method, not a closure over one module, so
+copies and replicas work.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from vit.plain import patched
 
 
 class Part(NamedTuple):
-    """How one class of a library is accelerated."""
+    """How to accelerate one class of a library."""
 
     kind: str  # "block", "attention", "mlp", "norm", "patch_embed" or "row"
     make: Callable[[type, str], Callable]  # (library's class, impl) -> forward
-    refuse: Callable[[nn.Module], str | None] = lambda module: None  # why one module cannot be computed
+    refuse: Callable[[nn.Module], str | None] = lambda module: None  # the reason why the ops cannot compute it
 
 
 @functools.cache
@@ -41,27 +41,27 @@ def fused_class(base: type, make: Callable[[type, str], Callable], impl: str) ->
         "_fused_step": getattr(fused, "step", None),  # see `generic.link`
     }
     cls = type(base.__name__, (base,), members)
-    cls.forward = _forward(base, fused)  # now, because transformers wraps what a new subclass brings
-    cls._fused_self = cls  # subclasses inherit it, so it tells them apart
+    cls.forward = _forward(base, fused)  # not in members: transformers wraps the forward that a new subclass defines
+    cls._fused_self = cls  # a subclass inherits it, so `cls._fused_self is cls` excludes subclasses
     return cls
 
 
 def _forward(base: type, fused: Callable) -> Callable:
-    """``fused``, or the library's forward where a tracer of PyTorch reads it or somebody replaced it in the class."""
+    """A forward that calls ``fused``, or the library's if a tracer reads it or the class got a new forward."""
     library, is_traced = base.forward, traced
 
-    def forward(self, *args, **kwargs):  # reads no global name: its globals are exchanged below
+    def forward(self, *args, **kwargs):  # must not use global names: its globals are replaced below
         if base.forward is not library or is_traced(self, *args, *kwargs.values()):
             return base.forward(self, *args, **kwargs)
         return fused(self, *args, **kwargs)
 
-    # TorchScript compiles the source of what is wrapped, with these globals: it sees the library's function.
+    # TorchScript compiles the source of the wrapped function with these globals, so it sees the library's function.
     forward = types.FunctionType(forward.__code__, library.__globals__, library.__name__, None, forward.__closure__)
     return functools.wraps(library)(forward)
 
 
 def traced(module: nn.Module, *args: Any) -> bool:
-    """Whether a tool reads the library's operators: torch.fx, the legacy ONNX exporter, Torch-Pruning by its hooks."""
+    """Whether torch.fx, the legacy ONNX exporter or Torch-Pruning traces the library's operators."""
     if torch.compiler.is_compiling():
         return False
     if torch.onnx.is_in_onnx_export() or any(isinstance(arg, torch.fx.Proxy) for arg in args):
@@ -71,7 +71,7 @@ def traced(module: nn.Module, *args: Any) -> bool:
 
 
 def _reduce(self: nn.Module, protocol: int) -> tuple:
-    """Pickles and copies the module as one that is accelerated when it is loaded."""
+    """Pickle support: the loaded or copied module is accelerated again."""
     cls = type(self)
     if cls._fused_self is not cls:
         return super(cls._fused_self, self).__reduce_ex__(protocol)
@@ -79,8 +79,8 @@ def _reduce(self: nn.Module, protocol: int) -> tuple:
 
 
 def rebuild(base: type, impl: str) -> nn.Module:
-    """An accelerated module without its state; pickles name this function."""
-    from vit.adapters import part_of, parts  # they import this file
+    """Creates an accelerated module without its state. Pickles refer to this function by name."""
+    from vit.adapters import part_of, parts  # here, because they import this file
 
     part = part_of(base)
     if part is None or patched(base):
@@ -92,7 +92,7 @@ def rebuild(base: type, impl: str) -> nn.Module:
 
 @functools.cache
 def library_class(cls: type) -> type:
-    """``cls`` without what `fused_class` put into it or under it."""
+    """``cls`` without the classes that `fused_class` made, also among its bases."""
     if "_fused_base" in vars(cls):
         return library_class(cls._fused_base)
     bases = tuple(map(library_class, cls.__bases__))

@@ -1,6 +1,6 @@
-"""Modules that all libraries take from PyTorch: LayerNorm, the patch projection, multi-head attention, rows of blocks.
+"""PyTorch's modules that several libraries use: LayerNorm, Conv2d as patch projection, MultiheadAttention, Sequential.
 
-Each function makes the ``forward`` of one class; ``refuse_…`` says why a module of that class cannot be computed.
+Each function returns the ``forward`` of one class. ``refuse_…`` returns the reason why the ops cannot compute a module.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import vit.kernels as kernels
 from vit.adapters import parts
 from vit.adapters.fused import Part
 from vit.chain import Link, called, chain
-from vit.kernels import runtime
+from vit.kernels.autocast import autocast_dtype
 from vit.plain import hooked, is_linear, linear, replaced
 
 
@@ -23,17 +23,17 @@ def refuse_layer_norm(module: nn.LayerNorm) -> str | None:
 
 
 def layer_norm(base: type, impl: str):
-    """A LayerNorm between or after the blocks; its result has the dtype that PyTorch gives it."""
+    """A LayerNorm outside of the fused blocks. The result has PyTorch's dtype."""
     original = base.forward
 
     def forward(self, x: Tensor) -> Tensor:
-        low = getattr(self, "_fast_norm", False)  # timm's switch for autocast's dtype
+        low = getattr(self, "_fast_norm", False)  # timm's flag: return autocast's dtype
         weight, bias = self.weight, self.bias
         if any(t is not None and t.dtype is not x.dtype for t in (weight, bias)):
             return original(self, x)
-        if low or runtime.autocast_dtype(x.device) is None:
+        if low or autocast_dtype(x.device) is None:
             return kernels.layer_norm(x, weight, bias, self.eps, impl=impl)
-        if x.is_cuda:  # where autocast asks for fp32
+        if x.is_cuda:  # CUDA's autocast computes LayerNorm in fp32
             x, weight, bias = (None if t is None else t.float() for t in (x, weight, bias))
         with torch.autocast(x.device.type, enabled=False):
             return kernels.layer_norm(x, weight, bias, self.eps, impl=impl)
@@ -49,7 +49,7 @@ def refuse_projection(module: nn.Conv2d) -> str | None:
 
 
 def patch_projection(base: type, impl: str):
-    """A convolution whose kernel is its stride: patches times a matrix. Its result has a convolution's strides."""
+    """A convolution with kernel size = stride, as a matrix product. The strides of the result are a convolution's."""
     original = base.forward
 
     def forward(self, image: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def refuse_multihead(module: nn.MultiheadAttention) -> str | None:
 
 
 def multihead_attention(base: type, impl: str):
-    """Self-attention without masks; everything else is computed as before."""
+    """Fuses self-attention without masks and weights; other calls run the original forward."""
     original = base.forward
 
     def forward(
@@ -102,7 +102,7 @@ def multihead_attention(base: type, impl: str):
 
 
 def row(base: type, impl: str):
-    """Blocks in a row, as a chain."""
+    """A Sequential of blocks, run as a chain."""
 
     def forward(self, x: Tensor) -> Tensor:
         for stream, _ in chain(x, [link(block) for block in self]):
@@ -113,7 +113,7 @@ def row(base: type, impl: str):
 
 
 def link(block: nn.Module) -> Link:
-    """The block in a chain: its library's ``step(block, x, y, next_norm)`` if that does all that a call would."""
+    """The block as a link: its adapter's ``step``, or a call if it is not accelerated, has hooks or another forward."""
     cls = type(block)
     if getattr(cls, "_fused_self", None) is not cls or hooked(block) or replaced(block):
         return called(block)

@@ -1,4 +1,4 @@
-"""Hugging Face's ViT, DeiT and DINOv2: layer, attention, MLP (read at transformers 5.23)."""
+"""Hugging Face's ViT, DeiT and DINOv2: layer, attention and MLP (as of transformers 5.23)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _dinov2(layer: nn.Module, impl: str, x: Tensor, **kwargs: Any) -> Tensor:
 
 
 def refuse(module: nn.Module) -> str | None:
-    """Layers and attentions of older transformers have the same names and compute something else."""
+    """Refuses layers and attentions of other transformers versions, which have the same names but other code."""
     known = ["self", "hidden_states", "attention_mask", "kwargs"]
     same = list(inspect.signature(owner_of(type(module)).forward).parameters) == known
     return (
@@ -39,7 +39,7 @@ def refuse(module: nn.Module) -> str | None:
 
 def layer(run: Callable, base: type, impl: str):
     original = base.forward
-    # A class without a __call__ of its own checkpoints in its forward, which this one replaces.
+    # Without its own __call__, the class applies gradient checkpointing in the forward that we replace.
     checkpoints = base.__call__ is nn.Module.__call__
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:

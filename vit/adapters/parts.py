@@ -1,4 +1,4 @@
-"""What every library's blocks are made of, on the ops of `vit.kernels` where it is plain (`vit.plain`)."""
+"""Parts that the blocks of all libraries have. They run on the ops of `vit.kernels` if `vit.plain` allows it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import vit.kernels as kernels
-from vit.kernels import runtime
+from vit.kernels.autocast import autocast_dtype
 from vit.plain import absent, class_of, is_linear, linear, plain
 
 
@@ -17,14 +17,14 @@ def path_of(cls: type) -> str:
 
 
 def is_layer_norm(module: nn.Module) -> bool:
-    """A LayerNorm over the last dimension: PyTorch's, or timm's of the same computation."""
+    """Whether the module is a `plain` LayerNorm over the last dimension, PyTorch's or timm's."""
     cls = class_of(module)
     known = cls is nn.LayerNorm or path_of(cls) == "timm.layers.norm.LayerNorm"
     return known and len(module.normalized_shape) == 1 and plain(module)
 
 
 def layer_norm(module: nn.Module, x: Tensor, impl: str) -> Tensor:
-    """In autocast's dtype under autocast, as the product that follows would cast it."""
+    """``module(x)``. Under autocast the result has autocast's dtype, to which the next matrix product would cast it."""
     if not is_layer_norm(module) or not _fit(x, x, module.weight, module.bias):
         return module(x)
     return kernels.layer_norm(x, module.weight, module.bias, module.eps, impl=impl)
@@ -38,7 +38,7 @@ def add_norm(
     layer_scale: nn.Module | None = None,
     drop_path: nn.Module | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The stream x + drop_path(layer_scale(branch)), and ``norm`` of it (None without one)."""
+    """x + drop_path(layer_scale(branch)), and ``norm`` of that, or None without a norm."""
     gamma = row_scale = None
     if not absent(layer_scale):
         gamma = _layer_scale(layer_scale)
@@ -47,7 +47,7 @@ def add_norm(
         if path_of(type(drop_path)) not in DROP_PATHS or not plain(drop_path):
             branch, gamma = drop_path(branch if gamma is None else branch * gamma), None
         elif drop_path.training and drop_path.drop_prob:
-            # The library's own draw, in the dtype that it would see, so that its seed gives its paths.
+            # The library draws the mask, in the dtype of its input, so a seed gives the same mask as the library's.
             dtype = branch.dtype if gamma is None else torch.promote_types(branch.dtype, gamma.dtype)
             row_scale = drop_path(branch.new_ones(len(branch), *[1] * (branch.dim() - 1), dtype=dtype)).flatten()
     if norm is not None and is_layer_norm(norm) and _fit(x, branch, norm.weight, norm.bias, gamma):
@@ -62,7 +62,7 @@ def add_norm(
 
 
 def activation_of(module: nn.Module) -> str | None:
-    """The op's name for an activation module; None for one that the kernels do not have."""
+    """The op's name of an activation, or None if the kernels do not have it."""
     if type(module) is nn.GELU:
         known = {"none": "gelu", "tanh": "gelu_tanh"}[module.approximate]
     else:
@@ -71,7 +71,7 @@ def activation_of(module: nn.Module) -> str | None:
 
 
 def mlp(fc1: nn.Module, act: nn.Module, drop: nn.Module | None, fc2: nn.Module, x: Tensor, impl: str) -> Tensor:
-    """fc2(drop(act(fc1(x)))), as one op where all of them are plain."""
+    """fc2(drop(act(fc1(x)))), as one op if all four modules are `plain`."""
     activation, options = activation_of(act), dropping(drop, x)
     if activation is None or options is None or not (is_linear(fc1) and is_linear(fc2)):
         hidden = act(linear(fc1, x, impl))
@@ -80,22 +80,22 @@ def mlp(fc1: nn.Module, act: nn.Module, drop: nn.Module | None, fc2: nn.Module, 
 
 
 def attention_and_maps(q: Tensor, k: Tensor, v: Tensor, wanted: bool, **options: Any) -> tuple[Tensor, Tensor | None]:
-    """Attention of q, k, v [B, N, HEADS, HEAD_DIM] -> [B, N, D], and its probabilities [B, HEADS, N, N] if wanted.
+    """Attention of q, k, v [B, N, HEADS, HEAD_DIM] -> [B, N, D], and the probabilities [B, HEADS, N, N] if ``wanted``.
 
-    Under autograd the result is computed from the probabilities, so that they have the gradient that eager ones have.
+    If the probabilities require grad, the result is computed from them, as in eager attention.
     """
     if not wanted:
         return kernels.attention(q, k, v, **options), None
     maps = kernels.attention_probs(q, k, scale=options["scale"]).to(v.dtype)
     if "seed" in options:
-        maps = kernels.dropout(maps, options["dropout_p"], options["seed"])  # the mask that the op draws
+        maps = kernels.dropout(maps, options["dropout_p"], options["seed"])  # the same mask as in the op
     if maps.requires_grad:
         return (maps @ v.transpose(1, 2)).transpose(1, 2).flatten(2), maps
     return kernels.attention(q, k, v, **options), maps
 
 
 def dropping(module: nn.Module | None, x: Tensor) -> dict[str, Any] | None:
-    """The keywords with which an op drops out as the module would; None where only the module can."""
+    """The dropout arguments of an op for this module, or None if the module must be called."""
     if absent(module):
         return {}
     if type(module) is not nn.Dropout or not plain(module):
@@ -104,7 +104,7 @@ def dropping(module: nn.Module | None, x: Tensor) -> dict[str, Any] | None:
 
 
 def draw(p: float, x: Tensor) -> dict[str, Any] | None:
-    """The keywords with which an op drops out with probability ``p``; None for 1, which the ops do not take."""
+    """The dropout arguments of an op for probability ``p``, with a new seed; None for 1, which the ops do not take."""
     if p >= 1.0:
         return None
     return {"dropout_p": p, "seed": kernels.dropout_seed(x)} if p > 0.0 else {}
@@ -116,14 +116,14 @@ def _layer_scale(module: nn.Module) -> Tensor | None:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether a convolution of it has a result in channels_last."""
+    """Whether a convolution of x returns channels_last."""
     channels = x.shape[1]
-    return channels > 1 and x.stride(1) == 1 and x.stride(3) == channels  # is_contiguous would not do inside vmap
+    return channels > 1 and x.stride(1) == 1 and x.stride(3) == channels  # is_contiguous does not work inside vmap
 
 
 def _fit(x: Tensor, branch: Tensor, *params: Tensor | None) -> bool:
-    """Whether the fused op gives the dtypes that the separate ones would."""
-    if runtime.autocast_dtype(x.device) is not None:
+    """Whether the fused op returns the same dtypes as the separate ops."""
+    if autocast_dtype(x.device) is not None:
         return x.dtype is torch.float32 or x.dtype is torch.float64
     same = all(t is None or t.dtype is branch.dtype for t in params)
     return same and (x.dtype is branch.dtype or x.dtype is torch.float32)

@@ -1,4 +1,4 @@
-"""timm's ViT: ``Block``, ``Attention``, ``Mlp`` (read at 1.0.31)."""
+"""timm's ViT: ``Block``, ``Attention`` and ``Mlp`` (as of timm 1.0.31)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from vit.plain import absent, linear
 
 def block(base: type, impl: str):
     original = base.forward
-    # A block hands its attention what its own forward takes, which differs between timm's versions.
+    # A block passes its own mask arguments on to its attention. They differ between timm's versions.
     no_mask = {"attn_mask": None, "is_causal": False}
     no_mask = {name: no_mask[name] for name in inspect.signature(original).parameters if name in no_mask}
 
     def step(self, x: Tensor, y: Tensor | None, next_norm: nn.Module | None):
-        """See `vit.chain.Link`."""
+        """The ``run`` of `vit.chain.Link`."""
         y = parts.layer_norm(self.norm1, x, impl) if y is None else y
         x, y = parts.add_norm(x, self.attn(y, **no_mask), self.norm2, impl, self.ls1, self.drop_path1)
         return parts.add_norm(x, self.mlp(y), next_norm, impl, self.ls2, self.drop_path2)
@@ -81,7 +81,7 @@ MODULES = {
     "timm.models.vision_transformer.Attention": Part("attention", attention),  # older versions
     "timm.layers.mlp.Mlp": Part("mlp", mlp, refuse_mlp),
 }
-# Children that a block may have, and what computes them; others are reported.
+# The children of a block, and the kind of `Part` that each must have.
 CHILDREN = {"norm1": "norm", "attn": "attention", "norm2": "norm", "mlp": "mlp"}
-# The class that holds a patch projection, and the projection's name.
+# Classes with a patch projection, and its attribute name.
 PATCHES = {"timm.layers.patch_embed.PatchEmbed": "proj"}

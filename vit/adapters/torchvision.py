@@ -1,4 +1,4 @@
-"""torchvision's ViT: ``EncoderBlock`` and ``MLPBlock``; its attention is PyTorch's (read at 0.28)."""
+"""torchvision's ViT: ``EncoderBlock`` and ``MLPBlock`` (as of torchvision 0.28). Its attention is PyTorch's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vit.adapters.fused import Part
 
 def block(base: type, impl: str):
     def step(self, x: Tensor, y: Tensor | None, next_norm: nn.Module | None):
-        """See `vit.chain.Link`."""
+        """The ``run`` of `vit.chain.Link`."""
         y = parts.layer_norm(self.ln_1, x, impl) if y is None else y
         branch, _ = self.self_attention(y, y, y, need_weights=False)
         x, y = parts.add_norm(x, self.dropout(branch), self.ln_2, impl)

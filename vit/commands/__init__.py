@@ -1,1 +1,1 @@
-"""The commands of `vit`."""
+"""The subcommands of `vit`."""

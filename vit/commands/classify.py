@@ -1,4 +1,4 @@
-"""`vit classify`: what a photograph shows, by a checkpoint, prepared as the checkpoint was trained."""
+"""`vit classify`: classifies a photograph with a checkpoint and the preprocessing of its training."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ from vit import preprocess
 
 
 def classify(image: Path, weights: Path, name: str | None = None, top: int = 5, source: str | None = None) -> str:
-    """The ``top`` classes with their probabilities, a line each, after a line that says how the picture was prepared.
+    """The text that the command prints: a line about the preprocessing, then the ``top`` classes with probabilities.
 
     Args:
-        image: any picture that Pillow reads.
-        weights: a checkpoint that `vit.load_pretrained` takes.
-        name: of the model, where the checkpoint does not tell.
-        top: how many classes.
-        source: a key of `vit.preprocess.SOURCES`, where the checkpoint's folder does not tell.
+        image: a picture that Pillow reads.
+        weights: a checkpoint for `vit.load_pretrained`.
+        name: name of the model, if the checkpoint does not contain it.
+        top: number of classes.
+        source: a key of `vit.preprocess.SOURCES`; None means the preprocessing of the checkpoint.
 
     Raises:
-        ValueError: not a picture, not a classifier, or nothing tells how to prepare the picture. OSError: no such file.
+        ValueError: Pillow cannot read the picture, the checkpoint is invalid or has no head, or the preprocessing is
+            unknown.
+        OSError: a file does not exist.
     """
     photo = preprocess.open_photo(image)
     model = vit.load_pretrained(*([] if name is None else [name]), weights).eval()
     size, classes = model.config.img_size, model.config.num_classes
     if not classes:
         raise ValueError(f"{weights} has no classification head")
-    # A file that transformers or timm wrote lies beside what belongs to it.
+    # Files with these names come from transformers or timm, so the JSON files in their folder belong to them.
     folder = weights if weights.is_dir() else weights.parent
     beside = weights.is_dir() or weights.name.startswith(("model.", "model-", "pytorch_model"))
     prepare = preprocess.of_folder(folder, size) if beside and source is None else None
@@ -51,9 +53,9 @@ def classify(image: Path, weights: Path, name: str | None = None, top: int = 5, 
 
 
 def _source(model: torch.nn.Module, weights: Path) -> str:
-    """Whose preprocessing a checkpoint without one of its own takes, from where its weights came."""
+    """The usual preprocessing for the checkpoint's dialect, a key of `vit.preprocess.SOURCES`."""
     dialect = model.pretrained_cfg["source"].removesuffix("_old").removesuffix("_memory")
-    if dialect in preprocess.SOURCES and dialect != "timm":  # timm's differ from model to model
+    if dialect in preprocess.SOURCES and dialect != "timm":  # timm's models have different ones
         return dialect
     raise ValueError(
         f"nothing beside {weights} tells how a picture is prepared; choose one with --preprocess: "

@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
-    except BrokenPipeError:  # `vit info | head`; Python flushes once more as it exits
+    except BrokenPipeError:  # as in `vit info | head`; devnull, because Python flushes stdout again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
@@ -30,72 +30,70 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="a photograph through a ViT, forward and backward, checked against plain PyTorch",
-        description="A photograph through a ViT, forward and backward, with the path of every op, the errors against "
-        "fp64 beside eager PyTorch's, times, and a picture of the attention. ViT-B/16 in bf16 on an NVIDIA GPU; "
-        "without one ViT-S/16 on the CPU and a small ViT on interpreted kernels. The exit code is 1 if a check fails.",
+        help="run a ViT on a photograph, forward and backward, and compare it with plain PyTorch",
+        description="Runs a ViT on a photograph, forward and backward. Prints the path of each op, the errors against "
+        "fp64 compared with eager PyTorch's, and times. Writes a picture of the attention. With an NVIDIA GPU it runs "
+        "ViT-B/16 in bf16, without one ViT-S/16 on the CPU and a small ViT on interpreted kernels. The exit code is 1 "
+        "if a check fails.",
     )
     demo.add_argument(
         "--out", type=Path, default=Path("vit-attention.png"), metavar="PATH", help="the picture (default: %(default)s)"
     )
-    demo.add_argument(
-        "--interpreted", action="store_true", help=argparse.SUPPRESS
-    )  # how the demo starts its second part
+    demo.add_argument("--interpreted", action="store_true", help=argparse.SUPPRESS)  # for the demo's second process
     demo.set_defaults(run=_demo)
 
     warmup = commands.add_parser(
         "warmup",
-        help="compiles the kernels that a model needs, ahead of its first call",
-        description="Compiles the kernels that a model needs into Triton's cache, ahead of its first call: one forward "
-        "of zeros on the GPU, with --train also a forward and backward. With --arch nothing runs and no GPU is needed: "
-        "the cache is for a machine with that GPU, the same package and the same Triton. Sizes matter little: Triton "
-        "compiles anew where a number of rows or columns is divisible by 16 and was not, or is 1.",
+        help="compile the kernels of a model before its first call",
+        description="Compiles the kernels of a model into Triton's cache before its first call. It runs one forward on "
+        "zeros on the GPU, and with --train also one forward and backward. With --arch nothing runs and no GPU is "
+        "needed. The cache then serves machines with that GPU, the same package and the same Triton. Each image size "
+        "needs its own run, because attention is compiled for one number of tokens. The batch size matters little: "
+        "Triton specialises sizes only for 1 and for multiples of 16.",
     )
-    warmup.add_argument("model", metavar="MODEL", help="a name that `vit info` lists")
-    warmup.add_argument("--img-size", type=_size, metavar="N|HxW", help="pixels (default: the model's own)")
+    warmup.add_argument("model", metavar="MODEL", help="a name from `vit info`")
+    warmup.add_argument("--img-size", type=_size, metavar="N|HxW", help="image size in pixels (default: the model's)")
     warmup.add_argument("--batch-size", type=_positive, default=1, metavar="B", help="images (default: %(default)s)")
-    warmup.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="default: %(default)s")
-    warmup.add_argument("--autocast", action="store_true", help="fp32 parameters under torch.autocast to --dtype")
-    warmup.add_argument("--train", action="store_true", help="also what training needs")
+    warmup.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="(default: %(default)s)")
+    warmup.add_argument("--autocast", action="store_true", help="fp32 parameters and torch.autocast to --dtype")
+    warmup.add_argument("--train", action="store_true", help="also compile the kernels for training")
     warmup.add_argument("--device", default="cuda", help="the GPU to run on (default: %(default)s)")
-    warmup.add_argument("--arch", metavar="sm_90", help="compile for this GPU instead, without one")
+    warmup.add_argument("--arch", metavar="sm_90", help="compile for this architecture; needs no GPU")
     warmup.set_defaults(run=_warmup)
 
     parity = commands.add_parser(
         "parity",
-        help="your timm, Hugging Face or torchvision model, accelerated, against itself in fp64",
-        description="The output and every gradient of a model on the fused ops, beside the original library's own in "
-        "the same dtype, both against that model in fp64, over several draws. The exit code is 0 if the policy of "
-        "vit/testing/policy.py holds, 1 if it fails, 2 if nothing could be compared.",
+        help="check an accelerated timm, Hugging Face or torchvision model against the original",
+        description="Measures the errors of an accelerated model against the original in fp64, for the output and "
+        "every gradient, and compares them with the errors of the original in the same dtype. The exit code is 0 if "
+        "all errors are within the limits of vit/testing/policy.py, 1 if not, and 2 if it could compare nothing.",
     )
     add = parity.add_argument
-    add("--model", required=True, metavar="timm:NAME|torchvision:NAME|hf:FOLDER|FILE", help="random weights for a NAME")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(default: %(default)s)")
+    add("--model", required=True, metavar="timm:NAME|torchvision:NAME|hf:FOLDER|FILE", help="NAME: random weights")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="dtype (default: %(default)s)")
     add("--image", type=Path, metavar="FILE", help="a photograph (default: random images)")
-    add("--batch-size", type=_positive, default=2, metavar="N", help="(default: %(default)s)")
-    add("--impl", choices=vit.kernels.runtime.IMPLS, default="auto", help="of every op (default: %(default)s)")
-    add("--device", metavar="NAME", help="(default: cuda where there is one)")
-    add("--img-size", type=_size, metavar="N|HxW", help="(default: the model's own)")
-    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="of the model: --set depth=2")
+    add("--batch-size", type=_positive, default=2, metavar="N", help="images per batch (default: %(default)s)")
+    add("--impl", choices=vit.kernels.runtime.IMPLS, default="auto", help="path of every op (default: %(default)s)")
+    add("--device", metavar="NAME", help="device (default: cuda if available)")
+    add("--img-size", type=_size, metavar="N|HxW", help="image size (default: the model's)")
+    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="model arguments: --set depth=2")
     parity.set_defaults(run=_parity)
 
     classify = commands.add_parser(
         "classify",
-        help="what a photograph shows, by a checkpoint",
-        description="The classes that a checkpoint finds in a photograph, after the preprocessing it was trained with.",
+        help="classify a photograph with a checkpoint",
+        description="Classifies a photograph with a checkpoint and the preprocessing of its training.",
     )
     add = classify.add_argument
     add("image", type=Path, metavar="IMAGE")
-    add(
-        "--weights", required=True, type=Path, metavar="PATH", help="a checkpoint: a file or a folder of Hugging Face's"
-    )
-    add("--model", metavar="NAME", help="the model, where the checkpoint does not tell")
-    add("--top", type=_positive, default=5, metavar="N", help="how many classes (default: %(default)s)")
-    add("--preprocess", metavar="NAME", help="whose preprocessing, where the checkpoint does not tell")
+    add("--weights", required=True, type=Path, metavar="PATH", help="a checkpoint: a file or a Hugging Face folder")
+    add("--model", metavar="NAME", help="name of the model, if the checkpoint does not contain it")
+    add("--top", type=_positive, default=5, metavar="N", help="number of classes to print (default: %(default)s)")
+    add("--preprocess", metavar="NAME", help="source of the preprocessing, if the checkpoint does not contain it")
     classify.set_defaults(run=_classify)
 
     info = commands.add_parser(
-        "info", help="versions, GPU, models", description="Versions, the GPU or that there is none, and the models."
+        "info", help="print versions, GPU and models", description="Prints versions, the GPU if any, and the models."
     )
     info.set_defaults(run=_info)
     return parser
@@ -110,7 +108,7 @@ def _demo(args: argparse.Namespace) -> int:
         if not runtime.INTERPRETED:
             return _fail("demo", "--interpreted needs TRITON_INTERPRET=1 in the environment")
     else:
-        try:  # before a minute of work, not after it
+        try:  # before the work, which takes a minute
             new = not args.out.exists()
             args.out.open("ab").close()
             if new:

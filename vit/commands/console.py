@@ -1,4 +1,4 @@
-"""What the commands print while they work."""
+"""Progress output of the commands."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def step(text: str) -> Iterator[None]:
-    """Prints ``text``, a dot every two seconds of the work, and how long it took."""
+    """Prints ``text``, a dot every two seconds, and finally the duration."""
     done = threading.Event()
 
     def tick() -> None:

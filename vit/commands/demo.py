@@ -1,7 +1,7 @@
-"""`vit demo`: a photograph through a ViT, forward and backward, checked against plain PyTorch in front of a person.
+"""`vit demo`: runs a ViT on a photograph, forward and backward, and compares it with plain PyTorch.
 
-With an NVIDIA GPU: ViT-B/16 in bf16 on the compiled kernels. Without one: ViT-S/16 on the CPU path, then, in a process
-of its own, a small ViT on the interpreted kernels. Shapes: B images, N tokens, D = embed_dim.
+With an NVIDIA GPU: ViT-B/16 in bf16 on compiled kernels. Without one: ViT-S/16 on the CPU, then a small ViT on
+interpreted kernels in a separate process. Shapes: B images, N tokens, D = embed_dim.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from vit.kernels import runtime
 from vit.testing.parity import Models, enough_draws, make_models, parity, results, table
 
 CPU = torch.device("cpu")
-# Small enough for the interpreter; its 17 tokens fill no tile evenly.
+# Small enough for the interpreter. 17 tokens leave a partly filled tile.
 SMALL = ViTConfig((48, 64), 16, num_classes=10, embed_dim=64, depth=2, num_heads=2, reg_tokens=4, init_values=0.5)
-EYE = (138, 91, 202, 139)  # left, upper, right, lower: pixels of the photograph, as many as SMALL takes
-PANEL = 448  # pixels, the side of each half of the picture
+EYE = (138, 91, 202, 139)  # left, upper, right, lower pixel of a crop with the image size of SMALL
+PANEL = 448  # pixels, side of each half of the picture
 
 SHOWN_GPU = """\
 Shown: each op of ViT-B/16 took the path listed above on this GPU, and the logits and every gradient are judged by how
@@ -51,7 +51,7 @@ random weights light up other patches."""
 
 
 def demo(out: Path) -> bool:
-    """Runs everything, prints it, writes the picture to ``out``; whether every check passed."""
+    """Runs and prints everything, and writes the picture to ``out``. Returns whether every check passed."""
     gpu, why_not = find_gpu()
     if gpu is None:
         say(f"{why_not}: ViT-S/16 runs on the CPU, then a small ViT on interpreted kernels.")
@@ -63,7 +63,7 @@ def demo(out: Path) -> bool:
         name, batch, dtype = "vit_base_patch16_224", 8, torch.bfloat16
     images = load_batch(224, batch).to(gpu or CPU, dtype)
     models, passed = check_model(get_config(name), images)
-    models.exact = None  # so that its memory is free
+    models.exact = None  # frees its memory
     show_times(models, images)
     show_attention(models.fast, images[:1], out)
     if gpu is None:
@@ -79,14 +79,14 @@ def demo(out: Path) -> bool:
 
 
 def demo_interpreted() -> bool:
-    """The part with interpreted kernels; needs TRITON_INTERPRET=1 from the start of the process."""
+    """The part with interpreted kernels. TRITON_INTERPRET=1 must be set when the process starts."""
     say("  2 blocks, 64 wide, 2 heads, registers, LayerScale; 64 x 48 pixels of the photograph, patch 16, fp32")
     eye = load_photo().crop(EYE)
     return check_model(dataclasses.replace(SMALL, impl="triton"), to_tensor([eye, ImageOps.mirror(eye)]))[1]
 
 
 def find_gpu() -> tuple[torch.device | None, str]:
-    """The GPU that compiled kernels can run on, or None and why not."""
+    """(GPU for compiled kernels, ""), or (None, reason)."""
     if not torch.cuda.is_available() or torch.version.cuda is None:
         return None, "No NVIDIA GPU was found"
     if runtime.INTERPRETED:
@@ -107,13 +107,13 @@ def to_tensor(photos: list[Image.Image]) -> Tensor:
 
 
 def load_batch(size: int, batch: int) -> Tensor:
-    """[batch, 3, size, size]: the centre of the photograph, the odd ones mirrored, each pair closer than the last."""
+    """[batch, 3, size, size]: crops of the photograph's centre. Odd ones are mirrored; each pair zooms in further."""
     crops = [ImageOps.fit(load_photo(), (size, size), bleed=0.02 * (i // 2)) for i in range(batch)]
     return to_tensor([ImageOps.mirror(crop) if i % 2 else crop for i, crop in enumerate(crops)])
 
 
 def check_model(config: ViTConfig, images: Tensor) -> tuple[Models, bool]:
-    """Builds the models, prints the path of each op and the parity table; the models, and whether parity holds."""
+    """Prints the path of each op and the parity table. Returns the models, and whether parity holds."""
     with step("making random weights"):
         models = make_models(config, images)
     with step("a first forward, to see which path each op takes"):
@@ -139,7 +139,7 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> str:
-    """What a call adds at most to the memory in use."""
+    """The peak of GPU memory that a call adds, as text."""
     if device.type != "cuda":
         return "not measured"
     before = torch.cuda.memory_allocated(device)
@@ -149,14 +149,14 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> str:
 
 
 def show_times(models: Models, images: Tensor) -> None:
-    """Prints median times of runs in which both models alternate, and the peak memory of each."""
+    """Prints the median times of alternating runs of both models, and the peak memory of each."""
     device, batch = images.device, len(images)
     calls: dict[str, list[Callable[[], object]]] = {"forward": [], "forward and backward": []}
     for model in (models.fast, models.eager):
         calls["forward"].append(torch.no_grad()(lambda m=model: m(images)))
         calls["forward and backward"].append(lambda m=model: results(m, images, models.direction))
     runs: dict[str, list[list[float]]] = {label: [] for label in calls}
-    stop = time.perf_counter() + 8  # seconds, so that a slow or busy machine makes fewer rounds
+    stop = time.perf_counter() + 8  # seconds; slow machines make fewer rounds
     with step("timing"):
         for _ in range(20):
             for label, both in calls.items():
@@ -174,7 +174,7 @@ def show_times(models: Models, images: Tensor) -> None:
 
 @torch.no_grad()
 def show_attention(model: nn.Module, image: Tensor, out: Path) -> None:
-    """Writes the photograph beside itself under a map of the class token's attention."""
+    """Writes a picture: left the photograph, right the same with a map of the class token's attention."""
     config = model.config
     with step("drawing where the class token looks"):
         _, maps = model.attention_maps(image)  # {block: [1, HEADS, N, N]}

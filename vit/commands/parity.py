@@ -1,4 +1,4 @@
-"""`vit parity`: a model of timm, Hugging Face or torchvision, accelerated, against itself in fp64."""
+"""`vit parity`: compares an accelerated model of timm, Hugging Face or torchvision with the original in fp64."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vit.testing.parity import copies, enough_draws, example, image_size, parity
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-# What libraries call the fields of `ViTConfig`: {source: {their word: ours}}.
+# The libraries' names for fields of `ViTConfig`, to check values: {source: {their name: field of the same kind}}.
 WORDS = {
     "timm": {name: name for name in ViTConfig.__dataclass_fields__},
     "hf": {theirs: ours for ours, (theirs, _default) in HF_WORDS.items()}
@@ -36,20 +36,20 @@ WORDS = {
 
 
 class CannotStart(Exception):
-    """Nothing was compared; the message says why and what would help."""
+    """The command could compare nothing. The message has the reason and a fix."""
 
 
 def check(args: argparse.Namespace) -> bool:
-    """Prints everything; whether parity holds.
+    """Runs the command. Returns whether parity holds.
 
     Raises:
-        CannotStart: the model cannot be built, or this machine cannot run what was asked for.
+        CannotStart: the model cannot be built, or this machine cannot run it.
     """
     source, _, name = args.model.partition(":")
     overrides = dict(map(_assignment, args.set))
     with _explained("cannot build the model"):
-        for word, value in overrides.items():  # the libraries say little about a wrong one, and obey a huge one
-            if word in WORDS.get(source, {}) and not isinstance(value, (tuple, list)):  # timm has models with tuples
+        for word, value in overrides.items():  # the libraries explain wrong values badly, and accept huge ones
+            if word in WORDS.get(source, {}) and not isinstance(value, (tuple, list)):  # some timm models take tuples
                 check_field(WORDS[source][word], value, word)
         if source in MAKERS:
             with step(f"building {name}"), torch.random.fork_rng([]):
@@ -136,7 +136,7 @@ def library(name: str):
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise CannotStart(f"{error.name} is missing; pip install {error.name}") from error
-    except Exception as error:  # a build for another torch raises what it likes
+    except Exception as error:  # a build for another torch may raise anything
         raise CannotStart(f"{name} is installed but cannot be imported: {error}") from error
 
 
@@ -146,7 +146,7 @@ def _like(name: str, names: list[str]) -> str:
 
 
 def _assignment(text: str) -> tuple[str, Any]:
-    """``depth=2`` as ("depth", 2); what is no Python literal is a string."""
+    """Parses ``depth=2`` to ("depth", 2). A value that is no Python literal stays a string."""
     name, equals, value = text.partition("=")
     if not (equals and name.isidentifier()):
         raise CannotStart(f"--set takes NAME=VALUE, got {text!r}")
@@ -156,7 +156,7 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 
 def _images(model: nn.Module, args: argparse.Namespace) -> Tensor:
-    """Random ones, or crops of a photograph, the odd ones mirrored, each pair closer than the last."""
+    """Random images, or crops of a photograph. Odd crops are mirrored, and each pair zooms in further."""
     images = example(model, args.batch_size, args.img_size)
     if args.image is None:
         return images
@@ -172,14 +172,14 @@ def _images(model: nn.Module, args: argparse.Namespace) -> Tensor:
 
 
 def _keywords(model: nn.Module, images: Tensor) -> dict[str, Any]:
-    """What a model of Hugging Face must be told where the images are not of its own size."""
+    """The keyword argument that a Hugging Face model needs for images of another size."""
     takes = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
     return {"interpolate_pos_encoding": True} if takes and image_size(model) != tuple(images.shape[2:]) else {}
 
 
 @contextlib.contextmanager
 def _notes() -> Iterator[list[str]]:
-    """The messages of warnings of our own, to be printed later; others are shown as ever."""
+    """Collects the messages of this package's warnings. Other warnings are shown as usual."""
     notes: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -193,7 +193,7 @@ def _notes() -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """What libraries raise about wrong names, sizes and files, as one line."""
+    """Turns the libraries' errors about wrong names, sizes and files into CannotStart."""
     try:
         yield
     except (ValueError, TypeError, RuntimeError, AssertionError, AttributeError, KeyError, OSError) as error:

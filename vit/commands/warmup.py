@@ -1,4 +1,4 @@
-"""`vit warmup`: compiles the kernels that a model needs, ahead of its first call."""
+"""`vit warmup`: compiles the kernels of a model before its first call."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from vit.kernels import runtime
+from vit.kernels.dry_run import dry_run
 from vit.model import create_model
 from vit.unchanged import unchanged
 
@@ -24,7 +25,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclasses.dataclass
 class Compilations:
-    """How many kernels Triton compiled or found in its cache; what the process had loaded before is not counted."""
+    """Numbers of kernels that Triton compiled or found in its cache. Kernels that were already loaded do not count."""
 
     compiled: int = 0
     cached: int = 0
@@ -37,7 +38,7 @@ class Compilations:
 
 @contextlib.contextmanager
 def counting() -> Iterator[Compilations]:
-    """Counts what Triton compiles inside."""
+    """Counts the compilations inside the ``with`` block."""
     found, previous, start = Compilations(), triton.knobs.compilation.listener, time.perf_counter()
 
     def listen(*, cache_hit: bool, **_: object) -> None:
@@ -55,15 +56,18 @@ def counting() -> Iterator[Compilations]:
 
 
 def warm_up(model: nn.Module, *example: Tensor, train: bool = False, arch: int | None = None) -> Compilations:
-    """Compiles the kernels of a forward of ``model`` without gradients, and of one with its backward in training.
+    """Compiles the kernels of an inference forward, and with ``train`` those of a training step.
 
-    The model, its gradients and random numbers are left as they were. Autocast applies where it is on.
+    The model, its gradients and the random states do not change. An active autocast applies.
 
     Args:
-        model: any module on a GPU; with ``arch``, on the CPU.
-        *example: its arguments, of the shapes and dtypes to come.
-        train: the second pass, too.
-        arch: compile for GPUs of this compute capability times ten instead of running on one.
+        model: any module on a GPU, or on the CPU with ``arch``.
+        *example: arguments of the forward, with the shapes and dtypes of later calls.
+        train: also compile the kernels of a forward and backward in training mode.
+        arch: compile for GPUs with this compute capability times ten, and run nothing.
+
+    Returns:
+        The numbers of compiled and cached kernels.
 
     Raises:
         RuntimeError: the kernels are interpreted, or the example is not on a GPU.
@@ -73,7 +77,7 @@ def warm_up(model: nn.Module, *example: Tensor, train: bool = False, arch: int |
         raise RuntimeError("TRITON_INTERPRET is set, so no kernel can be compiled in this process")
     if arch is None and device.type != "cuda":
         raise RuntimeError(f"kernels are compiled for an NVIDIA GPU, and the example is on {device.type}")
-    with counting() as found, runtime.dry_run(arch) if arch is not None else contextlib.nullcontext():
+    with counting() as found, dry_run(arch) if arch is not None else contextlib.nullcontext():
         with unchanged(model, example), torch.no_grad():
             model.eval()(*example)
         if train:
@@ -87,10 +91,11 @@ def warm_up(model: nn.Module, *example: Tensor, train: bool = False, arch: int |
 
 
 def command(args: argparse.Namespace) -> str:
-    """What `vit warmup` does and says.
+    """Runs the command and returns the text to print.
 
     Raises:
-        ValueError: an argument that means nothing. RuntimeError: nothing can be compiled here.
+        ValueError: an argument is wrong.
+        RuntimeError: this machine cannot compile the kernels.
     """
     arch, dtype = _arch(args.arch), DTYPES[args.dtype]
     if arch is None and torch.device(args.device).type != "cuda":

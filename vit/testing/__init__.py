@@ -1,4 +1,4 @@
-"""How results are judged: the tolerance policy, and the parity of whole models."""
+"""The tolerance policy for ops, and parity checks of whole models."""
 
 from vit.testing.parity import assert_parity
 from vit.testing.policy import (

@@ -1,7 +1,7 @@
-"""How far outputs and every gradient of a model on the fused ops are from fp64, beside the model it came from.
+"""Parity of whole models: errors of the output and of every gradient against fp64, compared with eager PyTorch.
 
-`vit demo` compares the model of this package with its reference; `vit parity` and `vit.testing.assert_parity` compare a
-model of another library with itself, accelerated.
+`vit demo` compares the model of this package with `vit.reference`. `vit parity` and `vit.testing.assert_parity` compare
+an accelerated model of another library with the original.
 
 Shapes: B images, C channels, H and W pixels.
 """
@@ -27,7 +27,7 @@ from vit.testing.policy import FACTORS, Report, Tally
 
 Progress = Callable[[str], contextlib.AbstractContextManager[Any]]
 
-# The groups of the table, and what the names in each have: this package's and timm's, Hugging Face's, torchvision's.
+# The groups of the table, and patterns for the names of this package, timm, Hugging Face and torchvision.
 GROUPS = {
     "attention pool": r"^attn_pool\.",
     "patch_embed": r"patch_embed|conv_proj\.",
@@ -40,26 +40,26 @@ GROUPS = {
     "LayerScale": r"\bls\d\.|layer_scale\d\.",
     "head": r"head|pre_logits|classifier|pooler|decoder",
 }
-# Tensors judged as one: a bias of all keys has no gradient of its own (see `parity`).
+# Tensors that are judged as one, because the exact gradient of a key bias is zero (see `parity`).
 TOGETHER = ((r"\b[qkv]_proj\.bias$", "qkv.bias"), (r"\b[qk]_norm\.bias$", "q_norm.bias and k_norm.bias"))
 OUTPUTS = ("logits", "last_hidden_state", "output")
 
 
 @dataclasses.dataclass
 class Models:
-    """Three models with the same weights, and the direction in which their output is differentiated."""
+    """Three models with the same weights, and the cotangent of their output."""
 
     fast: nn.Module
     eager: nn.Module
     exact: nn.Module | None
-    direction: Tensor  # of the output's shape
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # keywords of each call
+    direction: Tensor  # cotangent, of the output's shape
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # keyword arguments of each call
 
 
 def widen(model: nn.Module, generator: torch.Generator) -> None:
-    """Noise on every parameter, so that none is left at 0 or 1, where a bias, norm or token can be wrong unseen.
+    """Adds noise to every parameter. At 0 or 1, an error in the use of a bias, norm or token would not show.
 
-    It also widens the usual normal initialisation from 0.02 to 0.054; with 0.02, attention is nearly uniform.
+    The noise also widens the usual initialisation from a std of 0.02 to 0.054. With 0.02, attention is nearly uniform.
     """
     with torch.no_grad():
         for param in model.parameters():
@@ -67,7 +67,7 @@ def widen(model: nn.Module, generator: torch.Generator) -> None:
 
 
 def make_models(config: ViTConfig, images: Tensor) -> Models:
-    """This package's model and its reference, with random weights that `widen` leaves."""
+    """This package's model and its reference, with random weights from `widen`."""
     like, generator = {"device": images.device, "dtype": images.dtype}, torch.Generator().manual_seed(0)
     eager = Reference(config, seed=0)
     widen(eager, generator)
@@ -79,10 +79,10 @@ def make_models(config: ViTConfig, images: Tensor) -> Models:
 
 
 def copies(model: nn.Module, images: Tensor, impl: str = "auto", **options: Any) -> Models:
-    """Three copies of another library's model in the images' dtype: accelerated, as it is, and as it is in fp64.
+    """Three copies of a model: accelerated, original, and original in fp64. The first two have the images' dtype.
 
-    In eval(), so that none of them drops anything; ``model`` stays as it is. A model of this package is taken, too, and
-    compared with its reference.
+    The copies are in eval(), without dropout. ``model`` does not change. For a model of this package, the original is
+    `vit.reference`.
     """
     if isinstance(model, VisionTransformer):
         eager = Reference(model.config, seed=0)  # a seed leaves the global generator alone
@@ -101,10 +101,10 @@ def copies(model: nn.Module, images: Tensor, impl: str = "auto", **options: Any)
 
 
 def example(model: nn.Module, batch: int = 2, img_size: tuple[int, int] | None = None) -> Tensor:
-    """Random images [B, C, H, W] of the size that the model says it takes, on its device and in its dtype.
+    """Random images [B, C, H, W] of the model's input size, on its device and in its dtype.
 
     Raises:
-        ValueError: it does not say.
+        ValueError: the model does not state its input size.
     """
     conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     channels = getattr(getattr(model, "config", None), "in_chans", None) or getattr(conv, "in_channels", None)
@@ -116,7 +116,7 @@ def example(model: nn.Module, batch: int = 2, img_size: tuple[int, int] | None =
 
 
 def image_size(model: nn.Module) -> tuple[int, int] | None:
-    """(H, W) of the images that a model of any of the libraries says it takes."""
+    """(H, W) that a model of any of the libraries states as its input size, or None."""
     config, patches = getattr(model, "config", None), getattr(model, "patch_embed", None)
     said = getattr(config, "image_size", None) or getattr(config, "img_size", None)
     said = said or getattr(model, "image_size", None) or getattr(patches, "img_size", None)
@@ -127,7 +127,7 @@ def image_size(model: nn.Module) -> tuple[int, int] | None:
 
 
 def output_of(returned: Any) -> tuple[str, Tensor]:
-    """One of `OUTPUTS`, and the first tensor that a model returned."""
+    """The first tensor that a model returned, and its name, one of `OUTPUTS`."""
     if isinstance(returned, Mapping):
         name = next(name for name, value in returned.items() if isinstance(value, Tensor) and value.dim())
         return name if name in OUTPUTS else "output", returned[name]
@@ -135,10 +135,10 @@ def output_of(returned: Any) -> tuple[str, Tensor]:
 
 
 def results(model: nn.Module, images: Tensor, direction: Tensor, **options: Any) -> dict[str, Tensor | None]:
-    """The output, and the gradient of (output · direction).sum() for the images and every parameter that wants one.
+    """The output, and the gradients of (output · direction).sum() for the images and the parameters that require grad.
 
-    None for what was not used. A fixed direction instead of a loss: every logit counts, and each model's backward
-    starts from the same numbers.
+    The gradient of an unused parameter is None. A fixed direction replaces the loss, so every logit counts and the
+    backward of each model starts from the same numbers.
     """
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
     dtype = next(model.parameters()).dtype
@@ -150,14 +150,22 @@ def results(model: nn.Module, images: Tensor, direction: Tensor, **options: Any)
 
 
 def parity(models: Models, images: Tensor, progress: Progress = contextlib.nullcontext, draws: int = 1) -> list[Report]:
-    """The errors of the output and of every gradient; ``progress(text)`` is entered around each model's work.
+    """Measures the errors of the output and of every gradient.
 
-    Each draw has a direction of its own, and the images shifted a little; `enough_draws` says how many to take.
+    The exact gradient of the key bias is zero, because softmax ignores a constant per row. So its computed gradient is
+    rounding noise. It is judged together with the query and value bias, which set the scale of the allowed error. A
+    wrong, large gradient of the key bias still fails.
 
-    The key bias has no gradient (softmax ignores what all keys of a row share), so what is computed for it is rounding
-    noise. It is judged as a third of qkv.bias, one tensor even where a library has three: the error of the other two
-    thirds says how much noise is fair, and a key bias with a gradient of its own would fail. Parameters that no model
-    used are left out; one that only some models used fails.
+    Parameters that no model used are ignored. A parameter that only some models used fails.
+
+    Args:
+        models: the three models.
+        images: [B, C, H, W] in the dtype to test.
+        progress: called with a text; the result is a context manager around each step.
+        draws: number of draws, see `enough_draws`. Each has its own direction and shifted images.
+
+    Returns:
+        One report for each tensor.
     """
     tallies: dict[str, Tally] = {}
     three = (("this package", models.fast), ("eager PyTorch", models.eager), ("fp64", models.exact))
@@ -180,10 +188,10 @@ def parity(models: Models, images: Tensor, progress: Progress = contextlib.nullc
 
 @contextlib.contextmanager
 def _ieee_convolutions(dtype: torch.dtype) -> Iterator[None]:
-    """cuDNN's tf32 is on by default: the patch convolution of eager PyTorch in fp32 would be a lax standard.
+    """Switches cuDNN off for fp32. Its tf32 is on by default, and eager PyTorch's patch convolution would be inexact.
 
-    Without cuDNN it is a matrix product, whose precision is that of ours. The settings of the precision itself cannot
-    be put back: reading one tells what is inherited, too, and ``allow_tf32`` raises after the newer API was used.
+    Without cuDNN the convolution is a matrix product with the same precision as ours. The precision settings themselves
+    cannot be restored: a read also returns inherited values, and ``allow_tf32`` raises after use of the newer API.
     """
     before = torch.backends.cudnn.enabled
     torch.backends.cudnn.enabled = before and dtype is not torch.float32
@@ -194,7 +202,7 @@ def _ieee_convolutions(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _comparable(found: list[dict[str, Tensor | None]]) -> list[dict[str, Tensor]]:
-    """Without what no model used; NaN, which fails, for what only others used."""
+    """Removes tensors that no model used. NaN, which fails, replaces a tensor that only other models used."""
     used = {name: t for result in found for name, t in result.items() if t is not None}
     comparable = []
     for result in found:
@@ -206,11 +214,11 @@ def _comparable(found: list[dict[str, Tensor | None]]) -> list[dict[str, Tensor]
 
 
 def enough_draws(models: Models) -> int:
-    """With how many draws the verdict is no longer chance.
+    """The number of draws for a stable verdict: 32 below 10 M parameters, else 8.
 
-    However many elements a tensor has, its error in one draw is chance, because they share what was rounded before
-    them. That shows most in a small model, where little is summed. PyTorch's own sums in another order exceed the
-    limits in one draw of many small models, and in 8 draws in a few, in fp32 as in bf16.
+    The elements of a tensor have earlier rounding errors in common, so the error of one draw varies by chance, whatever
+    the size of the tensor. Small models vary most, because their sums are short. PyTorch itself, with another order of
+    summation, exceeds the limits in one draw of many small models, and in 8 draws of a few, in fp32 and in bf16.
     """
     return 32 if sum(p.numel() for p in models.eager.parameters()) < 10e6 else 8
 
@@ -225,12 +233,12 @@ def _together(result: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def group_of(name: str) -> str:
-    """The table's group for a tensor; its name with * for the block's number where no group fits."""
+    """The table's group for a tensor. If no group fits: its name with * for numbers."""
     return next((g for g, pattern in GROUPS.items() if re.search(pattern, name)), re.sub(r"\d+", "*", name))
 
 
 def table(reports: list[Report]) -> str:
-    """A row for each group, of its tensor nearest to a limit, then the tensors that failed, then the verdict."""
+    """The report as text: the worst tensor of each group, the first five tensors that failed, and the verdict."""
     groups: dict[str, list[Report]] = {}
     for report in reports:
         groups.setdefault(group_of(report.name), []).append(report)
@@ -257,11 +265,11 @@ def assert_parity(
     dtype: torch.dtype | None = None,
     impl: Impl = "auto",
 ) -> list[Report]:
-    """That `vit.accelerate` keeps what a timm, Hugging Face or torchvision model computes: for a pytest of your own.
+    """Asserts that `vit.accelerate` keeps the results of a timm, Hugging Face or torchvision model, for your own tests.
 
-    The output and the gradient of the image and of every parameter that wants one, of an accelerated copy and of the
-    model itself, both against the model in fp64, over several draws of what is differentiated and of the image,
-    shifted. All in eval(); ``model`` is not changed. In fp32 it needs the memory of eight more such models.
+    It compares an accelerated copy and an eager copy with an fp64 copy: the output, the gradient of the image and the
+    gradient of every parameter that requires grad. It takes several draws of the cotangent, with shifted images. All
+    copies are in eval(), and ``model`` does not change. An fp32 model needs the memory of eight more such models.
 
         from vit.testing import assert_parity
         def test_fused_ops():
@@ -269,17 +277,18 @@ def assert_parity(
             assert_parity(model, dtype=torch.bfloat16, impl="triton")
 
     Args:
-        model: what `vit.accelerate` takes.
-        image: [B, C, H, W]; two random ones of the size that the model says it takes, if None.
-        dtype: fp32, fp16 or bf16; that of the model's parameters if None.
-        impl: of every op; "auto" is plain PyTorch where there is no GPU, so it then shows nothing about a kernel.
+        model: a model for `vit.accelerate`, or a `vit.VisionTransformer`.
+        image: [B, C, H, W]; None means two random images of the model's input size.
+        dtype: fp32, fp16 or bf16; None means the dtype of the model's parameters.
+        impl: path of every op. Without a GPU, "auto" is plain PyTorch and tests no kernel.
 
     Returns:
         One report for each tensor.
 
     Raises:
-        AssertionError: a line for each tensor that exceeds a limit of the policy.
-        ValueError: there is no block to accelerate, or no image and the model does not say which it takes.
+        AssertionError: a tensor exceeds a limit; the message has a line for each such tensor.
+        ValueError: the model has no block to accelerate, ``image`` is None and the model does not state its input size,
+            or the dtype is another one.
     """
     param = next(model.parameters())
     image = (example(model) if image is None else image).to(param.device, dtype or param.dtype)

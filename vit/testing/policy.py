@@ -1,8 +1,8 @@
-"""The tolerance policy: one helper, one table.
+"""The tolerance policy of all tests.
 
-Every error is taken against an fp64 reference of the same rounded inputs, and judged beside the error of eager PyTorch
-in the same dtype on the same device. See CONTRIBUTING.md for the policy and `tests/test_tolerances.py` for the bug that
-each factor catches.
+Errors are measured against an fp64 reference of the same rounded inputs. The limit depends on the error of eager
+PyTorch in the same dtype on the same device (TOL-A), or on that of the fused algorithm in PyTorch (TOL-B).
+CONTRIBUTING.md explains the policy, and `tests/test_tolerances.py` has the bug that each factor catches.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = [
     "rounding_floor",
 ]
 
-# (rms factor, max factor): how much worse than eager a result may be.
+# (rms factor, max factor): the limits as multiples of eager's errors.
 FACTORS = {
     ("op", torch.float16): (1.10, 1.5),
     ("op", torch.bfloat16): (1.10, 1.5),
@@ -35,16 +35,17 @@ FACTORS = {
     ("model", torch.bfloat16): (1.25, 2.0),
     ("model", torch.float32): (1.5, 2.0),
 }
-# Truncation instead of rounding shifts every value towards zero by about the rms of a right rounding's error. Right
-# errors of an op average out like 5/sqrt(n) at most; elements of a model's tensors share what was rounded before them.
+# The least signed bias that is allowed, as a multiple of eager's rms. Truncation instead of rounding gives a bias of
+# about 1. Correct rounding errors of an op average out to at most 5/sqrt(n). The elements of a model's tensor have
+# earlier rounding errors in common, which do not average out.
 LEAST_BIAS = {"op": 0.0, "model": 0.25}
-# How much worse than its own algorithm, written in PyTorch, an op's rms error may be.
+# The limit of an op's rms error, as a multiple of the error of the same algorithm in PyTorch.
 MIRROR_FACTOR = 1.25
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Errors of one tensor against fp64, ours beside eager's, and what they may be."""
+    """Errors of one tensor against fp64: ours, eager's, and the limits."""
 
     name: str
     rms: float
@@ -58,12 +59,12 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        # Written so that NaN fails.
+        # Comparisons with NaN are false, so NaN fails.
         return self.rms <= self.rms_limit and self.max <= self.max_limit and self.bias <= self.bias_limit
 
     @property
     def share(self) -> float:
-        """The largest part of a limit that is used up; above 1 where the report is not ok."""
+        """The largest ratio of an error to its limit; above 1 if the report is not ok."""
         pairs = ((self.rms, self.rms_limit), (self.max, self.max_limit), (self.bias, self.bias_limit))
         return max(value / limit if limit else (float("inf") if value else 0.0) for value, limit in pairs)
 
@@ -82,16 +83,16 @@ def rounding_floor(exact: Tensor, dtype: torch.dtype) -> float:
 
 
 class Tally:
-    """Sums over the errors of one tensor, of one draw or of several: the report is that of all draws stacked."""
+    """Accumulates the errors of one tensor over draws. The report is that of all draws stacked."""
 
     def __init__(self, name: str, scope: str = "op"):
         self.name, self.scope = name, scope
         self.n, self.floor = 0, 0.0
         self.dtype: torch.dtype | None = None
-        self.errors = [(0.0, 0.0, 0.0)] * 2  # of ours and of eager: sum of squares, largest, sum towards larger values
+        self.errors = [(0.0, 0.0, 0.0)] * 2  # ours, eager: sum of squares, maximum, sum of error · sign(exact)
 
     def add(self, ours: Tensor, eager: Tensor, exact: Tensor) -> Tally:
-        """One draw; ``exact`` is fp64."""
+        """Adds one draw; ``exact`` must be fp64."""
         name = self.name
         assert exact.dtype is torch.float64, f"{name}: the reference must be fp64"
         assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, reference {tuple(exact.shape)}"
@@ -105,7 +106,7 @@ class Tally:
         for i, result in enumerate((ours, eager)):
             error, (squares, peak, signed) = result.detach().double() - exact, self.errors[i]
             largest = error.abs().max().item()
-            # In this order, so that NaN stays.
+            # In this order, a NaN is kept.
             peak = peak if peak > largest or peak != peak else largest
             self.errors[i] = (squares + error.square().sum().item(), peak, signed + (error * sign).sum().item())
         return self
@@ -136,30 +137,33 @@ def measure(ours: Tensor, eager: Tensor, exact: Tensor, *, scope: str = "op", na
 def check(ours: Tensor, eager: Tensor, exact: Tensor, *, scope: str = "op", name: str = "output") -> Report:
     """`measure`, and raises AssertionError unless every limit holds."""
     report = measure(ours, eager, exact, scope=scope, name=name)
-    if not report.ok:  # not an assert statement, which python -O would drop
+    if not report.ok:  # not an assert statement, which python -O removes
         raise AssertionError(str(report))
     return report
 
 
 def pool(draws: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of several draws as one each, so that they are judged together.
+    """Stacks each tensor over several draws, so that one report covers all draws.
 
-    The largest error of a few dozen numbers is chance: eager PyTorch with its batch reversed, which is the same sum in
-    another order, exceeds twice eager PyTorch's own in some tensor of some draw, and in none of 32 draws pooled
-    (`test_chance_passes_where_draws_are_pooled`).
+    The largest error of a few dozen numbers varies by chance. Eager PyTorch with the batch reversed only changes the
+    order of a sum, and yet it exceeds twice the error of eager PyTorch in some tensors of single draws. With 32 pooled
+    draws no tensor does (`test_chance_passes_where_draws_are_pooled`).
     """
     return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
 
 
 def check_op(ours_fn, reference_fn, inputs: dict[str, Tensor | None], dtype: torch.dtype, *, seed: int = 0) -> None:
-    """TOL-A for an op: its outputs and the gradient of every input, beside the eager reference and fp64.
+    """Checks the outputs of an op and the gradient of every input (TOL-A).
 
     Args:
         ours_fn: called with ``inputs`` as keywords; returns a tensor or a tuple of tensors.
-        reference_fn: likewise.
-        inputs: fp32 or fp64 values; rounded to ``dtype`` here, so that all three computations see the same numbers.
+        reference_fn: the same for the eager reference.
+        inputs: fp32 or fp64 tensors. They are rounded to ``dtype``, so all three computations use the same numbers.
         dtype: fp16, bf16 or fp32.
-        seed: of the random cotangents, several where the inputs are few numbers, see `pool`.
+        seed: seed of the random cotangents. Small inputs get several cotangents, see `pool`.
+
+    Raises:
+        AssertionError: a tensor exceeds a limit.
     """
     ours, eager = _run(ours_fn, inputs, dtype, dtype, seed), _run(reference_fn, inputs, dtype, dtype, seed)
     exact = _run(reference_fn, inputs, dtype, torch.float64, seed)
@@ -170,20 +174,20 @@ def check_op(ours_fn, reference_fn, inputs: dict[str, Tensor | None], dtype: tor
 
 
 def as_good(ours: Tensor, mirror: Tensor, exact: Tensor, *, name: str = "output") -> None:
-    """TOL-B for one tensor: its rms error is at most 1.25 times that of ``mirror``; fp32 may add the rounding floor."""
+    """Checks that the rms error is at most 1.25 times that of ``mirror`` (TOL-B); fp32 may add the rounding floor."""
     assert exact.dtype is torch.float64, f"{name}: the reference must be fp64"
     assert ours.dtype == mirror.dtype and ours.shape == mirror.shape == exact.shape, f"{name}: dtype or shape"
     e_ours, e_mirror = ((t.detach().double() - exact).square().mean().sqrt().item() for t in (ours, mirror))
     limit = MIRROR_FACTOR * e_mirror + (rounding_floor(exact, ours.dtype) if ours.dtype is torch.float32 else 0.0)
-    if not e_ours <= limit:  # so that NaN fails
+    if not e_ours <= limit:  # not >, so NaN fails
         raise AssertionError(f"{name}: rms {e_ours:.3e}, mirror {e_mirror:.3e}, limit {limit:.3e}")
 
 
 def check_mirror(ours_fn, mirror_fn, reference_fn, inputs: dict[str, Tensor | None], dtype, *, seed: int = 0) -> None:
-    """TOL-B for an op: its outputs and every gradient beside ``mirror_fn``, the fused algorithm written in PyTorch.
+    """Compares outputs and gradients of an op with ``mirror_fn``, the fused algorithm in PyTorch (TOL-B).
 
-    Where eager PyTorch rounds more often than a kernel, TOL-A leaves room for a kernel worse than it should be. The
-    mirror rounds where the kernel does. Arguments as in `check_op`.
+    Eager PyTorch often rounds more than a kernel. TOL-A then misses a kernel that is worse than its algorithm. The
+    mirror rounds at the same places as the kernel. The other arguments are those of `check_op`.
     """
     ours, mirror = _run(ours_fn, inputs, dtype, dtype, seed), _run(mirror_fn, inputs, dtype, dtype, seed)
     exact = _run(reference_fn, inputs, dtype, torch.float64, seed)
@@ -194,7 +198,7 @@ def check_mirror(ours_fn, mirror_fn, reference_fn, inputs: dict[str, Tensor | No
 def _run(
     fn, inputs: dict[str, Tensor | None], rounded_to: torch.dtype, dtype: torch.dtype, seed: int
 ) -> dict[str, Tensor]:
-    """Outputs and gradients of ``fn`` computed in ``dtype``, from inputs and cotangents ``rounded_to`` another."""
+    """Outputs and gradients of ``fn`` in ``dtype``. Inputs and cotangents are first ``rounded_to`` another dtype."""
     cotangents = 8 if sum(t.numel() for t in inputs.values() if t is not None) < 2048 else 1
     rounded = {k: None if t is None else t.detach().to(rounded_to) for k, t in inputs.items()}
     leaves = {k: None if t is None else t.to(dtype).requires_grad_() for k, t in rounded.items()}

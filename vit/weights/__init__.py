@@ -1,6 +1,6 @@
-"""Checkpoints of a ViT in every dialect that people have: `load_pretrained` and `save_pretrained`.
+"""Checkpoints in the formats of several libraries (dialects): `load_pretrained` and `save_pretrained`.
 
-`files` reads and writes, `dialects` has the tables of names, `fit` makes a checkpoint that of a model.
+`files` reads and writes files, `dialects` has the tables of names, and `fit` adapts a checkpoint to a model.
 """
 
 from __future__ import annotations
@@ -37,58 +37,65 @@ def load_pretrained(
 ) -> VisionTransformer:
     """Loads a checkpoint of timm, Hugging Face, torchvision, DINOv2, google's vit_jax or big_vision.
 
-        model = load_pretrained(path)  # makes the model that the checkpoint tells
-        model = load_pretrained("vit_base_patch16_224", path)  # makes the model that the name tells
-        load_pretrained(model, path)  # into a live model
+        model = load_pretrained(path)  # creates the model from the checkpoint alone
+        model = load_pretrained("vit_base_patch16_224", path)  # creates a named model
+        load_pretrained(model, path)  # changes an existing model
 
-    A live model is changed in place: its parameters stay the same objects, with their dtype, device and requires_grad,
-    so an optimiser goes on. Whatever does not fit raises before anything has changed.
+    An existing model is changed in place. Its parameters stay the same objects with the same dtype, device and
+    requires_grad, so an optimiser remains valid. If the checkpoint does not fit, this raises before any change.
 
-    A file that `save_pretrained` wrote says the whole configuration: alone it comes back, a named model takes from it
-    all but its sizes, and a live one takes the numerics below; another ``num_heads``, or another pooling before the
-    same head, raises. Of a file of others the model takes what the shapes and a config.json tell; alone, what they do
-    not tell is asked for, and the number of heads is assumed with a warning where named models have that width.
+    Architecture. A file from `save_pretrained` contains the whole configuration. Alone, it restores the same model. A
+    named model takes everything but its sizes from it, and an existing model only the numerics below. It raises if
+    ``num_heads`` differs, or if an existing model has another pooling for the same head. For other files, shapes and
+    config.json determine the architecture. If a file alone does not contain the number of heads, this takes that of
+    the named models with the same width, with a warning. Other missing values raise and must be passed.
 
-    With the weights come the numbers that their source computes with: ``norm_eps`` (1e-6; Hugging Face what config.json
-    says, else 1e-12), ``act_layer`` (tanh GELU for google and big_vision, what config.json says for Hugging Face, else
-    erf) and ``interpolation``. timm's are those of its architecture: a named variant keeps its own, and so does a live
-    model with ``pre_norm`` (CLIP); another live model gets 1e-6 and erf. Hugging Face's models have no dropout after
-    the activation, so their weights set ``act_drop_rate`` to 0, the others' to None; a live model keeps the rates
-    themselves.
+    Numerics. The model takes over the numerics of the checkpoint's source:
 
-    A position embedding of another grid is resized as its source resizes one on load: timm bicubic with antialias,
-    Hugging Face bicubic, DINOv2 bicubic with its offset of 0.1, torchvision bicubic and google and big_vision bilinear
-    with aligned corners. ``forward`` has no aligned corners; there these three get ``"bicubic"``, the nearest. Where
-    nothing says of which grid it is, it is read as timm does: as the grid that the model's name stands for, else as a
-    square, else as the model's own grid. Where two readings are as good, that raises and asks for ``grid_size``.
+    - ``norm_eps``: for Hugging Face the value in config.json, else 1e-12. For the others 1e-6.
+    - ``act_layer``: for Hugging Face the value in config.json. For google and big_vision tanh GELU. Else erf GELU.
+    - ``act_drop_rate``: 0 for Hugging Face, whose models have no dropout after the activation. Else None. The other
+      dropout rates of an existing model do not change.
+    - ``interpolation``: see below.
+
+    For timm, ``norm_eps`` and ``act_layer`` depend on the architecture. So named models, and existing models with
+    ``pre_norm`` (CLIP), keep theirs. Other existing models get 1e-6 and erf GELU.
+
+    Position embedding. If the grids differ, it is resized as its source does on load: bicubic with antialias for timm,
+    bicubic for Hugging Face, bicubic with the offset of 0.1 for DINOv2, bicubic with aligned corners for torchvision,
+    bilinear with aligned corners for google and big_vision. ``forward`` has no aligned corners, so torchvision,
+    google and big_vision set ``interpolation`` to ``"bicubic"``. If the checkpoint's grid is unknown, it is taken as in
+    timm: the usual grid of the model's name, else a square, else the model's own grid. If this is ambiguous, it raises
+    and asks for ``grid_size``.
 
     Args:
         model_or_path: a `vit.VisionTransformer` or a name for `vit.create_model`; without ``path``, the checkpoint.
-            Unless live, the model has the class token, registers, LayerScale, biases, head and channels of the
-            checkpoint.
-        path: the checkpoint: a .safetensors, .pt, .pth, .bin or .npz file, an index of shards, a folder with either, or
-            "owner/name" on the Hugging Face hub. Pickled objects are never executed. Wrappers such as {"model": ...} or
-            {"teacher": ...} are opened; of a larger model, such as Lightning's, the ViT is taken, and a warning says
-            what is left out.
-        num_classes: None: that of the live model, or of the checkpoint. Where it is not the checkpoint's, the head is
-            zero (paper, 3.2), which a warning says unless it was asked for here. Another one than the live model's
-            replaces its head, as ``reset_classifier`` does.
-        in_chans: channels of a named model; a checkpoint with others is adapted as timm does.
+            A new model has the class token, registers, LayerScale, biases, head and channels of the checkpoint.
+        path: the checkpoint: a .safetensors, .pt, .pth, .bin or .npz file, an index of shards, a folder with one of
+            these, or "owner/name" on the Hugging Face hub. Pickled objects are never executed. Wrappers such as
+            {"model": ...} or {"teacher": ...} are opened. From a larger model, such as Lightning's, this takes the ViT,
+            and a warning names the other tensors.
+        num_classes: None means that of the existing model, or of the checkpoint. If it differs from the checkpoint's,
+            the head is zero (paper, 3.2), with a warning if ``num_classes`` is None. If it differs from the existing
+            model's, the head is replaced as in ``reset_classifier``.
+        in_chans: channels of a named model. A checkpoint with other channels is adapted as in timm.
         dialect: "timm", "hf", "hf_memory" (the names of transformers 5 in memory), "torchvision", "torchvision_old",
-            "google", "big_vision" or "dinov2"; None finds it from the names.
-        grid_size: (rows, columns) of the patches in the checkpoint's position embedding, where nothing else tells.
-        **overrides: fields of `ViTConfig`; for a live model norm_eps, act_layer, interpolation and act_drop_rate. They
-            win over the source. Unless the model is live, also device and dtype.
+            "google", "big_vision" or "dinov2". None detects it from the names of the tensors.
+        grid_size: (rows, columns) of the patches in the checkpoint's position embedding, if nothing else gives it.
+        **overrides: fields of `ViTConfig`, which override the source. For an existing model only norm_eps, act_layer,
+            interpolation and act_drop_rate can change. For a new model also device and dtype.
 
     Returns:
-        The model; ``model.pretrained_cfg`` has the ``source`` (a dialect) and, where they are known, ``mean`` and
-        ``std`` of its images and ``label_names``. A pooler of Hugging Face's goes to the hidden layer of the head
-        where the model has one, and else is left out, as are mask tokens and decoders that the model does not have.
+        The model. ``model.pretrained_cfg`` has the ``source`` (a dialect) and, if known, ``mean`` and ``std`` of the
+        images and ``label_names``. A pooler of Hugging Face's becomes the hidden layer of the head if the model has
+        one. Otherwise it is ignored, as are mask tokens and decoders that the model does not have.
 
     Raises:
-        CheckpointError: the file is damaged, in no known dialect or does not fit; a ValueError with path and reason.
-        FileNotFoundError, ImportError: nothing is there; a library that the file needs is not installed.
-        ValueError, TypeError: an argument is wrong.
+        CheckpointError: a ValueError with path and reason: the file is damaged, in no known dialect, or does not fit.
+        FileNotFoundError: the file does not exist.
+        ImportError: a library that the file needs is not installed.
+        ValueError: an argument is wrong.
+        TypeError: an argument is wrong.
     """
     target, path = _target(model_or_path, path)
     name = target if isinstance(target, str) else None
@@ -143,10 +150,11 @@ def load_pretrained(
 def _target(
     model_or_path: nn.Module | str | os.PathLike[str], path: str | os.PathLike[str] | None
 ) -> tuple[nn.Module | str | None, str | os.PathLike[str]]:
-    """The model or its name, None where the checkpoint alone tells; and the checkpoint.
+    """(target, checkpoint). The target is a model, the name of a model, or None if the checkpoint decides.
 
     Raises:
-        TypeError: an argument is missing or None. FileNotFoundError: a model's name stands alone.
+        TypeError: an argument is missing or None.
+        FileNotFoundError: the only argument is the name of a model.
     """
     if model_or_path is None:
         raise TypeError("the first argument is None; leave it out: load_pretrained(path)")
@@ -164,10 +172,10 @@ def _target(
 
 
 def _check_live(model: VisionTransformer, overrides: dict[str, Any]) -> ViTConfig:
-    """The configuration that ``overrides`` make of that of a live model.
+    """The configuration of a live model with ``overrides``.
 
     Raises:
-        ValueError: they ask for another architecture.
+        ValueError: an override changes the architecture, or a parameter is on the meta device.
     """
     config = model.config
     for field, value in overrides.items():
@@ -179,7 +187,7 @@ def _check_live(model: VisionTransformer, overrides: dict[str, Any]) -> ViTConfi
 
 
 def _changed(config: ViTConfig, overrides: dict[str, Any]) -> ViTConfig:
-    """With ``overrides``; the hidden layer of the head goes with the head, as in ``reset_classifier``."""
+    """``config`` with ``overrides``. A new head has no hidden layer, as in ``reset_classifier``."""
     changed = dataclasses.replace(config, **overrides)
     if changed.num_classes != config.num_classes and "representation_size" not in overrides:
         changed = dataclasses.replace(changed, representation_size=None)
@@ -187,7 +195,7 @@ def _changed(config: ViTConfig, overrides: dict[str, Any]) -> ViTConfig:
 
 
 def _check_same(live: VisionTransformer, template: VisionTransformer) -> None:
-    """Raises unless the live model has the parameters of the template, but for a head that will be replaced."""
+    """Raises unless the live model has the parameters of the template. Ignores a head that will be replaced."""
     replaced = ("head.", "pre_logits.") if live.config.num_classes != template.config.num_classes else ()
     have, want = (
         {n: p.shape for n, p in model.named_parameters(remove_duplicate=False) if not n.startswith(replaced)}

@@ -1,7 +1,7 @@
-"""The dialects in which checkpoints of a ViT are written: one table of names each, read in both directions.
+"""The dialects of checkpoints: one table of names for each, used for loading and saving.
 
-A row is (their module or tensor, ours, how). ``{i}`` counts the blocks, ``{a,b,c}`` are tensors that ours holds joined,
-and how says which tensors a module has and how each is laid out. Ours are timm's names, see `vit.model`.
+A row is (their module or tensor, ours, how). ``{i}`` is the index of a block, and ``{a,b,c}`` are tensors that are one
+tensor in our model. ``how`` lists the tensors of a module and their layouts. Our names are timm's, see `vit.model`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Tensors = dict[str, Tensor]
 
 
 class Layout(NamedTuple):
-    """``load(their tensors, heads)`` is our tensor, ``save(our tensor, heads)`` their tensors."""
+    """``load(their tensors, heads)`` returns our tensor, ``save(our tensor, heads)`` theirs."""
 
     load: Callable[[list[Tensor], int], Tensor]
     save: Callable[[Tensor, int], list[Tensor]]
@@ -47,7 +47,7 @@ OUT_KERNEL = Layout(  # [HEADS, HEAD_DIM, D]
     lambda t, h: [t.mT.unflatten(0, (h, -1))],
 )
 
-# What a module holds: (end of their name, end of ours, layout).
+# The tensors of a module: (suffix of their name, suffix of ours, layout).
 TENSOR = (("", "", SAME),)
 TOKEN = (("", "", ROW),)
 MODULE = ((".weight", ".weight", SAME), (".bias", ".bias", SAME))
@@ -130,23 +130,23 @@ def _flax(pos: str, attention: int, norm2: int, mlp: int) -> tuple:
     )
 
 
-# What a library means by its weights, in `ViTConfig`'s words.
+# Fields of `ViTConfig` that come from a checkpoint's library.
 NUMERICS = ("norm_eps", "act_layer", "interpolation", "act_drop_rate")
 
 
 class Dialect(NamedTuple):
-    """A table and what else its library means by the weights."""
+    """The table of a library, and the numerics of its models."""
 
     rows: tuple
-    optional: str  # our tensors that its models may lack, a regular expression; all others a file must have
-    interpolation: str  # the nearest that the model can compute in forward
+    optional: str  # regular expression of our tensors that a file may lack
+    interpolation: str  # in forward, the nearest that our model has
     norm_eps: float = 1e-6
     act_layer: str = "gelu"
-    act_drop_rate: float | None = None  # a dropout after the activation is the model's (None) or there is none (0)
-    prefix_rows: str = "class"  # prefix tokens with a row in pos_embed; the first of "all", "class", "none" is usual
-    resize: dict[str, Any] | None = None  # F.interpolate's arguments, where a load resizes as no forward of ours does
-    ignored: str = "$^"  # their tensors that a model of ours never needs
-    mean: tuple[float, ...] | None = (0.5, 0.5, 0.5)  # of its images; None: differs from model to model
+    act_drop_rate: float | None = None  # 0: the library has no dropout after the activation
+    prefix_rows: str = "class"  # prefix tokens with a row in pos_embed, usual choice first: "all", "class", "none"
+    resize: dict[str, Any] | None = None  # F.interpolate's arguments on load, if not ``interpolation``
+    ignored: str = "$^"  # regular expression of their tensors that our models never need
+    mean: tuple[float, ...] | None = (0.5, 0.5, 0.5)  # of the images; None: depends on the model
     std: tuple[float, ...] | None = (0.5, 0.5, 0.5)
 
 
@@ -190,7 +190,7 @@ DIALECTS = {
 
 
 def expand(dialect: Dialect, depth: int) -> Iterator[tuple[list[str], str, Layout]]:
-    """Every tensor of a model with ``depth`` blocks: (their names, our name, layout)."""
+    """Yields (their names, our name, layout) for every tensor of a model with ``depth`` blocks."""
     for theirs, ours, how in dialect.rows:
         for index in map(str, range(depth) if "{i}" in theirs else (0,)):
             name, own = theirs.replace("{i}", index), ours.replace("{i}", index)
@@ -200,7 +200,7 @@ def expand(dialect: Dialect, depth: int) -> Iterator[tuple[list[str], str, Layou
                 yield [n + end for n in names], own + own_end, layout
 
 
-# Where the patch projection is, by which a model is found inside another; and names that wrappers put in between.
+# The patch projection, which locates a ViT inside a larger model; and the prefixes of wrappers.
 _PATCHES = re.compile(
     r"(|.*?\.)(?:patch_embed\.proj|(?:vit\.)?embeddings\.patch_embeddings\.projection|conv_proj)\.weight"
 )
@@ -209,14 +209,17 @@ _COUNTERS = re.compile(r"(.*\.)?(n_averaged|num_batches_tracked)$")
 
 
 def plain(tensors: Tensors) -> tuple[Tensors, list[str]]:
-    """Without the prefixes of wrappers and libraries, with blocks one by one; and the names outside of such a prefix.
+    """Removes the prefixes of wrappers and libraries, and splits stacked blocks.
+
+    Returns:
+        The tensors, and the names of tensors outside the prefix of the ViT.
 
     Raises:
-        ValueError: there are several models.
+        ValueError: the checkpoint has several models.
     """
     tensors = {_INSIDE.sub("", name): t for name, t in tensors.items() if not _COUNTERS.match(name)}
     for prefix in ("opt/target/", "params/img/", "params/"):
-        if f"{prefix}embedding/kernel" in tensors:  # beside it are the optimiser's state and other towers
+        if f"{prefix}embedding/kernel" in tensors:  # drops the optimiser's state and other towers
             tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     if any(name.startswith("Transformer/encoderblock/") for name in tensors):  # scan=True
         tensors = dict(_unstack(tensors))
@@ -231,11 +234,11 @@ def plain(tensors: Tensors) -> tuple[Tensors, list[str]]:
         for prefix in prefixes:
             outside = [name for name in tensors if not name.startswith(prefix)]
             tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-    if "vit.embeddings.patch_embeddings.projection.weight" in tensors:  # its classifier is not under the prefix
+    if "vit.embeddings.patch_embeddings.projection.weight" in tensors:  # the classifier does not have this prefix
         tensors = {name.removeprefix("vit."): t for name, t in tensors.items()}
-    if any(re.match(r"blocks\.\d+\.\d+\.", name) for name in tensors):  # block_chunks > 0; the second is the index
+    if any(re.match(r"blocks\.\d+\.\d+\.", name) for name in tensors):  # block_chunks > 0; the index is the second
         tensors = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): t for name, t in tensors.items()}
-    if "decoder_embed.weight" in tensors:  # MAE: its mask token is as wide as the decoder
+    if "decoder_embed.weight" in tensors:  # MAE: its mask token has the decoder's width
         tensors = {name: t for name, t in tensors.items() if not name.startswith(("decoder_", "mask_token"))}
     return tensors, outside
 
@@ -249,7 +252,7 @@ def _unstack(tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-# Models that no dialect holds: (a name of a tensor, a regular expression; what it is; how to run it).
+# Models of no dialect: (regular expression of a tensor's name, model, advice).
 _ELSEWHERE = "load it with the library that it is from"
 _BY_TIMM = "load it with timm and call vit.accelerate"
 _BY_TRANSFORMERS = "load it with transformers and call vit.accelerate"
@@ -271,13 +274,13 @@ _FAMILIES = (
     (r"(.*\.)?(dist_token|head_dist\..*)", "a distilled DeiT", _BY_TIMM),
     (r"(.*\.)?attn_pool\..*", "a model that pools by attention (SigLIP)", _BY_TIMM),
 )
-_TYPES = ("vit", "vit_mae", "vit_msn", "")  # of transformers, whose names of tensors are the dialect's
+_TYPES = ("vit", "vit_mae", "vit_msn", "")  # model types of transformers with the dialect's names
 
 
 def family(tensors: Tensors, config: dict[str, Any]) -> str | None:
-    """What a checkpoint is that no dialect holds, and what to do; None where nothing tells.
+    """Names the model of a checkpoint that no dialect covers, with advice; None if it is not recognised.
 
-    By the names of its tensors, else by the ``model_type`` of transformers' config.json.
+    It looks at the names of the tensors, then at the ``model_type`` of transformers' config.json.
     """
     for pattern, what, advice in _FAMILIES:
         if any(re.fullmatch(pattern, name) for name in tensors):
@@ -314,10 +317,10 @@ def depth_of(dialect: Dialect, tensors: Tensors) -> int:
 
 
 def read(dialect: Dialect, tensors: Tensors, heads: int) -> tuple[Tensors, list[str]]:
-    """Our tensors, and their names that the table does not know or that lack one of their company.
+    """Converts their tensors to ours. Also returns the names that were not used.
 
     Raises:
-        ValueError: a tensor does not have the form that the dialect gives it.
+        ValueError: a tensor does not have the shape of the dialect.
     """
     ours, left = {}, dict.fromkeys(name for name in tensors if not re.match(dialect.ignored, name))
     for names, own, layout in expand(dialect, depth_of(dialect, tensors)):
@@ -333,10 +336,10 @@ def read(dialect: Dialect, tensors: Tensors, heads: int) -> tuple[Tensors, list[
 
 
 def write(name: str, ours: Tensors, depth: int, heads: int) -> Tensors:
-    """Their tensors, which share our storage where the layout allows.
+    """Converts our tensors to theirs. They share storage if the layout allows.
 
     Raises:
-        ValueError: the dialect has no place for one of ours, or needs one that is missing.
+        ValueError: the dialect has no name for one of our tensors, or needs a tensor that is missing.
     """
     dialect, theirs, left = DIALECTS[name], {}, set(ours)
     for names, own, layout in expand(dialect, depth):
@@ -355,5 +358,5 @@ def write(name: str, ours: Tensors, depth: int, heads: int) -> Tensors:
 
 
 def some(names: list[str]) -> str:
-    """The first few of them."""
+    """The first four names as text, and the number of the others."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,4 +1,4 @@
-"""Writing a model in the dialect of another library."""
+"""`save_pretrained`: writes a model in the dialect of a library."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ from vit.weights.dialects import DIALECTS, Dialect, Tensors, write
 
 
 def save_pretrained(model: nn.Module, path: str | os.PathLike[str], dialect: str = "timm") -> None:
-    """Writes a model's weights, so that `load_pretrained` and the library of the dialect read the same bits.
+    """Writes the weights of a model. `load_pretrained` and the library of the dialect read back the same bits.
 
-    Everything is checked before anything is written, and a file is complete or not there. A dialect does not say
-    ``norm_eps`` and ``act_layer`` in its weights: a warning tells where its library computes with others. Every file
-    says the whole configuration to `load_pretrained`, where other libraries do not look: in the metadata of a
-    .safetensors or .pt file, in the comment of a .npz archive, in a folder's config.json under "fused_vit".
+    All checks come before the first write, and no incomplete file remains. Weights do not contain ``norm_eps`` and
+    ``act_layer``, so a warning tells if the library uses other values. Every file also contains the whole configuration
+    for `load_pretrained`, in a place that other libraries ignore: in the metadata of a .safetensors or .pt file, in the
+    comment of a .npz archive, or in a folder's config.json under "fused_vit".
 
     Args:
         model: a `vit.VisionTransformer`.
-        path: its suffix is the kind of file: .safetensors, .pt, .pth, .bin or .npz. For dialect "hf" also a folder,
-            which is made if it is not there and gets model.safetensors, config.json and, where the model's
-            ``pretrained_cfg`` says how to normalise images, preprocessor_config.json.
-        dialect: as for `load_pretrained`; "timm" are the names of ``model.state_dict()``.
+        path: a file with the suffix .safetensors, .pt, .pth, .bin, .tar or .npz. For dialect "hf" also a folder, which
+            is created if necessary. It gets model.safetensors, config.json and, if ``model.pretrained_cfg`` has
+            ``mean``, preprocessor_config.json.
+        dialect: as for `load_pretrained`. "timm" has the names of ``model.state_dict()``.
 
     Raises:
-        ValueError: the dialect has no place for a part of the model, or the suffix is unknown.
-        TypeError: another kind of model. ImportError: safetensors is not installed.
+        ValueError: the dialect has no name for a part of the model, or the suffix is unknown.
+        TypeError: ``model`` is not a `vit.VisionTransformer`.
+        ImportError: safetensors is not installed.
     """
     model, path = unwrapped(model), Path(path).expanduser()
     if dialect not in DIALECTS:
@@ -57,7 +58,7 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str], dialect: str
         warnings.warn(f"{path}: models of dialect {dialect!r} compute with {words}", stacklevel=2)
     cfg = getattr(model, "_source", None)
     said = note.write(config, cfg)
-    json.dumps(said)  # or raises, before anything is written
+    json.dumps(said)  # raises here, before the first write, if the note is not JSON
     if folder:
         path.mkdir(parents=True, exist_ok=True)
     files.write(file, tensors, said)
@@ -69,10 +70,10 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str], dialect: str
 
 
 def unwrapped(model: nn.Module) -> VisionTransformer:
-    """The model inside torch.compile's.
+    """The model without the wrapper of torch.compile.
 
     Raises:
-        TypeError: it is none of ours.
+        TypeError: it is not a `vit.VisionTransformer`.
     """
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, VisionTransformer):
@@ -82,10 +83,10 @@ def unwrapped(model: nn.Module) -> VisionTransformer:
 
 
 def _translate(model: VisionTransformer, name: str) -> Tensors:
-    """The model's tensors under the names of a dialect.
+    """The model's tensors in a dialect.
 
     Raises:
-        ValueError: the dialect has no place for one, or its models work otherwise.
+        ValueError: the dialect has no name for a tensor, or its models compute something else.
     """
     config, dialect, ours = model.config, DIALECTS[name], dict(model.state_dict())
     for own, tensor in ours.items():
@@ -100,15 +101,15 @@ def _translate(model: VisionTransformer, name: str) -> Tensors:
         raise ValueError(f"dialect {name!r} has no head with a hidden layer (representation_size); use 'timm'")
     ours["pos_embed"] = _pos_embed(ours["pos_embed"], config, name, dialect)
     if name == "dinov2":
-        ours.setdefault("mask_token", torch.zeros_like(ours["pos_embed"][:, :1]))  # its models always have one
+        ours.setdefault("mask_token", torch.zeros_like(ours["pos_embed"][:, :1]))  # DINOv2's models always have one
     return write(name, ours, config.depth, config.num_heads)
 
 
 def _pos_embed(pos: torch.Tensor, config: ViTConfig, name: str, dialect: Dialect) -> torch.Tensor:
-    """With rows for the prefix tokens that have one in the dialect; the others' must be zero.
+    """The position embedding with the dialect's rows for prefix tokens.
 
     Raises:
-        ValueError: they are not.
+        ValueError: a row that the dialect does not have is not zero.
     """
     have = config.pos_embed_len - config.num_patches
     want = int(config.class_token) if dialect.prefix_rows.startswith("class") else 0

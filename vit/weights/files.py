@@ -1,4 +1,4 @@
-"""Reading and writing the files that hold checkpoints. Nothing that a file contains is executed."""
+"""Reads and writes checkpoint files. It never executes code from a file."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PICKLES = (".pt", ".pth", ".bin", ".tar")  # .pth.tar is no archive
+PICKLES = (".pt", ".pth", ".bin", ".tar")  # .pth.tar is a pickle, not an archive
 SUFFIXES = (".safetensors", *PICKLES, ".npz")
 _IN_FOLDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-# The average first, as timm and DINO do.
+# The averaged weights first, as in timm and DINO.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher", "student", "net", "encoder")
-_NESTED = 8  # wrappers in wrappers; a dictionary can hold itself
-NOTE = "fused_vit"  # where a file of ours says what it holds
+_NESTED = 8  # limit of nested wrappers, because a dictionary can contain itself
+NOTE = "fused_vit"  # key of the note in files from `save_pretrained`
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be read or does not fit the model, which is unchanged; has ``path`` and ``reason``."""
+    """A checkpoint cannot be read or does not fit. The model is unchanged. Attributes: ``path`` and ``reason``."""
 
     def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
         super().__init__(path, reason)
@@ -41,21 +41,22 @@ class CheckpointError(ValueError):
 
 @dataclasses.dataclass
 class Checkpoint:
-    """What a file or a folder of files holds."""
+    """The content of a file or a folder."""
 
     path: Path
     tensors: dict[str, Tensor]
-    note: dict[str, Any]  # what a file of ours says of itself
-    config: dict[str, Any] | None = None  # a folder's config.json
-    preprocessor: dict[str, Any] = dataclasses.field(default_factory=dict)  # and preprocessor_config.json
+    note: dict[str, Any]  # the note of `save_pretrained`
+    config: dict[str, Any] | None = None  # config.json of a folder
+    preprocessor: dict[str, Any] = dataclasses.field(default_factory=dict)  # preprocessor_config.json
 
 
 def read(path: str | os.PathLike[str]) -> Checkpoint:
-    """Reads a file, an index of shards, a folder with either, or what a hub has under the name ``path``.
+    """Reads a file, an index of shards, a folder with one of these, or a model on the Hugging Face hub.
 
     Raises:
-        CheckpointError: it is not what its name says. FileNotFoundError: nothing is there.
-        ImportError: the file or the name needs a library that is not installed.
+        CheckpointError: the file is damaged or of another kind.
+        FileNotFoundError: the file does not exist.
+        ImportError: the file or the hub needs a library that is not installed.
     """
     path = _local(path)
     with blame(path, "cannot be read: it is damaged or of another kind"):
@@ -77,7 +78,7 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
 
 @contextlib.contextmanager
 def blame(path: Path, what: str) -> Iterator[None]:
-    """Turns whatever is raised over a malformed file into one class of error; there is no limit to what that is."""
+    """Turns every error into CheckpointError, because a malformed file can raise any of them."""
     try:
         yield
     except (CheckpointError, ImportError):
@@ -107,7 +108,7 @@ def _local(path: str | os.PathLike[str]) -> Path:
 
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors on the CPU, and what the file says of itself."""
+    """The tensors on the CPU, and the note."""
     note: Any = None
     _regular(path)
     if path.name.endswith(".index.json"):
@@ -117,10 +118,10 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             note = json.loads((file.metadata() or {}).get(NOTE, "null"))
     elif path.suffix in PICKLES:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # training scripts keep their options, plain data
+        with torch.serialization.safe_globals([argparse.Namespace]):  # options of training scripts, plain data
             try:
                 content = torch.load(path, map_location="cpu", weights_only=True)
-            except pickle.UnpicklingError as error:  # its own text advises to execute what the file contains
+            except pickle.UnpicklingError as error:  # PyTorch's message suggests executing the file's code
                 reason = "is damaged or holds pickled objects, which are not loaded; save model.state_dict() instead"
                 raise CheckpointError(path, reason) from error
         for _ in range(_NESTED):
@@ -147,18 +148,18 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _regular(path: Path) -> Path:
-    if not path.is_file():  # opening a pipe would wait for ever
+    if not path.is_file():  # opening a pipe would block
         raise CheckpointError(path, "is not a regular file" if path.exists() else "is missing")
     return path
 
 
 def _plain(note: Any) -> dict[str, Any]:
-    """A note as it is after a way through JSON, whatever a pickle made of it; empty where there is none."""
+    """The note as plain JSON data, because a pickle can contain other objects; empty if there is no note."""
     return json.loads(json.dumps(note)) if isinstance(note, dict) else {}
 
 
 def _of_comment(comment: bytes) -> Any:
-    """A note from the comment of a .npz archive, which others may use for something else."""
+    """The note in the comment of a .npz archive; None if the comment is something else."""
     with contextlib.suppress(ValueError, AttributeError):
         return json.loads(comment).get(NOTE)
 
@@ -176,7 +177,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def _from_numpy(array: np.ndarray) -> Tensor:
-    if array.dtype == "V2":  # numpy has no bfloat16: JAX's are saved as two bytes without a meaning
+    if array.dtype == "V2":  # numpy has no bfloat16, so JAX's arrays are saved as raw pairs of bytes
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
@@ -186,10 +187,10 @@ def _to_numpy(tensor: Tensor) -> np.ndarray:
 
 
 def safetensors() -> Any:
-    """The library, with its functions for PyTorch.
+    """Imports safetensors with its PyTorch functions.
 
     Raises:
-        ImportError: it is not installed; the message says how to.
+        ImportError: it is not installed. The message has the command to install it.
     """
     try:
         import safetensors
@@ -200,8 +201,8 @@ def safetensors() -> Any:
 
 
 def write(path: Path, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
-    """Writes a file of the kind that its suffix names, complete or not at all."""
-    # Copies, because parts of one tensor share their storage, which safetensors refuses and torch.save saves whole.
+    """Writes a file of the kind that its suffix names. No incomplete file remains."""
+    # Copies, because parts of one tensor share its storage. safetensors refuses that, and torch.save would save it all.
     tensors = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
     with replacing(path) as temporary:
         if path.suffix == ".safetensors":
@@ -210,16 +211,16 @@ def write(path: Path, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
         elif path.suffix == ".npz":
             with temporary.open("wb") as file:
                 np.savez(file, **{name: _to_numpy(tensor) for name, tensor in tensors.items()})
-            with zipfile.ZipFile(temporary, "a") as archive:  # an entry more would be a tensor more to its readers
+            with zipfile.ZipFile(temporary, "a") as archive:  # not an entry, which readers would take for a tensor
                 archive.comment = _to_comment(note)
         else:
             state = OrderedDict(tensors)
-            state._metadata = {"": {NOTE: note}}  # where PyTorch keeps the versions of a state dict's modules
+            state._metadata = {"": {NOTE: note}}  # PyTorch keeps module versions here
             torch.save(state, temporary)
 
 
 def _to_comment(note: dict[str, Any]) -> bytes:
-    """At most the 65,535 bytes that a zip archive has for it; names of very many classes are left out."""
+    """The note as a comment of a zip archive, at most 65,535 bytes. Omits the class names if they do not fit."""
     comment = json.dumps({NOTE: note}).encode()
     if len(comment) < 1 << 16:
         return comment
@@ -229,13 +230,13 @@ def _to_comment(note: dict[str, Any]) -> bytes:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` to write, which takes its place at the end."""
+    """A temporary file in the same folder, which replaces ``path`` at the end."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(mode)  # safetensors makes a file that only its owner can read
+        temporary.chmod(mode)  # safetensors' file is readable only by its owner
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

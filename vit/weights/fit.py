@@ -1,4 +1,4 @@
-"""Makes the tensors of a checkpoint those of a model: head, input channels, position embedding, numerics."""
+"""Adapts a checkpoint to a model: head, input channels, position embedding, numerics."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from vit.weights.files import Checkpoint
 
 
 def recognise(checkpoint: Checkpoint, dialect: str | None) -> tuple[str, Tensors, list[str]]:
-    """The dialect, the tensors without prefixes, and the names of others that were beside them.
+    """(dialect, tensors without prefixes, names of tensors outside the ViT).
 
     Raises:
-        ValueError: no dialect holds it; says what it is where that can be told.
+        ValueError: no dialect covers the checkpoint. The message names the model if it is recognised.
     """
     tensors, outside = plain(checkpoint.tensors)
     name = dialect or detect(tensors)
@@ -38,12 +38,12 @@ def recognise(checkpoint: Checkpoint, dialect: str | None) -> tuple[str, Tensors
 
 @dataclasses.dataclass
 class Plan:
-    """What a checkpoint makes of a model."""
+    """The configuration and the tensors of the model after loading."""
 
     config: ViTConfig
     dialect: Dialect
     ours: Tensors
-    left: list[str]  # names of tensors that have no place
+    left: list[str]  # names of tensors that were not used
     layout: Callable[[], tuple[int, tuple[int, int], list[str]]]  # of the position embedding, see `pos_layout`
     resize: dict[str, Any]
     notes: list[str]
@@ -65,7 +65,7 @@ class Plan:
         return self.ours | fitted | {name: torch.zeros(shapes[name]) for name in zeros}
 
 
-# Fields that a name says, whatever the checkpoint was; all others of a named model are the checkpoint's.
+# A named model takes these fields from its name, and all others from the checkpoint.
 NAMED = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
 
@@ -79,20 +79,20 @@ def plan(
     native: tuple[int, int] | None,
     kind: str,
 ) -> Plan:
-    """Decides what a checkpoint makes of the model ``start``.
+    """Plans how a model with the configuration ``start`` takes a checkpoint.
 
     Args:
-        checkpoint: what is loaded.
+        checkpoint: the checkpoint.
         dialect: see `load_pretrained`.
-        start: of the model, with the overrides.
+        start: configuration of the model, with the overrides.
         overrides: see `load_pretrained`.
-        own: what a file of ours says.
-        grid: of the checkpoint's position embedding, where it is known.
-        native: the grid that the name of the model stands for.
-        kind: of the model: "live"; "named", whose parts the checkpoint decides; or "told" by the checkpoint.
+        own: the configuration in a file from `save_pretrained`, else None.
+        grid: grid of the checkpoint's position embedding, if known.
+        native: the usual grid for the name of the model.
+        kind: "live", "named" (the checkpoint decides about optional parts) or "told" (the file has the configuration).
 
     Raises:
-        ValueError: the checkpoint is in no known dialect, or cannot become such a model.
+        ValueError: the checkpoint is in no known dialect, or does not fit.
     """
     name, tensors, outside = recognise(checkpoint, dialect)
     table = DIALECTS[name]
@@ -105,7 +105,7 @@ def plan(
     depth = depth_of(table, tensors)
     if depth != start.depth:
         raise ValueError(f"it has {depth} blocks, the model depth={start.depth}")
-    if name.startswith("hf") and "head.weight" in ours:  # a classifier of Hugging Face's does not read the pooler
+    if name.startswith("hf") and "head.weight" in ours:  # Hugging Face's classifier does not use the pooler
         ours = {own: tensor for own, tensor in ours.items() if not own.startswith("pre_logits.")}
     source = numerics(name, table, checkpoint, kind == "named" or "norm_pre.weight" in ours)
     if name.startswith("hf") and checkpoint.config:
@@ -120,7 +120,7 @@ def plan(
     elif kind == "named":
         found = parts(ours, start) | dropout(name, checkpoint)
     if found and overrides.get("num_classes", found["num_classes"]) != found["num_classes"]:
-        found["representation_size"] = None  # the hidden layer goes with the head (paper, 3.2)
+        found["representation_size"] = None  # a new head has no hidden layer (paper, 3.2)
     stated = kind != "named" or own is not None or "no_embed_class" in overrides
     asked = dataclasses.replace(start, **found | overrides)
     layout = functools.partial(pos_layout, table, ours["pos_embed"], asked, grid, native, stated)
@@ -148,10 +148,10 @@ def plan(
 
 
 def described_grid(described: dict[str, Any], config: ViTConfig) -> tuple[int, int]:
-    """The patch grid by a config.json of Hugging Face's.
+    """The patch grid from Hugging Face's config.json.
 
     Raises:
-        ValueError: it describes another architecture.
+        ValueError: config.json has another number of heads than the model.
     """
     heads = described.get("num_attention_heads", 12)
     if heads != config.num_heads:
@@ -166,7 +166,7 @@ def described_grid(described: dict[str, Any], config: ViTConfig) -> tuple[int, i
 
 
 def preprocessing(name: str, dialect: Dialect, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The source, what its images are normalised with, and the names of its classes where it has them."""
+    """``pretrained_cfg``: the source, and if known mean and std of the images and the names of the classes."""
     described = checkpoint.config or {}
     timm = described.get("pretrained_cfg", {})
     cfg: dict[str, Any] = {"source": name} | ({"mean": dialect.mean, "std": dialect.std} if dialect.mean else {})
@@ -182,10 +182,10 @@ def preprocessing(name: str, dialect: Dialect, checkpoint: Checkpoint) -> dict[s
 
 
 def numerics(name: str, dialect: Dialect, checkpoint: Checkpoint, architecture_known: bool) -> dict[str, Any]:
-    """What the source computes beside its weights: `NUMERICS`, as far as it does not follow from timm's architecture.
+    """The `NUMERICS` of the checkpoint's source. Omits those that timm's architecture determines.
 
     Raises:
-        ValueError: something that no model of ours computes.
+        ValueError: our model does not have the activation.
     """
     found = {field: getattr(dialect, field) for field in NUMERICS}
     if name == "timm" and architecture_known:
@@ -200,14 +200,14 @@ def numerics(name: str, dialect: Dialect, checkpoint: Checkpoint, architecture_k
 
 
 def dropout(name: str, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The rates that a config.json of Hugging Face's gives."""
+    """The dropout rates from Hugging Face's config.json."""
     said = (checkpoint.config or {}) if name.startswith("hf") else {}
     words = {"pos_drop_rate": "hidden", "proj_drop_rate": "hidden", "attn_drop_rate": "attention_probs"}
     return {field: said[f"{word}_dropout_prob"] for field, word in words.items() if f"{word}_dropout_prob" in said}
 
 
 def parts(ours: Tensors, variant: ViTConfig) -> dict[str, Any]:
-    """The fields of a configuration that follow from which tensors there are; sizes are the variant's."""
+    """The fields of the configuration that follow from the existing tensors."""
     cls, reg, hidden = (ours.get(name) for name in ("cls_token", "reg_token", "pre_logits.fc.weight"))
     fields = {
         "class_token": cls is not None,
@@ -230,15 +230,15 @@ def parts(ours: Tensors, variant: ViTConfig) -> dict[str, Any]:
 
 
 def classes(ours: Tensors) -> int:
-    """How many the head has; 0 without one."""
+    """The number of classes of the head; 0 without a head."""
     return ours["head.weight"].shape[0] if "head.weight" in ours else 0
 
 
 def check_own(own: ViTConfig, start: ViTConfig, ours: Tensors, overrides: dict[str, Any], kind: str) -> None:
-    """Compares what a file of ours says with the model, as far as it changes numbers and is in no tensor's shape.
+    """Compares the configuration in a file from `save_pretrained` with the model: fields that no shape shows.
 
     Raises:
-        ValueError: they differ.
+        ValueError: the number of heads, the number of classes or the pooling differs.
     """
     if own.num_heads != start.num_heads and "num_heads" not in overrides:
         raise ValueError(f"it was saved with num_heads={own.num_heads}, the model has num_heads={start.num_heads}")
@@ -260,34 +260,34 @@ def pos_layout(
     native: tuple[int, int] | None = None,
     stated: bool = True,
 ) -> tuple[int, tuple[int, int], list[str]]:
-    """How many prefix tokens have a row in ``pos`` [1, rows, D], the grid of the others, and what to say about it.
+    """The number of prefix tokens with a row in ``pos`` [1, rows, D], the grid of the other rows, and notes.
 
-    A number of rows can be read in several ways: with and without rows for prefix tokens, as a square and as the
-    model's grid. Without ``told`` it is the ``native`` grid of the model's name where that fits, as timm has it; else a
-    square, in the model's own layout if that fits one; else the model's grid.
+    The number of rows can be ambiguous: with or without rows for prefix tokens, a square or the model's grid. The order
+    of preference is ``told``, then ``native`` (as in timm), then a square (first in the model's own layout), then the
+    model's grid.
 
     Args:
-        dialect: of the checkpoint.
-        pos: of the checkpoint.
-        config: of the model; its ``no_embed_class`` says which layout is its own if that is ``stated``.
-        told: the grid, where it is known.
-        native: the usual grid of models of this name.
-        stated: see ``config``.
+        dialect: dialect of the checkpoint.
+        pos: position embedding of the checkpoint.
+        config: configuration of the model. If ``stated``, its ``no_embed_class`` is the model's own layout.
+        told: the grid, if known.
+        native: the usual grid for the name of the model.
+        stated: whether ``config.no_embed_class`` is known.
 
     Raises:
-        ValueError: no reading fits, or two do and nothing tells which.
+        ValueError: no grid fits, or the choice is ambiguous.
     """
     if pos.ndim != 3 or pos.shape[0] != 1 or pos.shape[2] != config.embed_dim:
         raise ValueError(f"the position embedding has shape {tuple(pos.shape)}, not (1, tokens, {config.embed_dim})")
     counts = {"all": config.num_prefix_tokens, "class": int(config.class_token), "none": 0}
     prefixes = list(dict.fromkeys(counts[word] for word in dialect.prefix_rows.split()))
     if dialect.prefix_rows == "all none" and config.no_embed_class:
-        prefixes.reverse()  # the model's own layout first
+        prefixes.reverse()  # prefers the model's own layout
     rows, ask = pos.shape[1], "pass grid_size=, (rows, columns) of the checkpoint"
     squares = {prefix: (math.isqrt(max(rows - prefix, 0)),) * 2 for prefix in prefixes}
 
     def fitting(grid: tuple[int, int] | None) -> list[tuple[int, tuple[int, int]]]:
-        """The readings with this grid; None for squares."""
+        """(prefix tokens, grid) for each possible layout with this grid, or with a square for None."""
         grids = ((prefix, grid or squares[prefix]) for prefix in prefixes)
         return [(prefix, grid) for prefix, grid in grids if math.prod(grid) == rows - prefix > 0]
 
@@ -313,10 +313,10 @@ def pos_layout(
 
 
 def fit_tokens(ours: Tensors, config: ViTConfig, rows: int, grid: tuple[int, int], resize: dict[str, Any]) -> Tensors:
-    """Class and register tokens and position embedding, resized to the model's grid, in the model's layout.
+    """Class and register tokens and the position embedding, resized to the model's grid and in its layout.
 
-    Only the sum of a token and its row counts. So a row that the model lacks is added to the token, and a row that it
-    has more is zero.
+    Only the sum of a token and its row matters. If the model has no row for a token, the row is added to the token. If
+    the checkpoint has no row, it is zero.
     """
     pos = ours["pos_embed"]
     patches = resize_patches(pos[:, rows:], grid, config, resize)
@@ -335,7 +335,7 @@ def fit_tokens(ours: Tensors, config: ViTConfig, rows: int, grid: tuple[int, int
 
 
 def resize_patches(pos: Tensor, grid: tuple[int, int], config: ViTConfig, resize: dict[str, Any]) -> Tensor:
-    """[1, gh·gw, D] -> [1, N, D] with F.interpolate's arguments, or as a model with that ``interpolation`` does."""
+    """[1, gh·gw, D] -> [1, N, D]. ``resize`` has F.interpolate's arguments, or our ``interpolation``."""
     if grid == config.grid_size:
         return pos
     if "interpolation" in resize:
@@ -347,12 +347,12 @@ def resize_patches(pos: Tensor, grid: tuple[int, int], config: ViTConfig, resize
 
 
 def adapt_input(weight: Tensor, in_chans: int) -> Tensor:
-    """The patch projection [D, C, P, P] for another number of channels, as timm's ``adapt_input_conv``.
+    """Adapts the patch projection [D, C, P, P] to another number of channels, as timm's ``adapt_input_conv``.
 
-    One channel: the sum. From three to more: repeated and scaled, so that equal channels give the same result.
+    For one channel, it sums the weights. From three channels to another number, it repeats and scales the weights.
 
     Raises:
-        ValueError: neither.
+        ValueError: another change of channels.
     """
     channels = weight.shape[1]
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -367,10 +367,10 @@ def adapt_input(weight: Tensor, in_chans: int) -> Tensor:
 
 
 def fit_head(ours: Tensors, config: ViTConfig, asked: bool) -> Iterator[str]:
-    """Removes a head that the model does not take, and says so unless it was asked for.
+    """Removes a head that does not fit. Yields a note unless ``asked``, that is, if the user chose ``num_classes``.
 
     Raises:
-        ValueError: the head reads a hidden layer that the model does not have.
+        ValueError: the head needs a hidden layer that the model does not have.
     """
     if (own := classes(ours)) != config.num_classes:
         for name in ("head.weight", "head.bias"):
@@ -389,16 +389,16 @@ def fit_head(ours: Tensors, config: ViTConfig, asked: bool) -> Iterator[str]:
 
 
 def to_zero(ours: Tensors, shapes: dict[str, torch.Size]) -> list[str]:
-    """Parameters of the model that start at zero where a checkpoint has none."""
+    """Names of parameters that are set to zero, because the checkpoint does not have them."""
     no_head = "head.weight" not in ours and "head.bias" not in ours
     return [n for n in shapes if (n == "mask_token" and n not in ours) or (n.startswith("head.") and no_head)]
 
 
 def check(ours: Tensors, shapes: dict[str, torch.Size], left: list[str]) -> None:
-    """Raises unless ``ours`` are the parameters of ``shapes``, all of them, and nothing is left over.
+    """Checks that ``ours`` and ``shapes`` have the same names and shapes.
 
     Raises:
-        ValueError: says what is missing, left over, of another shape.
+        ValueError: tensors are missing, unused or of another shape. The message names them.
     """
     missing = [name for name in shapes if name not in ours]
     extra = left + [name for name in ours if name not in shapes]

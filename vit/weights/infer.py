@@ -1,4 +1,4 @@
-"""The architecture of a checkpoint, where nobody names it and the file does not say it."""
+"""Infers the architecture of a checkpoint that does not contain its configuration."""
 
 from __future__ import annotations
 
@@ -13,13 +13,20 @@ from vit.weights.fit import described_grid, parts, pos_layout, recognise
 def infer(
     checkpoint: Checkpoint, dialect: str | None, asked: dict[str, Any], grid: tuple[int, int] | None
 ) -> tuple[ViTConfig, list[str]]:
-    """The configuration of the model that a checkpoint holds, by its shapes and by the config.json beside it.
+    """Infers the configuration from the shapes and from config.json.
 
-    ``asked`` are fields that the user gives, ``grid`` that of the position embedding if the user gives it. The second
-    result is what had to be assumed: the number of heads is in no shape but google's and big_vision's.
+    Args:
+        checkpoint: the checkpoint.
+        dialect: see `load_pretrained`.
+        asked: fields of `ViTConfig` from the user.
+        grid: grid of the position embedding from the user, or None.
+
+    Returns:
+        The configuration, and notes on assumptions. The number of heads is often one, because only the shapes of google
+        and big_vision contain it.
 
     Raises:
-        ValueError: the dialect, the heads, the activation of a CLIP or the grid cannot be told.
+        ValueError: the dialect, the number of heads, the activation of a CLIP or the grid is unknown.
     """
     name, tensors, _outside = recognise(checkpoint, dialect)
     table, notes = DIALECTS[name], []
@@ -50,7 +57,7 @@ def infer(
     if timm.get("global_pool") in ("token", "avg"):
         fields["global_pool"] = timm["global_pool"]
     if "norm_pre.weight" in ours:
-        fields["norm_eps"] = 1e-5  # as all CLIPs
+        fields["norm_eps"] = 1e-5  # as in all CLIP models
     one_patch = ViTConfig(**fields)
     if described and grid is None:
         grid = described_grid(described, one_patch)

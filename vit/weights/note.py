@@ -1,4 +1,4 @@
-"""What a file of ours says of itself: the whole configuration of its model, and what its images are prepared with."""
+"""The note in files from `save_pretrained`: the configuration of the model, and the normalisation of its images."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from vit.weights.files import NOTE, Checkpoint
 
 
 def write(config: ViTConfig, cfg: dict[str, Any] | None) -> dict[str, Any]:
-    """The note, plain data for JSON."""
+    """The note as plain data for JSON."""
     return dataclasses.asdict(config) | ({"pretrained_cfg": cfg} if cfg else {})
 
 
 def read(checkpoint: Checkpoint) -> tuple[ViTConfig | None, list[str]]:
-    """The configuration that a file of ours gives, and what the user should know about it.
+    """Reads the configuration from the note. Also returns messages for the user.
 
-    None for a file of another library, and for one of ours whose config.json others have changed since: then the note
-    is removed, because the words of transformers are newer.
+    The configuration is None for a file of another library. It is also None if config.json was changed after our save.
+    Then the note is removed from ``checkpoint``, because the keys of transformers are newer.
 
     Raises:
-        ValueError, TypeError: it is no configuration.
+        ValueError: the note is not a valid configuration.
+        TypeError: the note is not a valid configuration.
     """
     said = {field: value for field, value in checkpoint.note.items() if field != "pretrained_cfg"}
     fields = {field: said.pop(field) for field in ViTConfig.__dataclass_fields__ if field in said}
     notes = [f"it says {some(sorted(said))} of its model, which this version does not know"] if said else []
-    if "embed_dim" not in fields:  # files of early versions say some numerics only
+    if "embed_dim" not in fields:  # early versions wrote only some numerics
         return None, notes
     config = ViTConfig(**fields)
     ours, theirs = hf_config(config), checkpoint.config or {}
@@ -45,7 +46,7 @@ def _differ(ours: dict[str, Any], theirs: dict[str, Any], word: str) -> bool:
 
 
 def hf_config(config: ViTConfig, labels: list[str] | None = None) -> dict[str, Any]:
-    """config.json of the same model in Hugging Face's words; `ViTConfig.from_hf` reads it."""
+    """The content of Hugging Face's config.json for the same model; `ViTConfig.from_hf` reads it."""
     names = {ours: theirs for theirs, ours in reversed(HF_ACTIVATIONS.items())}
     words = {theirs: getattr(config, ours) for ours, (theirs, _default) in HF_WORDS.items()}
     for word in ("image_size", "patch_size"):
