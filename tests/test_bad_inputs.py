@@ -36,7 +36,12 @@ def model(request):
     [
         (torch.ones(3, 32, 32), {}, ValueError, r"must be \[B, 3, H, W\], got shape \(3, 32, 32\)"),
         (torch.ones(1, 4, 32, 32), {}, ValueError, "4 channels, the model takes in_chans=3"),
-        (torch.ones(1, 3, 32, 40), {}, ValueError, r"^Input image size \(32\*40\) doesn't match model \(32\*32\)\. Pass interp.*dynamic"),
+        (
+            torch.ones(1, 3, 32, 40),
+            {},
+            ValueError,
+            r"^Input image size \(32\*40\) doesn't match model \(32\*32\)\. Pass interp.*dynamic",
+        ),
         (
             torch.ones(1, 3, 32, 45),
             {"interpolate_pos_encoding": True},
@@ -135,6 +140,17 @@ def test_tensors_on_two_devices(op):
 def test_triton_refuses_a_dtype_it_does_not_have(op):
     with pytest.raises(RuntimeError, match=rf"{op}: impl=.triton. cannot run: dtype torch\.float8_e4m3fn"):
         calls(dtype=torch.float8_e4m3fn, impl="triton")[op]()
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("op", [*OPS, "an fp32 stream beside"])
+def test_tritons_own_interpreter_refuses_bf16(op, monkeypatch):
+    """It computes wrong results there, also where bf16 is in another argument than the first."""
+    monkeypatch.setattr(runtime, "_interpreter_has_bf16", lambda: False)
+    x, weight = torch.ones(2, 4, 32), torch.ones(32)
+    mixed = {"an fp32 stream beside": lambda: residual_layer_norm(x, x.bfloat16(), weight, impl="triton")}
+    with pytest.raises(RuntimeError, match="impl='triton' cannot run: Triton's interpreter computes wrong bfloat16"):
+        (calls(dtype=torch.bfloat16, impl="triton") | mixed)[op]()
 
 
 @pytest.mark.parametrize("impl", ["fused", "triton"])
