@@ -8,8 +8,8 @@ READY := $(VENV)/.ready
 endif
 PIP = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint test-peers test-suites gpu bench roofline memory prediction report profile tune experiment-gemm \
-	bench-smoke lock lock-3.6 mutate peers clean
+.PHONY: demo test lint test-peers test-suites gpu bench roofline memory report profile tune bench-smoke \
+	lock lock-3.6 mutate peers clean
 
 demo: $(READY)
 	$(PY) -m vit demo
@@ -55,11 +55,8 @@ roofline: $(READY)
 memory: $(READY)
 	$(PY) -m benchmarks.memory $(ARGS)
 
-prediction: $(READY)
-	$(PY) -m benchmarks.prediction
-
-# README's table and the plots, from the files in benchmarks/results, or from the prediction while there are none. A
-# machine without a network makes the table, and says that the plots are left out.
+# README's table and the plots, from the files in benchmarks/results; without any README says that nothing is measured.
+# A machine without a network makes the table, and says that the plots are left out.
 report: $(READY)
 	-$(PIP) matplotlib
 	$(PY) -m benchmarks.report $(ARGS)
@@ -67,13 +64,10 @@ report: $(READY)
 profile: $(READY)
 	$(PY) -m benchmarks.profile $(ARGS)
 
-# Other configurations of an op than the pinned one: make tune OP=mlp, or make tune OP=attention ARGS="--budget 120"
+# Other configurations of an op than the pinned one: make tune OP=mlp, or make tune OP=attention ARGS="--budget 120".
+# OP=gemm: each product of a block, which form of the kernel, which GELU, beside cuBLAS.
 tune: $(READY)
 	$(PY) -m benchmarks.tune $(OP) $(ARGS)
-
-# Which form of the GEMM, which GELU, against cuBLAS. Without a GPU: what each form compiles to.
-experiment-gemm: $(READY)
-	$(PY) -m benchmarks.experiment_gemm $(ARGS)
 
 # All of the above, small, without a GPU: that it runs. Nothing is measured but the CPU path by pytest-benchmark.
 bench-smoke: $(READY)
@@ -82,11 +76,11 @@ bench-smoke: $(READY)
 	$(PY) -m pytest benchmarks --benchmark-only --benchmark-columns=median -q
 	$(PY) -m benchmarks.roofline --shape vit_tiny_patch16_224/b64 --arch 90
 	$(PY) -m benchmarks.memory --shape vit_tiny_patch16_224/b64
-	$(PY) -m benchmarks.experiment_gemm
 	$(PY) -m benchmarks.tune layer_norm --limit 2
+	$(PY) -m benchmarks.tune gemm_fc1 --limit 2
 	$(PY) -m benchmarks.profile --top 10
 	$(PY) -m benchmarks.report --check
-	$(PY) -m pytest tests/test_bench_report.py tests/test_bench_prediction.py -q -k plots
+	$(PY) -m pytest tests/test_bench_report.py -q -k "plots or bars"
 
 lock: $(READY)
 	$(PY) tests/lock.py --update

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import arguments
-from benchmarks.gpu_stages.record import folder_of
+from benchmarks.log import folder_of
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""Whole models: forward without gradients, and forward + backward, in images a second. Everybody has the same weights.
+"""Whole models: forward without gradients, and forward + backward, in images a second. All have the same weights.
 
 "reference" is `vit.reference`, the plain torch.nn model, whose kernels are timm's in eager mode; "compile" and
 "compile-max" compile it; "…-cudnn" is with cuDNN's attention, where PyTorch would choose another. "accelerated" is
@@ -47,7 +47,7 @@ def work(s, e):
     return {"fwd": Work(flops, image), "bwd": Work(2 * flops, image)}
 
 
-# ---- who is timed: (shape, parameters under timm's names) -> the model -----------------------------------------------
+# ---- what is timed: (shape, parameters under timm's names) -> the model ----------------------------------------------
 
 
 def _assign(model: nn.Module, params: dict[str, Tensor]) -> nn.Module:

@@ -1,5 +1,7 @@
 """What `benchmarks.tune` tries for each function of `vit.kernels.configs`, the nearest to the pinned one first, and
 what it times to judge that. Only what cannot fit is left out here; what spills, the compiler says.
+
+``gemm_…`` are the products of a block one by one, forward, beside cuBLAS: which form of the one kernel, which GELU.
 """
 
 from __future__ import annotations
@@ -19,6 +21,15 @@ from vit import kernels
 from vit.kernels import configs, reference, runtime
 from vit.kernels.configs import Config, next_power_of_2
 
+#: Forms of the GEMM that are tried first: an epilogue in pieces, two programs an SM, and specialised warps, where a
+#: mistake of the compiler would be a program that waits forever, last.
+FORMS = (
+    Config(128, 256, 64, 8, 8, 3, 2),
+    Config(128, 256, 64, 8, 8, 3, 4),
+    Config(128, 128, 64, 8, 4, 3, 4),
+    Config(128, 256, 64, 8, 4, 3, 1, True),
+    Config(128, 256, 64, 8, 4, 3, 2, True),
+)
 SHARED = 227 * 1024  # bytes that a program of sm_90 can have; others have less, and the compiled kernel is checked
 
 
@@ -77,11 +88,13 @@ def pinned(function: str, arch: int, shape: Shape, dtype: torch.dtype, role: str
 
 
 def candidates(function: str, arch: int, shape: Shape, dtype: torch.dtype, role: str | None = None) -> list[Config]:
-    """The pinned configuration, then the others, the fewer fields differ the earlier."""
+    """The pinned configuration, `FORMS`, then the others, the fewer fields differ the earlier."""
     first = pinned(function, arch, shape, dtype, role)
 
     def differs(config: Config) -> int:
-        return sum(a != b for a, b in zip(dataclasses.astuple(config), dataclasses.astuple(first), strict=True))
+        return config not in FORMS and sum(
+            a != b for a, b in zip(dataclasses.astuple(config), dataclasses.astuple(first), strict=True)
+        )
 
     others = set(globals()[function](arch, shape, dtype, role)) - {first}
     return [first, *sorted(others, key=lambda c: (differs(c), dataclasses.astuple(c)[:-1]))]
@@ -121,6 +134,7 @@ _BENCHES = {
 TARGETS = {
     "mlp": Target("gemm", "_gemm", _BENCHES["mlp"], "full", impl="auto"),  # with GELU; the other products are cuBLAS's
     "linear": Target("gemm", "_gemm", _BENCHES["qkv"], "full"),
+    **{f"gemm_{op}": Target("gemm", "_gemm", _BENCHES[op], "fwd") for op in ("fc1", "fc2", "qkv", "proj")},
     "attention_fwd": Target("attention_fwd", "_attention_fwd", _BENCHES["attention"], "fwd"),
     "attention_bwd": Target("attention_bwd", "_attention_bwd", _BENCHES["attention"], "bwd"),
     "layer_norm": Target("layer_norm", "_layer_norm", _BENCHES["residual_layer_norm"], "full"),
@@ -129,4 +143,12 @@ TARGETS = {
     "patch_embed_dimage": Target("patch_embed", "_patch_embed_dimage", _BENCHES["patch_embed"], "bwd", "dimage"),
     "elementwise": Target("elementwise", "_dropout", DROPOUT, "full"),
 }
-OPS = (*TARGETS, "attention", "patch_embed")
+OPS = (*TARGETS, "attention", "gemm", "patch_embed")
+
+
+def of_target(target: Target, arch: int, shape: Shape, dtype: torch.dtype) -> list[Config]:
+    """Its `candidates`; of fc1 each with the cheap GELU and with erf."""
+    found = candidates(target.function, arch, shape, dtype, target.role)
+    if target is not TARGETS["gemm_fc1"]:
+        return found
+    return [c for config in found for c in (config, dataclasses.replace(config, cheap=False))]

@@ -34,21 +34,26 @@ def compare(a: Path, b: Path, across_devices: bool = False) -> tuple[str, int]:
             told = f"A is of {', '.join(gpus[0])}, B of {', '.join(gpus[1])}"
             raise ResultError(f"different devices: {told}; --across-devices compares them nevertheless")
         lines.append("The devices differ: what follows says nothing about a change of the code.")
-    dtypes = [sorted({r.point.dtype for r in records if _is_result(r) and r.point.dtype}) for records in runs]
+    here, there = (
+        {p for p, r in records.items() if r.missing is None and p.bench != "ceiling"} for records in (old, new)
+    )
+    dtypes = [sorted({p.dtype for p in points if p.dtype}) for points in (here, there)]
     if dtypes[0] != dtypes[1]:
         told = f"A has {', '.join(dtypes[0]) or 'none'}, B {', '.join(dtypes[1]) or 'none'}"
         lines.append(f"The dtypes differ ({told}): only points of the same dtype are compared.")
-    if clocks := _ceilings(*runs, sorted(set(dtypes[0]) & set(dtypes[1]))):
-        lines.append(f"ceilings: {clocks}")
+    for dtype in sorted({*dtypes[0]} & {*dtypes[1]}):
+        for unit, *values in zip((f"TFLOP/s {dtype}", "GB/s"), *(ceilings(run, dtype) for run in runs), strict=True):
+            lines += [f"ceiling: {' → '.join(number(v, 4) for v in values)} {unit}"] if all(values) else []
 
-    here, there = ({p for p, r in records.items() if _is_result(r)} for records in (old, new))
     changed = sorted((ratio, p) for p in here & there if (ratio := change(old[p], new[p])) is not None)
     for ratio, p in reversed(changed):  # how much more time; the slowest first
-        lines.append(f"{_word(ratio, old[p])} {ratio:.3f}×  {p}  {_values(old[p], new[p])}")
-    lost = sorted(p for p in here if p in new and new[p].missing)
-    failed = [p for p in lost if new[p].error is not None]
-    lines += [f"{new[p].missing} in B  {p}" for p in (*failed, *(p for p in lost if p not in failed))]
-    slower = sum(ratio > 1 for ratio, _ in changed)
+        time = ("faster", "slower"), "ms_p50", "ms"
+        words, field, unit = time if old[p].timed else (("larger", "smaller"), "largest_batch", "images")
+        values = " → ".join(number(getattr(r, field), 4) for r in (old[p], new[p]))
+        lines.append(f"{words[ratio > 1]} {ratio:.3f}×  {p}  {values} {unit}")
+    lost = sorted((new[p].error is None, p) for p in here if p in new and new[p].missing)
+    lines += [f"{new[p].missing} in B  {p}" for _, p in lost]
+    slower, failed = sum(ratio > 1 for ratio, _ in changed), any(not skipped for skipped, _ in lost)
     lines.append(
         f"{len(here & there)} points compared, {len(changed)} changed ({slower} slower), "
         f"{len(here - there)} only in A, {len(there - here)} only in B"
@@ -59,41 +64,13 @@ def compare(a: Path, b: Path, across_devices: bool = False) -> tuple[str, int]:
 def change(old: Record, new: Record) -> float | None:
     """By what factor the time grew (or the largest batch shrank); None within the noise."""
     if old.timed and new.timed:
-        apart = (old.ms_p80 or old.ms_p50) < (new.ms_p20 or new.ms_p50) or (new.ms_p80 or new.ms_p50) < (
-            old.ms_p20 or old.ms_p50
-        )
-        ratio = new.ms_p50 / old.ms_p50
+        (low, high), (low2, high2) = ((r.ms_p20 or r.ms_p50, r.ms_p80 or r.ms_p50) for r in (old, new))
+        apart, ratio = high < low2 or high2 < low, new.ms_p50 / old.ms_p50
     elif old.largest_batch and new.largest_batch:
         apart, ratio = True, old.largest_batch / new.largest_batch
     else:
         return None
     return ratio if apart and abs(math.log(ratio)) > math.log(THRESHOLD) else None
-
-
-def _is_result(r: Record) -> bool:
-    """What is compared as a point; the card's ceilings have a line of their own."""
-    return r.missing is None and r.point.bench != "ceiling"
-
-
-def _word(ratio: float, r: Record) -> str:
-    return ("slower" if ratio > 1 else "faster") if r.timed else ("smaller" if ratio > 1 else "larger")
-
-
-def _values(old: Record, new: Record) -> str:
-    if old.timed:
-        return f"{number(old.ms_p50, 4)} → {number(new.ms_p50, 4)} ms"
-    return f"largest batch {old.largest_batch:.0f} → {new.largest_batch:.0f}"
-
-
-def _ceilings(old: list[Record], new: list[Record], dtypes: list[str]) -> str:
-    told = []
-    for dtype in dtypes or [""]:
-        (rate, speed), (rate2, speed2) = ceilings(old, dtype), ceilings(new, dtype)
-        if rate and rate2:
-            told.append(f"{dtype} {number(rate)} → {number(rate2)} TFLOP/s")
-    if speed and speed2:
-        told.append(f"copy {number(speed, 4)} → {number(speed2, 4)} GB/s")
-    return ", ".join(told)
 
 
 def _about(records: list[Record]) -> str:
@@ -106,9 +83,7 @@ def _about(records: list[Record]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.compare", description=__doc__.split(":")[1].split(";")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description="What changed from A to B.")
     parser.add_argument("a", type=Path, help="result file, or folder of bench_*.json")
     parser.add_argument("b", type=Path, help="the newer one")
     parser.add_argument("--across-devices", action="store_true", help="compare although the devices differ")

@@ -21,7 +21,7 @@ os.environ["TRITON_CACHE_DIR"] = str(Path(__file__).resolve().parent.parent / "b
 import triton
 from triton.backends.nvidia.compiler import CUDABackend
 
-from vit.kernels import runtime
+from vit.kernels import dry_run, runtime
 
 if runtime.INTERPRETED:
     raise ImportError("vit was imported with TRITON_INTERPRET set, so nothing can be compiled in this process")
@@ -50,7 +50,7 @@ def compile_kernel(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], opt
     """The compiled kernel of a launch, or the exception: the launches after it are still wanted."""
     _prepare()
     try:
-        return runtime.compile_kernel(kernel, grid, args, options)
+        return dry_run.compile_kernel(kernel, grid, args, options)
     except Exception as error:
         return error
 
@@ -62,7 +62,7 @@ def compiling(arch: int, report: Callable[[str, dict[str, Any], Any], None]) -> 
     def on_launch(kernel, grid, args, options):
         report(kernel.__name__, args | options, compile_kernel(kernel, grid, args, options))
 
-    with runtime.dry_run(arch, on_launch):
+    with dry_run.dry_run(arch, on_launch):
         yield
 
 

@@ -10,6 +10,7 @@ import dataclasses
 from pathlib import Path
 
 from benchmarks.harness import Ceilings
+from benchmarks.records import ceilings as measured
 from benchmarks.records import load
 
 RESULTS = Path(__file__).parent / "results"
@@ -80,13 +81,9 @@ def ceilings(device: Device, results: Path = RESULTS) -> tuple[Ceilings, str]:
     Raises:
         benchmarks.records.ResultError: a file is damaged.
     """
-    found: dict[str, tuple[str, float]] = {}
-    for path in sorted(results.glob("*/bench_*.json")):
-        for r in load(path):
-            field = {"matmul": "tflops", "copy": "gbps"}.get(r.point.op)
-            mine = r.point.bench == "ceiling" and device.name.lower() in r.about["gpu"].lower()
-            if mine and field and (rate := getattr(r, field)):
-                found[field] = max(found.get(field, ("", 0.0)), (r.about["utc"] or "", rate))
-    if len(found) < 2:
-        return device.assumed, f"assumed, {device.basis}"
-    return Ceilings(found["tflops"][1], found["gbps"][1]), f"measured {found['tflops'][0]}"
+    for folder in sorted({path.parent for path in results.glob("*/bench_*.json")}):
+        records = load(folder)
+        rates = measured(records, "bfloat16")
+        if all(rates) and device.name.lower() in records[0].about["gpu"].lower():
+            return Ceilings(*rates), f"measured {max(r.about['utc'] or '' for r in records)}"
+    return device.assumed, f"assumed, {device.basis}"

@@ -1,19 +1,7 @@
 """``make gpu``: what a GPU has to show, stage by stage, each stage's JSON written as soon as it is known.
 
 Each stage runs in a process of its own, so that one that fails or hangs does not stop the next; the most telling come
-first, the long ones last:
-
-- ``smoke``: every op once, forward and backward, at ViT shapes in bf16: does each kernel launch, is it about right.
-- ``ops``: the kernel tests, compiled: parity of every op in fp32, fp16 and bf16, at every size they cover.
-- ``vit``: ViT-B/16 against `vit.reference`: logits and every gradient, bf16, fp16 and fp32, judged against fp64.
-- ``determinism``, ``nan_bands``, ``race``: the same bits, 100 times; among NaN; 250 times in moving memory beside other
-  work.
-- ``streams``, ``graphs``, ``checkpoint``, ``compile``: the same bits on a side stream, from a CUDA graph, recomputed,
-  compiled.
-- ``heads``, ``large``: 70,000 heads in a batch; tensors of more than 2³¹ elements.
-- ``peers``: timm's and Hugging Face's ViT-B, L, H and DINOv2, accelerated, against themselves in fp64, bf16 and fp16.
-- ``training``: 1,000 steps, the loss curve beside eager's.
-- ``sanitizer``: every op under compute-sanitizer's memcheck and racecheck.
+first, the long ones last.
 
 ``STAGE`` or ``--stage`` picks some, separated by commas. ``BUDGET`` (seconds, default 450) bounds the whole: a stage
 that no longer fits is recorded as not run. ``summary.json`` has a line for each stage. ``--rehearse`` runs the same
@@ -28,38 +16,35 @@ import os
 import sys
 
 from benchmarks import arguments
-from benchmarks.gpu_stages.record import folder_of
+from benchmarks.log import folder_of
 from benchmarks.stages import Stage, run
 
 _AT = "benchmarks.gpu_stages."
 STAGES = {
-    "smoke": Stage(_AT + "parity:smoke", 55),
-    "ops": Stage(_AT + "parity:ops", 130),
-    "vit": Stage(_AT + "parity:whole_model", 40),
-    "determinism": Stage(_AT + "exact:determinism", 20),
-    "nan_bands": Stage(_AT + "exact:nan_bands", 12),
-    "streams": Stage(_AT + "modes:streams", 12),
-    "graphs": Stage(_AT + "modes:graphs", 12),
-    "checkpoint": Stage(_AT + "modes:checkpoint", 12),
-    "race": Stage(_AT + "exact:race", 20),
-    "heads": Stage(_AT + "limits:heads", 15),
-    "compile": Stage(_AT + "modes:compiled", 50),
-    "large": Stage(_AT + "limits:large", 35),
-    "peers": Stage(_AT + "peers:peers", 90),
-    "training": Stage(_AT + "training:training", 60),
-    "sanitizer": Stage(_AT + "sanitizer:sanitizer", 90),
+    "smoke": Stage(_AT + "parity:smoke", 55),  # every op once, forward and backward, at ViT shapes in bf16
+    "ops": Stage(_AT + "parity:ops", 130),  # the kernel tests, compiled: every op in fp32, fp16 and bf16, at every size
+    "vit": Stage(_AT + "parity:whole_model", 40),  # ViT-B/16: logits and every gradient, in three dtypes, against fp64
+    "determinism": Stage(_AT + "exact:determinism", 20),  # the same bits, 100 times
+    "nan_bands": Stage(_AT + "exact:nan_bands", 12),  # the same bits among NaN
+    "streams": Stage(_AT + "modes:streams", 12),  # the same bits on a side stream
+    "graphs": Stage(_AT + "modes:graphs", 12),  # the same bits from a CUDA graph
+    "checkpoint": Stage(_AT + "modes:checkpoint", 12),  # the same bits recomputed
+    "race": Stage(_AT + "exact:race", 20),  # the same bits, 250 times, in moving memory beside other work
+    "heads": Stage(_AT + "limits:heads", 15),  # 70,000 heads in a batch
+    "compile": Stage(_AT + "modes:compiled", 50),  # the same bits, compiled
+    "large": Stage(_AT + "limits:large", 35),  # tensors of more than 2³¹ elements
+    "peers": Stage(_AT + "peers:peers", 90),  # models of timm and Hugging Face, accelerated, against fp64
+    "training": Stage(_AT + "training:training", 60),  # 1,000 steps, the loss curve beside eager's
+    "sanitizer": Stage(_AT + "sanitizer:sanitizer", 90),  # every op under memcheck and racecheck
 }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--stage", default=os.environ.get("STAGE") or ",".join(STAGES), help="some, comma between them")
-    parser.add_argument(
-        "--out", type=arguments.folder, help="folder of the JSON files (default benchmarks/results/<gpu>)"
-    )
-    parser.add_argument(
-        "--budget", type=arguments.positive, default=os.environ.get("BUDGET") or 450, help="seconds in all"
-    )
+    parser.add_argument("--out", type=arguments.folder, help="default benchmarks/results/<gpu>")
+    budget = os.environ.get("BUDGET") or 450
+    parser.add_argument("--budget", type=arguments.positive, default=budget, help="seconds in all")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, tiny, interpreted, into build/")
     args = parser.parse_args()
     names = [name.strip() for name in args.stage.split(",")]

@@ -1,4 +1,4 @@
-"""One op at one shape: what it cannot avoid doing, who can run it; each of them checked, then timed in turn.
+"""One op at one shape: what it cannot avoid doing, what can run it; each of them checked, then timed in turn.
 
 The gate: a provider whose outputs and gradients are, in rms and against fp64, more than `GATE` times as wrong as eager
 PyTorch's in the same dtype, and a rounding more, is not timed. The floor of a point is the longer of its FLOPs at the
@@ -76,7 +76,7 @@ class Bench:
         inputs: (shape, rand) -> tensors; ``rand(*sizes, scale=1.0)`` makes one. Every one of them wants a gradient.
         work: (shape, bytes of an element) -> the `Work` of modes "fwd" and "bwd"; "full" is their sum.
         reference: eager PyTorch, called with the tensors as keywords in any dtype; what the gate compares with.
-        providers: who is timed, called likewise. One that imports what is not there, or raises, is skipped.
+        providers: what is timed, called likewise. One that imports what is not there, or raises, is skipped.
         compiles: the provider that "compile" and "compile-max" compile; None for no such providers.
         replay: time CUDA graphs, because launching takes longer than the op.
         samples: how many of the batch the gate looks at; all, if None. The others then have a gradient of zero.
@@ -299,10 +299,8 @@ def measure(point: Point, log: Log, ceilings: Ceilings, device: torch.device) ->
     about = {"bench": bench.name, "op": bench.op, "shape": str(shape), "dtype": name_of(point.dtype)}
     try:
         _measure(point, log, ceilings, device, about)
-    except torch.OutOfMemoryError as error:
-        log.add(ok=True, **about, skipped=f"memory: {error}"[:300])
     except Exception as error:  # the points after this one are wanted all the same
-        log.add(ok=False, **about, error=f"{type(error).__name__}: {error}"[:600])
+        log.add(**about, **failure("ours", error, device))
     if any(name.startswith("compile") for name in point.providers or bench.names):
         # Else these shapes make the next ones recompilations, and the CUDA graphs of compiled code keep their memory.
         torch._dynamo.reset()
@@ -330,12 +328,10 @@ def _measure(point: Point, log: Log, ceilings: Ceilings, device: torch.device, a
                     fns[name] = ready(run, gate.cotangents, mode, device, replay)
                     how[name] = "graph" if replay else "launches"
                     break
-                except torch.OutOfMemoryError as error:
-                    log.add(ok=True, **about, mode=mode, provider=name, skipped=f"memory: {error}"[:300])
-                    break
                 except Exception as error:  # a capture that failed is no verdict: it is timed as it is
-                    if not replay:
+                    if not replay or isinstance(error, torch.OutOfMemoryError):
                         log.add(**about, mode=mode, provider=name, **failure(name, error, device))
+                        break
         how_long = {"rounds": 3, "rep_ms": 60} if bench.replay else {"rounds": 2, "rep_ms": 400}
         for name, times in milliseconds(fns, device, **how_long).items():
             found = percentiles(times)
@@ -358,12 +354,6 @@ def admit(
     try:
         run = bench.run(name, shape, tensors)
         error, wrong = gate.error(run)
-    except torch.OutOfMemoryError as error:
-        return {"ok": True, "skipped": f"memory: {error}"[:300]}, None
-    except ImportError as error:
-        return {"ok": True, "skipped": f"not installed: {error}"[:200]}, None
-    except CannotStart as error:  # says that a library is missing
-        return {"ok": True, "skipped": str(error)[:200]}, None
     except Exception as error:
         return failure(name, error, next(iter(tensors.values())).device), None
     if wrong:
@@ -373,7 +363,11 @@ def admit(
 
 
 def failure(name: str, error: Exception, device: torch.device) -> dict[str, Any]:
-    """Ours must run, our kernels on a GPU; what else does not is left out."""
+    """What a record says of it: ours must run, our kernels on a GPU; too little memory, and others, are skipped."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return {"ok": True, "skipped": f"memory: {error}"[:300]}
+    if isinstance(error, ImportError | CannotStart):  # CannotStart says itself which library is missing
+        return {"ok": True, "skipped": f"{'not installed: ' * isinstance(error, ImportError)}{error}"[:200]}
     said = f"{type(error).__name__}: {error}"[:600]
     must = name == "ours" or (name == "triton" and device.type == "cuda")
     return {"ok": False, "error": said} if must else {"ok": True, "skipped": f"does not run: {said}"}

@@ -8,9 +8,8 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.bench_vit import BENCHES
-from benchmarks.gpu_stages.cases import name_of
-from benchmarks.gpu_stages.record import Log
 from benchmarks.harness import failure, mode_of, release, tensors_of
+from benchmarks.log import Log, name_of
 from benchmarks.shapes import MODELS, Shape
 
 MODEL = BENCHES[0]
@@ -23,23 +22,20 @@ def search(log: Log, side: int, dtype: torch.dtype, device: torch.device) -> Non
         shape = Shape(MODELS["B/16"].model, 1, side)
         about = {"bench": "vit", "op": "largest_batch", "shape": str(shape), "dtype": name_of(dtype)}
         about |= {"mode": "full", "provider": name}
-        at_most = AT_MOST if device.type == "cuda" else 2
+        if log.seconds_left < 20:
+            log.add(ok=True, **about, skipped="budget")
+            continue
 
         def fits(batch: int, shape: Shape = shape, name: str = name) -> bool:
             return step_fits(name, dataclasses.replace(shape, batch=batch), dtype, device)
 
-        if log.seconds_left < 20:
-            log.add(ok=True, **about, skipped="budget")
-        else:
-            try:
-                found = largest(fits, at_most)
-            except Exception as error:  # PyTorch may have no kernel for a batch that would fit
-                log.add(**about, **failure(name, error, device))
-            else:
-                log.add(
-                    ok=True, **about, **({"largest_batch": found} if found else {"skipped": "memory: not one image"})
-                )
-            release(device)
+        try:
+            found = largest(fits, AT_MOST if device.type == "cuda" else 2)
+            result = {"ok": True} | ({"largest_batch": found} if found else {"skipped": "memory: not one image"})
+        except Exception as error:  # PyTorch may have no kernel for a batch that would fit
+            result = failure(name, error, device)
+        log.add(**about, **result)
+        release(device)
 
 
 def largest(fits: Callable[[int], bool], at_most: int, within: float = 0.03) -> int:

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks import arguments, bench_vit, trace
-from benchmarks.log import git_commit, utc, write
+from benchmarks.log import git_commit, table, utc, write
 from benchmarks.shapes import MODELS, Shape
 from vit.commands.parity import CannotStart
-from vit.kernels import runtime
+from vit.kernels.dry_run import dry_run
 
 LABEL = "counted, not measured"
 PROVIDERS = ("ours", "reference", "timm", "hf", "accelerated")
@@ -86,7 +86,7 @@ def count(model: nn.Module, image: Tensor, train: bool, arch: int = 90, num_sms:
 
     live = Live()
     live.ignore(*before)
-    with runtime.dry_run(arch, lambda *_: None, num_sms), trace.FusedAttention(), live:
+    with dry_run(arch, lambda *_: None, num_sms), trace.FusedAttention(), live:
         if train:
             with saved_tensors_hooks(keep, lambda t: t):
                 trace.step(model, image, train=True)
@@ -111,18 +111,14 @@ def largest_batch(make: Factory, memory_bytes: float, train: bool) -> int:
     def fits(batch: int) -> bool:
         return count(*make(batch), train).peak <= memory_bytes
 
-    if not fits(1):
-        return 0
-    # The peak grows linearly but for corners: the guess is close, and the search around it short.
+    # The peak grows linearly but for corners: the guess is close, and the steps from it are few.
     few, many = (count(*make(batch), train).peak for batch in (32, 64))
-    guess = max(1, int(32 + (memory_bytes - few) * 32 / (many - few)))
-    low, high, width = (guess, 0, 1) if fits(guess) else (1, guess, 1)
-    while high == 0:
-        low, high, width = (low + width, 0, 2 * width) if fits(low + width) else (low, low + width, width)
-    while high - low > 1:
-        middle = max(low + 1, high - width) if low == 1 else (low + high) // 2
-        low, high, width = (middle, high, 2 * width) if fits(middle) else (low, middle, 2 * width)
-    return low
+    batch = max(0, int(32 + (memory_bytes - few) * 32 / (many - few)))
+    while batch and not fits(batch):
+        batch -= 1
+    while fits(batch + 1):
+        batch += 1
+    return batch
 
 
 def factory(provider: str, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Factory:
@@ -162,36 +158,34 @@ def records(shape: Shape, provider: str, largest_gib: float | None) -> list[dict
     return found
 
 
+SIZES = ("parameters_mb", "gradients_mb", "saved_mb", "saved_by_a_block_mb", "peak_mem_mb")
+HEADS = ("parameters", "gradients", "saved", "by a block", "peak of a step", "of a forward", "in u, by a block")
+
+
 def show(shape: Shape, found: list[dict[str, Any]]) -> None:
-    u = 2 * shape.rows * shape.width / MIB
-    print(f"\n{shape}, bf16, MiB ({LABEL}; u = {u:.1f} MiB, one token matrix)")
-    print(f"{'':12s} {'parameters':>10s} {'gradients':>9s} {'saved':>9s} {'a block':>16s} {'peak step':>10s} ", end="")
+    u, rows, skipped = 2 * shape.rows * shape.width / MIB, [], []
     searched = any(r["op"] == "largest_batch" for r in found)
-    print(f"{'peak forward':>12s}{'  largest batch: step, forward' if searched else ''}")
     for provider in dict.fromkeys(r["provider"] for r in found):
-        mine = {(r["op"], r.get("mode")): r for r in found if r["provider"] == provider}
-        if ("vit", "full") not in mine:
-            print(f"{provider:12s} {next(iter(mine.values()))['skipped']}")
+        mine = [r for r in found if r["provider"] == provider]
+        if "skipped" in mine[0]:
+            skipped.append(f"{provider}: {mine[0]['skipped']}")
             continue
-        full, fwd = mine["vit", "full"], mine["vit", "fwd"]
-        block = full["saved_by_a_block_mb"]
-        peaks = f"{full['peak_mem_mb']:10.0f} {fwd['peak_mem_mb']:12.0f}"
-        limits = [str(r["largest_batch"]) for (op, _), r in mine.items() if op == "largest_batch"]
-        print(
-            f"{provider:12s} {full['parameters_mb']:10.0f} {full['gradients_mb']:9.0f} {full['saved_mb']:9.0f} "
-            f"{block:8.1f} {block / u:6.2f}u {peaks}  {', '.join(limits)}".rstrip()
-        )
+        full, fwd = (r for r in mine if r["op"] == "vit")
+        cells = [
+            *(f"{full[k]:.0f}" for k in SIZES),
+            f"{fwd['peak_mem_mb']:.0f}",
+            f"{full['saved_by_a_block_mb'] / u:.2f}",
+        ]
+        rows.append([provider, *cells, *(r["largest_batch"] for r in mine if r["op"] == "largest_batch")])
+    heads = [f"{shape}, bf16, MiB", *HEADS, *["largest batch: step", "forward"] * searched]
+    print("\n".join(["", table(heads, rows), *skipped, f"{LABEL}; u = {u:.1f} MiB, one token matrix"]))
 
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--shape", action="append", type=arguments.shape, help="vit_base_patch16_224/b256, say; all if none"
-    )
+    parser.add_argument("--shape", action="append", type=arguments.shape, help="vit_base_patch16_224/b256; all if none")
     parser.add_argument("--provider", action="append", choices=PROVIDERS, help="all if none")
-    parser.add_argument(
-        "--largest", type=arguments.positive, metavar="GIB", help="also the largest batch in so much memory"
-    )
+    parser.add_argument("--largest", type=arguments.positive, metavar="GIB", help="also the largest batch in so much")
     parser.add_argument("--out", type=arguments.file, help="write the records to this file as well")
     args = parser.parse_args(words)
     results: list[dict[str, Any]] = []
@@ -206,8 +200,7 @@ def main(words: list[str] | None = None) -> int:
         show(shape, of_shape)
         results += of_shape
     if args.out:
-        commit = git_commit()
-        about = {"gpu": f"none: {LABEL}", "torch": torch.__version__, "commit": commit, "utc": utc()}
+        about = {"gpu": f"none: {LABEL}", "torch": torch.__version__, "commit": git_commit(), "utc": utc()}
         write(args.out, about, results)
     return 0
 

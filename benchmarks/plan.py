@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from benchmarks import largest_batch
-from benchmarks.gpu_stages import cases
-from benchmarks.gpu_stages.record import Log
 from benchmarks.harness import COMPILED, Bench, Point, measure, measure_ceilings
+from benchmarks.log import Log
 from benchmarks.shapes import LATENCY, MODELS, SIDES, SMALL, Shape, parse
 from benchmarks.stages import Stage
 
@@ -27,7 +26,6 @@ SECONDS = {
 }
 # What compiling takes of the 12 blocks of a model, and of an op: nothing is begun that would be stopped before its end.
 COMPILING = {"compile": (55, 10), "compile-max": (140, 40), "compile-reduce": (15, 15)}
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 B16, *OTHERS = MODELS.values()
 
 
@@ -56,7 +54,7 @@ def stages(wanted: Wanted, rehearse: bool = False) -> dict[str, Stage]:
     """One for each file of results that has something to measure.
 
     Raises:
-        ValueError: there is no such op, shape, provider or mode, or nobody who is all of it.
+        ValueError: there is no such op, shape, provider or mode, or nothing that is all of it.
     """
     of_file = {name: benches(name) for name in SECONDS}
     everything = [bench for group in of_file.values() for bench in group]
@@ -93,12 +91,16 @@ def _sweep(name: str, wanted: Wanted) -> bool:
     return "largest_batch" in wanted.ops or not wanted.some
 
 
+def device_of(rehearse: bool) -> torch.device:
+    return torch.device("cpu" if rehearse else "cuda")
+
+
 def run(log: Log, rehearse: bool, name: str, wanted: Wanted) -> None:
     """A stage: the ceilings, then point after point, until the time is over."""
-    device = cases.device(rehearse)
+    device = device_of(rehearse)
     if rehearse:  # 16-bit products are slow on a CPU
         wanted = dataclasses.replace(wanted, dtype="float32")
-    dtype = DTYPES[wanted.dtype]
+    dtype = getattr(torch, wanted.dtype)
     ceilings = measure_ceilings(log, device, dtype)
     gc.collect()
     gc.freeze()  # what is imported is never garbage, and a capture, of hundreds, looks for garbage first
@@ -132,7 +134,7 @@ def points(name: str, wanted: Wanted, rehearse: bool) -> Iterator[Point]:
         modes = tuple(m for m in point.modes if not wanted.modes or m in wanted.modes)
         providers = tuple(p for p in point.providers if not wanted.providers or p in wanted.providers)
         if modes and providers:
-            yield dataclasses.replace(point, dtype=DTYPES[wanted.dtype], modes=modes, providers=providers)
+            yield dataclasses.replace(point, dtype=getattr(torch, wanted.dtype), modes=modes, providers=providers)
 
 
 def _picked(name: str, wanted: Wanted, rehearse: bool) -> Iterator[Point]:
@@ -155,7 +157,7 @@ def _plain(provider: str) -> bool:
 
 
 def _op(group: list[Bench], quick: bool) -> Iterator[Point]:
-    """Everybody who need not be compiled at every model's shape, then the compiled ones beside ours."""
+    """Every provider that need not be compiled at every model's shape, then the compiled ones beside ours."""
     for shape in (B16, MODELS["H/14"]) if quick else MODELS.values():
         for bench in group:
             yield _point(bench, shape, _plain)

@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -14,8 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
-from benchmarks.records import Point, Record, ceilings, number
-from benchmarks.report import DTYPES, dtypes_of, label, model_shapes
+from benchmarks.records import DTYPES, Record, ceilings, dtypes_of, label, model_shapes, number
 from benchmarks.shapes import LATENCY, parse
 
 MODES = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
@@ -45,7 +45,8 @@ def draw(records: list[Record], folder: Path) -> list[str]:
                 if isinstance(figure, str):
                     told.append(f"{path.name} left out: {figure}")
                 else:
-                    told.append(f"{path}: {_save(_labelled(figure, records, dtype), path)}")
+                    figure.suptitle(f"{records[0].about['gpu']}, {DTYPES.get(dtype, dtype)}", fontsize=11)
+                    told.append(f"{path}: {_save(figure, path)}")
     return told
 
 
@@ -56,42 +57,36 @@ def roofline(records: list[Record], dtype: str) -> Figure | str:
     """
     rate, speed = ceilings(records, dtype)
     found = [r for r in _of(records, dtype) if r.timed and r.tflops and r.gbps and r.point.bench != "vit"]
-    found = [r for r in found if _provider(r.point) != "floor"]
-    if not rate or not speed:
-        return f"no ceilings of {dtype} in these files"
-    if not found:
-        return "no op has both tflops and gbps"
+    if not rate or not speed or not found:
+        return f"no ceilings of {dtype} in these files" if found else "no op has both tflops and gbps"
     present = [mode for mode in MODES if any(r.point.mode == mode for r in found)]
     names = list(dict.fromkeys(r.point.op for r in found))
     colours = {op: OP_COLOURS[i % len(OP_COLOURS)] for i, op in enumerate(names)}
+    x = [1e3 * r.tflops / r.gbps for r in found]
+    ridge = 1e3 * rate / speed
+    low, high = min(*x, ridge) / 2, max(*x, ridge) * 3
     figure = Figure(figsize=(4.6 * len(present) + 2.2, 5.2), layout="constrained")
     axes = figure.subplots(1, len(present), sharex=True, sharey=True, squeeze=False)[0]
     for ax, mode in zip(axes, present, strict=True):
         for r in sorted((r for r in found if r.point.mode == mode), key=lambda r: r.ours):
-            style = {"s": 40, "zorder": 3} if r.ours else {"s": 26, "linewidths": 0.9, "zorder": 2}
-            colour, marker = colours[r.point.op], MARKERS.get(_provider(r.point), "h")
-            hollow = not r.ours and marker not in "1+x"
-            style |= {"facecolors": "none", "edgecolors": colour} if hollow else {"color": colour}
-            ax.scatter(1e3 * r.tflops / r.gbps, r.tflops, marker=marker, **style)
-        ax.set(xscale="log", yscale="log", title=MODES[mode], xlabel="intensity, FLOP/byte")
-        _plain_ticks(ax)
-    x = [1e3 * r.tflops / r.gbps for r in found]
-    ridge = 1e3 * rate / speed
-    low, high = min(*x, ridge) / 2, max(*x, ridge) * 3
-    for ax in axes:
+            style = _point(r.point.provider, colours[r.point.op])
+            ax.plot(1e3 * r.tflops / r.gbps, r.tflops, markersize=6.5 if r.ours else 5, **style)
         ax.plot([low, ridge, high], [low * speed / 1e3, rate, rate], color="black", linewidth=1.2, zorder=1)
+        ax.set(xscale="log", yscale="log", title=MODES[mode], xlabel="intensity, FLOP/byte")
         ax.set(xlim=(low, high), ylim=(min(r.tflops for r in found) / 2, rate * 1.8))
         ax.text(high, rate * 1.06, f"{number(rate)} TFLOP/s ", ha="right", va="bottom", fontsize=8)
         ax.text(ridge * 0.8, rate * 1.06, f"{number(speed)} GB/s", ha="right", va="bottom", fontsize=8)
-        ax.grid(which="major", color="#e5e5e5")
+        _plain_ticks(ax)
     axes[0].set_ylabel("TFLOP/s")
     keys = [Line2D([], [], marker="s", linestyle="", color=colours[op], label=op) for op in names]
-    for name in _providers(found):
-        filled = {} if name in ("ours", "triton") else {"markerfacecolor": "none"}
-        style = {"marker": MARKERS.get(name, "h"), "linestyle": "", "color": "black", "label": name}
-        keys.append(Line2D([], [], **style, **filled))
-    figure.legend(handles=keys, loc="outside right center", frameon=False)
+    keys += [Line2D([], [], label=name, **_point(name, "black")) for name in _providers(found)]
+    _legend(figure, keys, [])
     return figure
+
+
+def _point(provider: str, colour: str) -> dict[str, Any]:
+    face = colour if provider in ("ours", "triton") else "none"
+    return {"marker": MARKERS.get(provider, "h"), "linestyle": "", "color": colour, "markerfacecolor": face}
 
 
 def models(records: list[Record], dtype: str) -> Figure | str:
@@ -101,17 +96,16 @@ def models(records: list[Record], dtype: str) -> Figure | str:
     if not any(r.timed and r.point.shape in shapes for r in found):
         return "no whole model was timed"
     modes = [mode for mode in ("fwd", "full") if any(r.point.mode == mode for r in found)]
-    providers = [p for p in _providers(found) if p != "floor"]
+    providers = _providers(found)
     size = (2.1 * len(shapes) + 2.4, 2.7 * len(modes) + 0.6)
     figure = Figure(figsize=size, layout="constrained")
     for ax, (mode, shape) in zip(
         figure.subplots(len(modes), len(shapes), squeeze=False).flat,
         [(mode, shape) for mode in modes for shape in shapes], strict=True,
     ):  # fmt: skip
-        here = {_provider(r.point): r for r in found if r.point.mode in (mode, "") and r.point.shape == shape}
+        here = {r.point.provider: r for r in found if r.point.mode in (mode, "") and r.point.shape == shape}
         _bars(ax, providers, here, lambda r: r.img_s, written=True)
         floors = [r.img_s / r.sol_fraction for r in here.values() if r.timed and r.sol_fraction]
-        floors += [r.img_s for name, r in here.items() if name == "floor"]
         if floors:
             ax.axhline(floors[0], color="black", linestyle="--", linewidth=1)
             ax.set_ylim(0, floors[0] * 1.12)
@@ -121,29 +115,29 @@ def models(records: list[Record], dtype: str) -> Figure | str:
             ax.set_title(label(shape), fontsize=9)
         if shape == shapes[0]:
             ax.set_ylabel(f"{MODES[mode]}, img/s")
-    _legend(figure, providers, found, floor=True)
+    _legend(figure, _bar_keys(providers), found)
     return figure
 
 
 def ops(records: list[Record], dtype: str) -> Figure | str:
     """Share of the floor of every op: a row for each op, a column for each mode, a group of bars for each shape."""
-    found = [r for r in _of(records, dtype) if r.point.bench not in ("vit", "gemm")]
+    found = [r for r in _of(records, dtype) if r.point.bench != "vit"]
     names = list(dict.fromkeys(r.point.op for r in found if r.point.op))
     if not any(r.timed and r.sol_fraction for r in found):
         return "no op has a share of the floor"
     modes = [mode for mode in MODES if any(r.point.mode == mode for r in found)]
-    providers = [p for p in _providers(found) if p != "floor"]
+    providers = _providers(found)
     shapes = {op: list(dict.fromkeys(r.point.shape for r in found if r.point.op == op)) for op in names}
     most = max(map(len, shapes.values()))
     size = (max(3.4, 1.1 * most) * len(modes) + 2.2, 1.9 * len(names) + 0.6)
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(names), len(modes), squeeze=False, sharey=True)
     for ax, (op, mode) in zip(grid.flat, [(op, mode) for op in names for mode in modes], strict=True):
-        mine = [p for p in providers if any(r.point.op == op and _provider(r.point) == p for r in found)]
+        mine = [p for p in providers if any(r.point.op == op and r.point.provider == p for r in found)]
         step = len(mine) + 1.5
         for group, shape in enumerate(shapes[op]):
-            places = ((op, shape, dtype, mode), (op, shape, dtype, ""))  # who was not admitted has no mode
-            here = {_provider(r.point): r for r in found if r.point[1:5] in places}
+            places = ((op, shape, dtype, mode), (op, shape, dtype, ""))  # what was not admitted has no mode
+            here = {r.point.provider: r for r in found if r.point[1:5] in places}
             _bars(ax, mine, here, lambda r: r.sol_fraction and 100 * r.sol_fraction, start=group * step)
         ticks = [group * step + (len(mine) - 1) / 2 for group in range(len(shapes[op]))]
         ax.set_xticks(ticks, [label(s).replace(", batch ", "\nbatch ") for s in shapes[op]], fontsize=7.5)
@@ -154,15 +148,17 @@ def ops(records: list[Record], dtype: str) -> Figure | str:
             ax.set_title(MODES[mode])
         if mode == modes[0]:
             ax.set_ylabel(f"{op}\n% of floor")
-    _legend(figure, providers, found, floor=True)
+    _legend(figure, _bar_keys(providers), found)
     return figure
 
 
 def sides(records: list[Record], dtype: str) -> Figure | str:
-    """Best forward speed over the batches, and the largest batch of a training step: ViT paper, Fig. 12."""
+    """Best forward speed over the batches, and the largest batch of a training step: ViT paper, Fig. 12.
+
+    A mark at the bottom stands where nothing was found.
+    """
     family = _family(LATENCY.model)
     found = [r for r in _of(records, dtype) if r.point.bench == "vit" and _family(r.point.shape) == family]
-    found = [r for r in found if _provider(r.point) != "floor"]
     panels = {}
     for title, op, mode, field in (
         ("forward, img/s", "vit", "fwd", "img_s"),
@@ -173,44 +169,30 @@ def sides(records: list[Record], dtype: str) -> Figure | str:
             panels[title] = mine, field
     if not panels:
         return "fewer than two image sizes of one model"
-    providers = [p for p in _providers(found) if any(_provider(r.point) == p and "@" in r.point.shape for r in found)]
+    providers = [p for p in _providers(found) if any(r.point.provider == p and "@" in r.point.shape for r in found)]
+    styles = {p: {"color": _colour(p), "marker": MARKERS.get(p, "h")} for p in providers}
     figure = Figure(figsize=(4.4 * len(panels) + 1.8, 3.6), layout="constrained")
-    for ax, (title, (mine, field)) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-    ):
-        _lines(ax, providers, mine, field)
-        ax.set(ylabel=title, xlabel=f"side of the image, pixels ({label(str(LATENCY)).split(',')[0]})")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (title, (mine, field)) in zip(axes, panels.items(), strict=True):
+        for place, (name, style) in reversed(list(enumerate(styles.items()))):
+            values = sorted((_side(r), getattr(r, field) or 0) for r in mine if r.point.provider == name)
+            best = {side: value for side, value in values if value}  # the largest comes last
+            ax.plot(list(best), list(best.values()), linewidth=2 if name == "ours" else 1, **style)
+            for r in (r for r in mine if r.point.provider == name and r.missing is not None and _side(r) not in best):
+                where = {"transform": ax.get_xaxis_transform(), "ha": "center", "fontweight": "bold"}
+                ax.text(_side(r), 0.01 + 0.05 * place, _mark(r)[0], color=style["color"], **where)
+        ax.margins(y=0.15)
+        ax.set(ylabel=title, xlabel=f"side of the image, pixels ({label(str(LATENCY)).split(',')[0]})", yscale="log")
+        _plain_ticks(ax)
         ax.set_xticks(sorted({_side(r) for r in found if "@" in r.point.shape}))
-    keys = [Line2D([], [], color=_colour(p), marker=MARKERS.get(p, "h"), label=p) for p in providers]
-    keys += _missing_keys([r for mine, _ in panels.values() for r in mine if _provider(r.point) in providers])
-    figure.legend(handles=keys, loc="outside right center", frameon=False)
+    keys = [Line2D([], [], label=name, **style) for name, style in styles.items()]
+    _legend(figure, keys, [r for mine, _ in panels.values() for r in mine if r.point.provider in providers])
     return figure
 
 
-def _lines(ax: Axes, providers: list[str], records: list[Record], field: str) -> None:
-    """A line for each provider over the image's side, and a mark at the bottom where nothing was found."""
-    lost = {}
-    for name in reversed(providers):
-        best: dict[int, float] = {}
-        for r in (r for r in records if _provider(r.point) == name):
-            if value := getattr(r, field):
-                best[_side(r)] = max(value, best.get(_side(r), 0))
-            elif r.missing is not None:
-                lost[_side(r), name] = _mark(r)[0]
-        lost = {place: mark for place, mark in lost.items() if place[1] != name or place[0] not in best}
-        style = {"color": _colour(name), "marker": MARKERS.get(name, "h"), "linewidth": 2 if name == "ours" else 1}
-        ax.plot(*zip(*sorted(best.items()), strict=True), **style) if best else None
-    for i, ((side, name), mark) in enumerate(lost.items()):
-        style = {"color": _colour(name), "fontsize": 11, "fontweight": "bold", "ha": "center"}
-        ax.text(side, 0.01 + 0.05 * i, mark, transform=ax.get_xaxis_transform(), **style)
-    ax.margins(y=0.15 if lost else 0.05)
-    ax.set_yscale("log")
-    _plain_ticks(ax)
-    ax.grid(color="#e5e5e5")
-
-
 def _plain_ticks(ax: Axes) -> None:
-    """On a logarithmic axis 1, 2 and 5 of each decade, written out."""
+    """On a logarithmic axis 1, 2 and 5 of each decade, written out, and a grid."""
+    ax.grid(which="major", color="#e5e5e5")
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}" if y >= 1 else f"{y:g}")
     ax.yaxis.set_minor_locator(NullLocator())
@@ -230,38 +212,32 @@ def _bars(
         elif (height := value(r)) is not None:
             ax.bar(start + place, height, width=0.9, color=_colour(name))
             if written:
-                text = number(height, 2 if r.predicted else 3)
-                ax.text(start + place, height, " " + text, ha="center", va="bottom", fontsize=7, rotation=90)
+                ax.text(start + place, height, " " + number(height), ha="center", va="bottom", fontsize=7, rotation=90)
 
 
-def _legend(figure: Figure, providers: list[str], found: list[Record], floor: bool) -> None:
-    keys = [Line2D([], [], marker="s", linestyle="", markersize=8, color=_colour(p), label=p) for p in providers]
-    keys += [Line2D([], [], color="black", linestyle="--", linewidth=1, label="floor")] if floor else []
-    keys += _missing_keys(found)
+def _legend(figure: Figure, keys: list[Line2D], found: list[Record]) -> None:
+    """``keys``, and what the marks of missing points mean."""
+    marks = {"failed" if r.error is not None else "skipped": _mark(r) for r in found if r.missing is not None}
+    for word, (mark, colour) in sorted(marks.items()):
+        keys.append(Line2D([], [], marker=f"${mark}$", color=colour, label=word, linestyle="", markersize=7))
     figure.legend(handles=keys, loc="outside right center", frameon=False)
+
+
+def _bar_keys(providers: list[str]) -> list[Line2D]:
+    keys = [Line2D([], [], marker="s", linestyle="", markersize=8, color=_colour(p), label=p) for p in providers]
+    return [*keys, Line2D([], [], color="black", linestyle="--", linewidth=1, label="floor")]
 
 
 def _mark(r: Record) -> tuple[str, str]:
     return ("×", "#b2182b") if r.error is not None else ("–", "#333333")
 
 
-def _missing_keys(found: list[Record]) -> list[Line2D]:
-    marks = {"failed" if r.error is not None else "skipped": _mark(r) for r in found if r.missing is not None}
-    style = {"linestyle": "", "markersize": 7}
-    return [Line2D([], [], marker=f"${mark}$", color=colour, label=word, **style)
-            for word, (mark, colour) in sorted(marks.items())]  # fmt: skip
-
-
 def _of(records: Iterable[Record], dtype: str) -> list[Record]:
     return [r for r in records if r.point.dtype == dtype and r.point.bench != "ceiling"]
 
 
-def _provider(point: Point) -> str:
-    return point.provider.removesuffix(" (predicted)")
-
-
 def _providers(records: list[Record]) -> list[str]:
-    found = {_provider(r.point) for r in records}
+    found = {r.point.provider for r in records}
     return [p for p in COLOURS if p in found] + sorted(p for p in found if p and p not in COLOURS)
 
 
@@ -276,17 +252,6 @@ def _family(shape: str) -> str:
 
 def _side(r: Record) -> int:
     return parse(r.point.shape).config.img_size[0]
-
-
-def _labelled(figure: Figure, records: list[Record], dtype: str) -> Figure:
-    about = records[0].about
-    title = f"{about['gpu']}, {DTYPES.get(dtype, dtype)}"
-    if any(r.predicted for r in records):
-        title = f"PREDICTION, not measured\n{title}"
-        style = {"fontsize": 60, "color": "black", "alpha": 0.15, "rotation": 25, "ha": "center", "va": "center"}
-        figure.text(0.45, 0.5, "PREDICTION", **style)
-    figure.suptitle(title, fontsize=11)
-    return figure
 
 
 def _save(figure: Figure, path: Path) -> str:

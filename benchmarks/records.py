@@ -1,7 +1,7 @@
 """Result files, read: every ``bench_*.json`` of a folder as records that are checked and know where they come from.
 
 A file is ``{"about": {gpu, driver, torch, triton, commit, command, utc}, "records": [...]}``. What a record says of
-these itself counts before ``about``, and a list of records that say all of it, as `benchmarks.gpu_stages.record.Log`
+these itself counts before ``about``, and a list of records that say all of it, as `benchmarks.log.Log`
 writes them, is a file, too.
 """
 
@@ -14,6 +14,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.shapes import LATENCY, MODELS
+
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_NAMES = {shape.model: name for name, shape in reversed(MODELS.items())}
 ABOUT = ("gpu", "driver", "torch", "triton", "commit", "command", "utc")
 
 
@@ -40,7 +44,7 @@ class Record:
     """One point and what was found: times, a largest batch, a ceiling, or why there is nothing.
 
     Units: milliseconds, TFLOP/s, GB/s (10⁹ bytes), images a second, MiB. ``sol_fraction`` is floor / ``ms_p50``.
-    ``about`` is that of its file, with the keys of `ABOUT`; ``predicted``: computed, never measured.
+    ``about`` is that of its file, with the keys of `ABOUT`.
     """
 
     point: Point
@@ -57,7 +61,6 @@ class Record:
     largest_batch: float | None = None
     skipped: str | None = None
     error: str | None = None
-    predicted: bool = False
 
     @property
     def timed(self) -> bool:
@@ -65,7 +68,8 @@ class Record:
 
     @property
     def ours(self) -> bool:
-        return is_ours(self.point.provider)
+        """Our kernels, in whatever form: ``accelerated`` is another library's model on them."""
+        return self.point.provider in ("ours", "triton", "graph", "accelerated")
 
     @property
     def missing(self) -> str | None:
@@ -74,23 +78,28 @@ class Record:
             return "failed parity" if "parity" in self.error.lower() else f"failed: {_brief(self.error)}"
         return None if self.skipped is None else f"skipped: {_brief(self.skipped)}"
 
-    @property
-    def sample(self) -> bool:
-        """Made up for the tests."""
-        return "sample" in self.about["gpu"].lower()
-
-    @property
-    def measured(self) -> bool:
-        """On a GPU: not predicted, and no rehearsal on a CPU."""
-        return not self.predicted and self.about["gpu"].lower() not in ("rehearsal", "cpu")
-
 
 _NUMBERS = [f.name for f in dataclasses.fields(Record) if f.type == "float | None"]
 
 
-def is_ours(provider: str) -> bool:
-    """Our kernels, in whatever form: ``ours (predicted)``, ``triton``, another library's model ``accelerated``."""
-    return provider in ("triton", "graph", "accelerated") or provider.startswith("ours")
+def label(shape: str) -> str:
+    """For readers: ``B/16, batch 256`` of ``vit_base_patch16_224/b256``."""
+    model, _, batch = shape.partition("/b")
+    base, at, side = model.partition("@")
+    return f"{_NAMES.get(base, base)}{at}{side}, batch {batch}"
+
+
+def model_shapes(records: Iterable[Record], dtype: str) -> list[str]:
+    """The whole models of the table, in the order of `MODELS`; those with ``@`` are for the plot against the side."""
+    wanted = [str(shape) for shape in (*MODELS.values(), LATENCY)]
+    found = {r.point.shape: 0 for r in records if r.point[:2] == ("vit", "vit") and r.point.dtype == dtype}
+    return [s for s in wanted if s in found] + [s for s in found if s not in wanted and "@" not in s]
+
+
+def dtypes_of(records: Iterable[Record]) -> list[str]:
+    """Of whole models and ops; bfloat16 first."""
+    found = {r.point.dtype for r in records if r.point.bench != "ceiling" and r.point.dtype}
+    return sorted(found, key=lambda dtype: (dtype != "bfloat16", dtype))
 
 
 def load(path: Path) -> list[Record]:
@@ -102,7 +111,14 @@ def load(path: Path) -> list[Record]:
     files = sorted(path.glob("bench_*.json")) if path.is_dir() else [path]
     if not files:
         raise ResultError(f"{path} has no bench_*.json")
-    records = [r for file in files for r in _read(file)]
+    records = []
+    for file in files:
+        try:
+            records += parse(json.loads(file.read_text(encoding="utf-8")), file)
+        except OSError as error:
+            raise ResultError(f"{file}: {error.strerror}") from None
+        except ValueError as error:
+            raise ResultError(f"{file} is not whole JSON ({error}); was its run cut short while it wrote?") from None
     gpus = sorted({str(r.about["gpu"]) for r in records})
     if len(gpus) > 1:
         raise ResultError(f"{path} has files of different devices: {', '.join(gpus)}")
@@ -143,16 +159,6 @@ def number(x: float, digits: int = 3) -> str:
     return f"{x:,.{max(decimals, 0)}f}"
 
 
-def _read(path: Path) -> list[Record]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ResultError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ResultError(f"{path} is not whole JSON ({error}); was its run cut short while it wrote?") from None
-    return parse(found, path)
-
-
 def parse(found: Any, path: Path) -> list[Record]:
     """The records of a file's content; ``path`` is named in messages.
 
@@ -165,57 +171,51 @@ def parse(found: Any, path: Path) -> list[Record]:
         raise ResultError(f'{path} is not a result file: no "about"')
     if not isinstance(found.get("records"), list):
         raise ResultError(f'{path} is not a result file: no list "records"')
-    about = _about(found["about"], path)
-    if not about["gpu"] and not found["records"]:
+    about = _text(found["about"], ABOUT, f"{path}: about.")
+    if not about.get("gpu") and not found["records"]:
         raise ResultError(f"{path}: about.gpu, the device, is missing")
     return [_record(r, about, path, i) for i, r in enumerate(found["records"])]
 
 
-def _about(found: dict[str, Any], path: Path) -> dict[str, str | None]:
-    about = {key: found.get(key) for key in ABOUT}
-    if wrong := [key for key, value in about.items() if not isinstance(value, str | None)]:
-        raise ResultError(f"{path}: about.{wrong[0]} is not text")
-    return about
+def _text(found: dict[str, Any], keys: Iterable[str], where: str) -> dict[str, str | None]:
+    for key in keys:
+        if not isinstance(found.get(key), str | None):
+            raise ResultError(f"{where}{key} is not text")
+    return {key: found[key] for key in keys if found.get(key)}
 
 
 def _record(r: Any, about: dict[str, str | None], path: Path, index: int) -> Record:
-    def wrong(message: str) -> ResultError:
-        return ResultError(f"{path}: record {index + 1}: {message}")
+    def must(holds: bool, message: str) -> None:
+        if not holds:
+            raise ResultError(f"{path}: record {index + 1}: {message}")
 
-    if not isinstance(r, dict):
-        raise wrong("is not an object")
-    about = about | {key: value for key, value in _about(r, path).items() if value}
-    if not about["gpu"]:
-        raise wrong("about.gpu, the device, is missing")
-    names = {key: r.get(key) or "" for key in Point._fields}
-    if bad := [key for key in (*names, "skipped", "error") if not isinstance(r.get(key), str | None)]:
-        raise wrong(f"{bad[0]} is not text")
-    values = {key: r.get(key) for key in _NUMBERS}
+    must(isinstance(r, dict), "is not an object")
+    where = f"{path}: record {index + 1}: "
+    about = dict.fromkeys(ABOUT) | about | _text(r, ABOUT, where)
+    must(bool(about["gpu"]), "about.gpu, the device, is missing")
+    for kind in ("rehearsal", "predicted"):
+        about |= {"gpu": kind} if r.get(kind) is True else {}
+    names = dict.fromkeys(Point._fields, "") | _text(r, Point._fields, where)
+    why = _text(r, ("skipped", "error"), where)
+    values = {key: r[key] for key in _NUMBERS if r.get(key) is not None}
     for key, value in values.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and not (number and 0 < value < math.inf):
-            raise wrong(f"{key} is {value!r}, not a positive number")
+        must(number and 0 < value < math.inf, f"{key} is {value!r}, not a positive number")
     failed = r.get("ok") is False
-    if failed or r.get("skipped"):
+    if failed or "skipped" in why:
         # What ended a whole run has no point of its own: then the file's name says what it was about.
         names["bench"] = names["bench"] or path.stem.removeprefix("bench_")
-        values = dict.fromkeys(_NUMBERS)
-        why = {"error": r.get("error") or "parity"} if failed else {"skipped": r["skipped"]}
+        why = {"error": why.get("error", "parity")} if failed else {"skipped": why["skipped"]}
         return Record(Point(**names), about, path, **why)
-    if missing := [key for key in ("bench", "op") if not names[key]]:
-        raise wrong(f"{missing[0]} is missing")
+    for key in ("bench", "op"):
+        must(bool(names[key]), f"{key} is missing")
     results = ("ms_p50", "largest_batch") if names["bench"] != "ceiling" else ("tflops", "gbps")
-    if all(values[key] is None for key in results):
-        raise wrong(f"has neither {' nor '.join(results)}, nor a reason (skipped, or ok: false)")
-    low, mid, high = (values[key] for key in ("ms_p20", "ms_p50", "ms_p80"))
-    if mid is not None and not (low or mid) <= mid <= (high or mid):
-        raise wrong("ms_p20, ms_p50, ms_p80 are not in order")
-    if (names["bench"], names["op"]) == ("vit", "vit") and values["img_s"] is None:
-        raise wrong("img_s is missing")
-    predicted = r.get("predicted") is True
-    if r.get("rehearsal") is True:
-        about = about | {"gpu": "rehearsal"}
-    return Record(Point(**names), about, path, **values, predicted=predicted)
+    none = f"has neither {' nor '.join(results)}, nor a reason (skipped, or ok: false)"
+    must(any(key in values for key in results), none)
+    times = [values[key] for key in ("ms_p20", "ms_p50", "ms_p80") if key in values]
+    must(times == sorted(times), "ms_p20, ms_p50, ms_p80 are not in order")
+    must((names["bench"], names["op"]) != ("vit", "vit") or "img_s" in values, "img_s is missing")
+    return Record(Point(**names), about, path, **values)
 
 
 def _line(text: str) -> str:

@@ -1,23 +1,23 @@
-"""What every kernel must cost and how it sits on the card, and what each fusion is worth: predictions without a GPU.
+"""What every kernel must cost and how it sits on the card: predictions without a GPU.
 
     python -m benchmarks.roofline [--shape vit_base_patch16_224/b256] [--arch 90] [--no-compile] [--out FILE]
 
 Per launch of a forward, and of a forward and backward (`benchmarks.trace`): bytes, FLOPs, and its floor, the longer of
 the two at the card's rates. Of our kernels also what the compiler says (registers, spills, shared memory; the GPU need
 not be here) and what follows: programs and warps on a multiprocessor at once, and waves, how often the grid fills the
-card, with the share of it that the last wave uses. Then the time of the whole model, every launch at its floor, as
-built and with each fusion of `benchmarks.fusions` taken away or added. Nothing here is a measurement.
+card, with the share of it that the last wave uses. Then what the whole model can reach at most, every launch at its
+floor, ours beside eager PyTorch, and the memory that it needs (`benchmarks.memory`). Nothing here is a measurement.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -29,15 +29,14 @@ from benchmarks import compiled  # isort: skip (before kernels are imported)
 
 import torch
 
-import vit
-from benchmarks import arguments, bench_vit, fusions
+from benchmarks import arguments, bench_vit, memory
 from benchmarks.devices import DEVICES, ceilings, occupancy, waves
-from benchmarks.gpu_stages import record
 from benchmarks.harness import Ceilings, Work
+from benchmarks.log import git_commit, table, utc
 from benchmarks.records import ResultError
 from benchmarks.shapes import MODELS, Shape
 from benchmarks.trace import Launch, trace
-from vit.kernels import runtime
+from vit.kernels.dry_run import dry_run
 
 LABEL = "PREDICTION from counted bytes and FLOPs, not a measurement"
 MODES = {"fwd": "forward, no gradients", "full": "forward + backward"}
@@ -48,17 +47,19 @@ def analyse(shape: Shape, arch: int, compiles: bool) -> dict[str, Any]:
     """The lines of every launch of a model on one card, and the predictions for the whole."""
     device = DEVICES[arch]
     rates, source = ceilings(device)
-    model = vit.VisionTransformer(shape.config, device="meta", dtype=torch.bfloat16)
-    c = shape.config
-    image = torch.empty(shape.batch, c.in_chans, *c.img_size, device="meta", dtype=torch.bfloat16)
     kernels, wholes = [], []
-    for mode in MODES:
+    for mode, provider in itertools.product(MODES, ("ours", "reference")):
+        model, image = memory.factory(provider, shape)(shape.batch)
         launches = trace(model, image, train=mode == "full", arch=arch, num_sms=device.num_sms)
-        with runtime.dry_run(arch, num_sms=device.num_sms):
-            lines = [line(found, count, arch, rates, compiles) for found, count in alike(launches)]
-        kernels += [{"mode": mode, **entry} for entry in lines]
-        traced = sum(Work(a.flops, a.bytes).floor_ms(rates) for a in launches)
-        wholes += predictions(shape, mode, rates, traced)
+        if provider == "ours":
+            with dry_run(arch, num_sms=device.num_sms):
+                lines = [line(found, count, arch, rates, compiles) for found, count in alike(launches)]
+            kernels += [{"mode": mode, **entry} for entry in lines]
+        ms = sum(Work(a.flops, a.bytes).floor_ms(rates) for a in launches)
+        share = bench_vit.BENCHES[0].total(shape, torch.bfloat16)[mode].floor_ms(rates) / ms
+        peak = memory.count(model, image, mode == "full", arch, device.num_sms).peak
+        found = {"ms": ms, "img_s": 1e3 * shape.batch / ms, "sol_fraction": share, "peak_mem_mb": peak / 2**20}
+        wholes.append({"mode": mode, "provider": provider, "predicted": True} | found)
     where = {"shape": str(shape), "arch": arch, "card": device.name, "rates": source, "dtype": "bfloat16"}
     return where | {"tflops": rates.tflops, "gbps": rates.gbps, "kernels": kernels, "models": wholes}
 
@@ -69,15 +70,15 @@ def analyses(tasks: list[tuple[Shape, int]], compiles: bool) -> Iterator[dict[st
         yield analyse(*tasks[0], compiles)
         return
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:  # never threads: Triton is not thread-safe
-        for future in [pool.submit(analyse, *task, compiles) for task in tasks]:
-            yield future.result()
+        yield from pool.map(analyse, *zip(*tasks, strict=True), [compiles] * len(tasks))
 
 
 def alike(launches: list[Launch]) -> list[tuple[Launch, int]]:
     """Each kind of launch with how often it comes, in the order of the first."""
-    kinds = {_kind(launch): launch for launch in reversed(launches)}
-    counts = Counter(map(_kind, launches))
-    return [(kinds[kind], counts[kind]) for kind in dict.fromkeys(map(_kind, launches))]
+    kinds: dict[tuple, list[Launch]] = {}
+    for launch in launches:
+        kinds.setdefault(_kind(launch), []).append(launch)
+    return [(of_kind[0], len(of_kind)) for of_kind in kinds.values()]
 
 
 def _kind(launch: Launch) -> tuple:
@@ -122,80 +123,47 @@ def line(launch: Launch, count: int, arch: int, rates: Ceilings, compiles: bool)
     return found | {"blocks_per_sm": fit.blocks, "warps_per_sm": fit.warps} | of_grid
 
 
-def predictions(shape: Shape, mode: str, rates: Ceilings, traced_ms: float) -> list[dict[str, Any]]:
-    """Of the whole model: as the code is, as planned, and with each fusion taken away or added."""
-    work = bench_vit.work(shape, 2)
-    useful = work["fwd"].flops if mode == "fwd" else work["fwd"].flops + work["bwd"].flops
-    floor_ms, train = useful / rates.tflops / 1e9, mode == "full"
-
-    def entry(what: str, built: bool, ms: float, units: float | None = None) -> dict[str, Any]:
-        shares = {"ms": ms, "img_s": 1e3 * shape.batch / ms, "share_of_compute_floor": floor_ms / ms}
-        return {"mode": mode, "what": what, "built": built, "units_per_layer": units} | shares
-
-    def planned(what: str, built: bool, fused: frozenset[str]) -> dict[str, Any]:
-        ms = fusions.milliseconds(fusions.plan(shape, fused, train), rates)
-        return entry(what, built, ms, fusions.layer_units(shape, fused, train))
-
-    found = [entry("the code's own launches", True, traced_ms), planned("as built", True, fusions.BUILT)]
-    found.append(planned("nothing fused", False, frozenset()))
-    for name, fusion in fusions.FUSIONS.items():
-        if mode not in fusion.modes:
-            continue
-        fused = fusions.BUILT - {name} if fusion.built else fusions.BUILT | {name}
-        found.append(planned(f"{'without' if fusion.built else 'with'}: {fusion.what}", fusion.built, fused))
-    return [*found, planned("everything fused", False, fusions.ALL)]
-
-
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def table(result: dict[str, Any]) -> str:
-    rows = [
+HEADS = ("launch", "x", "MB", "GFLOP", "floor us", "tile")
+FIT = ("registers", "spill", "shared", "programs/SM", "warps/SM", "waves")
+WHOLE = ("prediction, not measured", "img/s at most", "share of floor", "beside eager", "ms at least", "peak GiB")
+
+
+def show(result: dict[str, Any]) -> str:
+    """The tables of one model on one card."""
+    texts = [
         f"\n{result['shape']} bf16 on {result['card']} (sm_{result['arch']}): {result['tflops']:g} TFLOP/s, "
         f"{result['gbps']:g} GB/s ({result['rates']}). {LABEL}"
     ]
     for mode, title in MODES.items():
-        rows.append(f"\n{title}\n{'':3s} {'launch':45s} {'x':>3s} {'MB':>8s} {'GFLOP':>8s} {'floor us':>8s}  tile")
-        rows[-1] += " " * 17 + "regs spill shared blk/SM warps/SM  waves (last)"
         lines = [entry for entry in result["kernels"] if entry["mode"] == mode]
-        least = SMALL * sum(entry["count"] * entry["floor_us"] for entry in lines)
+        least = SMALL * sum(x["count"] * x["floor_us"] for x in lines)
         small = [x for x in lines if x["count"] * x["floor_us"] < least and not x["tile"]]
-        for x in lines:
-            if x in small:
-                continue
-            rows.append(
-                f"{x['phase']:3s} {x['kernel'][:45]:45s} {x['count']:3d} {x['bytes'] / 1e6:8.1f} "
-                f"{x['flops'] / 1e9:8.1f} {x['floor_us']:8.1f}  {x['tile']:20s}{_fit(x)}".rstrip()
-            )
-        if small:
-            together = sum(x["count"] * x["floor_us"] for x in small)
-            rows.append(f"    {sum(x['count'] for x in small)} smaller operations, {together:.1f} us together")
-        rows.append(
-            f"\n{'':11s} {'whole model, ' + title:70s} {'u/layer':>7s} {'ms':>8s} {'img/s':>8s}  of compute floor"
-        )
-        for x in (entry for entry in result["models"] if entry["mode"] == mode):
-            units = f"{x['units_per_layer']:7.1f}" if x["units_per_layer"] else " " * 7
-            rows.append(
-                f"{'built' if x['built'] else 'not built':11s} {x['what']:70s} {units} {x['ms']:8.2f} "
-                f"{x['img_s']:8.0f}  {x['share_of_compute_floor']:.0%}"
-            )
-    return "\n".join(rows)
+        texts.append(f"\n{title}\n{table(HEADS + FIT, [_row(x) for x in lines if x not in small])}")
+        together = sum(x["count"] * x["floor_us"] for x in small)
+        texts += [f"{sum(x['count'] for x in small)} smaller operations, {together:.1f} us together"] if small else []
+        texts += [f"{x['kernel']}: {x['error']}" for x in lines if "error" in x]
+    rows = []
+    for x in result["models"]:
+        (eager,) = (e for e in result["models"] if (e["mode"], e["provider"]) == (x["mode"], "reference"))
+        name = f"{'ours' if x is not eager else 'eager'}, {MODES[x['mode']]}"
+        found = f"{x['img_s']:,.0f}", f"{x['sol_fraction']:.0%}", f"{eager['ms'] / x['ms']:.2f}x", f"{x['ms']:.2f}"
+        rows.append([name, *found, f"{x['peak_mem_mb'] / 1024:.2f}"])
+    return "\n".join([*texts, "", table(WHOLE, rows)])
 
 
-def _fit(x: dict[str, Any]) -> str:
-    if "error" in x:
-        return x["error"].replace("\n", " ")[:80]
-    if "registers" not in x:
-        return ""
-    fit = f"{x['registers']:5d} {x['spill']:5d} {x['shared']:6d} {x['blocks_per_sm']:6d} {x['warps_per_sm']:8d}"
-    return f"{fit} {x['waves']:6.2f} ({x['last_wave']:.0%})"
+def _row(x: dict[str, Any]) -> list[Any]:
+    counted = x["count"], f"{x['bytes'] / 1e6:.1f}", f"{x['flops'] / 1e9:.1f}", f"{x['floor_us']:.1f}", x["tile"]
+    fit = [x.get(k) for k in ("registers", "spill", "shared", "blocks_per_sm", "warps_per_sm")]
+    waves = f"{x['waves']:.2f} (last {x['last_wave']:.0%})" if "waves" in x else None
+    return [f"{x['phase']} {x['kernel'][:45]}", *counted, *fit, waves]
 
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--shape", action="append", type=arguments.shape, help="vit_base_patch16_224/b256, say; all if none"
-    )
+    parser.add_argument("--shape", action="append", type=arguments.shape, help="vit_base_patch16_224/b256; all if none")
     parser.add_argument("--arch", default="80,89,90,100", type=_archs, help="compute capabilities times ten")
     parser.add_argument("--no-compile", action="store_true", help="counts alone, in seconds")
     parser.add_argument("--out", type=arguments.file, help="write everything to this file as well")
@@ -204,13 +172,13 @@ def main(words: list[str] | None = None) -> int:
     tasks = [(shape, arch) for shape in args.shape or MODELS.values() for arch in args.arch]
     try:
         for result in analyses(tasks, not args.no_compile):
-            print(table(result), flush=True)
+            print(show(result), flush=True)
             print(f"{len(results) + 1} of {len(tasks)}, {time.time() - start:.0f} s", file=sys.stderr, flush=True)
             results.append(result)
     except ResultError as error:  # in the files that the card's rates are read from
         parser.error(str(error))
     if args.out:
-        said = {"label": LABEL, "torch": torch.__version__, "commit": record.git_commit(), "utc": record.utc()}
+        said = {"label": LABEL, "torch": torch.__version__, "commit": git_commit(), "utc": utc()}
         args.out.write_text(json.dumps({"about": said, "records": results}, indent=1) + "\n")
     return 1 if any("error" in x for result in results for x in result["kernels"]) else 0
 

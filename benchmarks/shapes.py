@@ -21,30 +21,12 @@ class Shape:
     def config(self) -> ViTConfig:
         return get_config(self.model, **({} if self.img_size is None else {"img_size": self.img_size}))
 
-    @property
-    def tokens(self) -> int:
-        return self.config.num_tokens
-
-    @property
-    def rows(self) -> int:
-        """Of the token matrix [rows, width] that the linear layers and norms see."""
-        return self.batch * self.tokens
-
-    @property
-    def width(self) -> int:
-        return self.config.embed_dim
-
-    @property
-    def hidden(self) -> int:
-        return self.config.mlp_hidden_dim
-
-    @property
-    def heads(self) -> int:
-        return self.config.num_heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.config.head_dim
+    tokens = property(lambda self: self.config.num_tokens)
+    rows = property(lambda self: self.batch * self.tokens)  # of the token matrix that linear layers and norms see
+    width = property(lambda self: self.config.embed_dim)
+    hidden = property(lambda self: self.config.mlp_hidden_dim)
+    heads = property(lambda self: self.config.num_heads)
+    head_dim = property(lambda self: self.config.head_dim)
 
     def __str__(self) -> str:
         """As in the records: ``vit_base_patch16_224/b256``; of another image size ``vit_base_patch16_224@320/b256``."""

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_stages.record import amend, run_stage, utc
+from benchmarks.log import amend, run_stage, utc
 
 
 @dataclasses.dataclass(frozen=True)

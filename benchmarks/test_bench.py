@@ -28,11 +28,10 @@ def test_bench(benchmark, bench, implementation, mode):
     if run is None:
         pytest.skip(verdict["skipped"])
     fn = mode_of(run, gate.cotangents, mode)
-    synchronize = torch.cuda.synchronize if DEVICE.type == "cuda" else lambda: None
 
     def call():
         fn()
-        synchronize()
+        torch.cuda.synchronize() if DEVICE.type == "cuda" else None
 
     benchmark.group = f"{bench.op} {mode}"
     benchmark.name = implementation

@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from vit.kernels import runtime
+from vit.kernels.dry_run import dry_run
 
 
 @dataclasses.dataclass
@@ -49,10 +50,6 @@ class Launch:
     options: dict[str, Any] | None = None
 
 
-def _gemm(a: dict[str, Any]) -> int:
-    return 2 * a["M"] * a["N"] * a["K"]
-
-
 def _attention(products: int) -> Callable[[dict[str, Any]], int]:
     def flops(a: dict[str, Any]) -> int:
         batch, queries, heads, head_dim = a["q_ptr"].shape
@@ -65,22 +62,17 @@ def _patches(image: str) -> Callable[[dict[str, Any]], int]:
     return lambda a: 2 * a[image].numel() * a["D"]  # every pixel is in one patch
 
 
-def _none(a: dict[str, Any]) -> int:
-    return 0
-
-
 #: FLOPs of our kernels from their arguments. A kernel that is missing here cannot be counted, and says so.
 FLOPS: dict[str, Callable[[dict[str, Any]], int]] = {
-    "_gemm_kernel": _gemm,
+    "_gemm_kernel": lambda a: 2 * a["M"] * a["N"] * a["K"],
     "_attention_fwd_kernel": _attention(2),
     "_attention_bwd_kernel": _attention(5),
     "_patch_embed_fwd_kernel": _patches("image_ptr"),
     "_patch_embed_dw_kernel": _patches("image_ptr"),
     "_patch_embed_dimage_kernel": _patches("dimage_ptr"),
-    "_layer_norm_fwd_kernel": _none,
-    "_layer_norm_bwd_kernel": _none,
-    "_activation_kernel": _none,
-    "_dropout_kernel": _none,
+    **dict.fromkeys(
+        ("_layer_norm_fwd_kernel", "_layer_norm_bwd_kernel", "_activation_kernel", "_dropout_kernel"), lambda a: 0
+    ),
 }
 
 
@@ -154,8 +146,8 @@ class _Recorder(HostCode):
     def called(self, func, args, kwargs, out):
         given, outputs = tensors_in((args, kwargs)), tensors_in(out)
         schema = func._schema
-        changed = [_argument(a.name, i, args, kwargs) for i, a in enumerate(schema.arguments) if _is_write(a)]
-        changed = tensors_in(changed)
+        written = [(i, a.name) for i, a in enumerate(schema.arguments) if a.alias_info and a.alias_info.is_write]
+        changed = tensors_in([args[i] if i < len(args) else kwargs.get(name) for i, name in written])
         storages = {t.untyped_storage()._cdata for t in given}
         views = all(t.untyped_storage()._cdata in storages for t in outputs)
         name = func._overloadpacket.__name__
@@ -184,19 +176,11 @@ def _shapes(tensors: list[Tensor]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(t.shape) for t in tensors if t.dim() > 1)
 
 
-def _is_write(argument: Any) -> bool:
-    return argument.alias_info is not None and argument.alias_info.is_write
-
-
-def _argument(name: str, index: int, args: tuple, kwargs: dict[str, Any]) -> Any:
-    return args[index] if index < len(args) else kwargs.get(name)
-
-
 @contextlib.contextmanager
 def recording(arch: int = 90, num_sms: int = 132) -> Iterator[list[Launch]]:
     """Collects every `Launch` inside, of tensors of device "meta", as on a GPU of this architecture."""
     recorder = _Recorder()
-    with runtime.dry_run(arch, recorder.launched, num_sms), FusedAttention(), recorder:
+    with dry_run(arch, recorder.launched, num_sms), FusedAttention(), recorder:
         yield recorder.launches
 
 

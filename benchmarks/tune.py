@@ -2,10 +2,11 @@
 
 The candidates are compiled beforehand, in parallel, on the CPU. What spills or does not fit is dropped with a line. On
 a GPU each of the others has to pass the gate of `benchmarks.harness` and give the same bits twice, and is then timed in
-turn with the pinned one; the best few once more, for longer. Printed at the end: the line for ``kernels/configs.py``
-with the measurement behind it, or that the pinned one stays. Times go into ``tune_<target>.json`` as they are known.
-Without a GPU the table of what the candidates compile to is all. Where kernels are interpreted (``TRITON_INTERPRET=1``)
-it is a rehearsal on a tiny shape, into ``build/``. Nothing of the library tunes at run time.
+turn with the pinned one; the best few once more, for longer, beside cuBLAS where that does the same. The end tells
+their times and the line for ``kernels/configs.py`` with the measurement behind it, or that the pinned one stays. Times
+go into ``tune_<target>.json`` as they are known. Without a GPU the table of what the candidates compile to is all.
+Where kernels are interpreted (``TRITON_INTERPRET=1``) it is a rehearsal on a tiny shape, into ``build/``. Nothing of
+the library tunes at run time.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ from typing import Any
 import torch
 
 from benchmarks import arguments, shapes
-from benchmarks.candidates import OPS, TARGETS, Target, candidates
-from benchmarks.gpu_stages.record import Log, folder_of
+from benchmarks.candidates import OPS, TARGETS, Target, of_target
 from benchmarks.harness import Bench, Gate, milliseconds, percentiles, ready, release, tensors_of
+from benchmarks.log import Log, folder_of, table
 from benchmarks.shapes import Shape
-from benchmarks.variants import Kernels, compile_all, configured, gpu, summary, why_not, without_gpu
+from benchmarks.variants import Kernels, compile_all, configured, summary, why_not
 from vit.kernels import runtime
 from vit.kernels.configs import Config
 
 WORTH = 1.02  # how much faster a configuration has to be to replace the pinned one
 FINALISTS = 3
+FIGURES = ("registers", "spill", "shared", "wgmma", "tma")
 
 
 def bench_of(target: Target, config: Config) -> Bench:
@@ -74,19 +76,19 @@ def compile_candidates(
     """What compiled within ``seconds``, and a line for each candidate, with the reason for the dropped ones."""
     texts = {text_of(config): config for config in found}
     calls = {text: functools.partial(compile_call, name, shape, dtype, config) for text, config in texts.items()}
-    print(f"{name}, {shape}: compiled for sm_{arch}, not measured{without_gpu()}")
-    print(f"{'registers':>9}{'spill B':>9}{'shared B':>10}")
-    good, tried = {}, 0
+    print(f"{name}, {shape}: compiled for sm_{arch}, not measured")
+    good, rows = {}, []
     for text, launched in compile_all(calls, arch, jobs=jobs, seconds=seconds):
         kernels_ = [k for k in launched if k["kernel"].startswith((TARGETS[name].kernel, "?"))]
-        tried += 1
         why, f = why_not(arch, kernels_), summary(kernels_)
-        figures = "".join(f"{f.get(k, '-'):>{w}}" for k, w in [("registers", 9), ("spill", 9), ("shared", 10)])
-        note = f"dropped: {why}" if why else "pinned" if texts[text] == found[0] else ""
-        print(f"{figures}  {text}  {note}".rstrip(), flush=True)
+        note = f"dropped: {why}" if why else "pinned" if texts[text] == found[0] else None
+        rows.append([text, *map(f.get, FIGURES), note])
         if why is None:
             good[texts[text]] = kernels_
-    print(f"{tried} of {len(found)} candidates compiled in time, {tried - len(good)} of them dropped")
+    print(table(["configuration", *FIGURES, ""], rows))
+    print(
+        f"{len(rows)} of {len(found)} candidates compiled in time, {len(rows) - len(good)} of them dropped", flush=True
+    )
     return good
 
 
@@ -97,7 +99,7 @@ class Trial:
     """One target at one shape, and what the gate says of it."""
 
     def __init__(self, target: Target, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
-        self.target, self.shape, self.device = target, shape, device
+        self.target, self.shape, self.dtype, self.device = target, shape, dtype, device
         self.tensors = tensors_of(target.bench, shape, dtype, device)
         self.gate = Gate(target.bench, shape, self.tensors)
 
@@ -111,11 +113,14 @@ class Trial:
             wrong = "a second call gives other bits"
         return error, wrong
 
+    def ready_of(self, bench: Bench, provider: str) -> Callable[[], Any]:
+        run = bench.run(provider, self.shape, self.tensors)
+        return ready(run, self.gate.cotangents, self.target.mode, self.device, self.device.type == "cuda")
+
     def ready(self, config: Config) -> Callable[[], Any]:
         """What is timed; as a CUDA graph on a GPU, so that the CPU's time does not count."""
         with self._configured(config):
-            run = bench_of(self.target, config).run("ours", self.shape, self.tensors)
-            fn = ready(run, self.gate.cotangents, self.target.mode, self.device, self.device.type == "cuda")
+            fn = self.ready_of(bench_of(self.target, config), "ours")
 
         def call() -> Any:
             with self._configured(config):
@@ -163,14 +168,20 @@ def tune(
         release(trial.device)
     best = sorted(ratios, key=ratios.__getitem__, reverse=True)[:FINALISTS]
     fns = {config: trial.ready(config) for config in dict.fromkeys([pinned, *best])}
+    if "cublas" in trial.target.bench.providers:
+        fns["cublas"] = trial.ready_of(trial.target.bench, "cublas")
     final = {config: percentiles(times) for config, times in milliseconds(fns, trial.device, rounds=5).items()}
     ms = {config: found["ms_p50"] for config, found in final.items()}
-    winner = min(ms, key=ms.__getitem__)
+    winner = min((config for config in ms if config != "cublas"), key=ms.__getitem__)
     if ms[pinned] < WORTH * ms[winner]:
         winner = pinned
-    for config in final:
-        record = about | {"config": text_of(config), "pinned": config == pinned, "chosen": config == winner}
-        log.add(ok=True, **record, final=True, **final[config], ratio=ms[pinned] / ms[config])
+    flops, rows = trial.target.bench.total(trial.shape, trial.dtype)[trial.target.mode].flops, []
+    for config, times in final.items():
+        ratio = ms[pinned] / ms[config]
+        record = about | {"config": config if config == "cublas" else text_of(config), "pinned": config == pinned}
+        log.add(ok=True, **record, chosen=config == winner, final=True, **times, ratio=ratio)
+        rows.append([record["config"], ms[config], flops / ms[config] / 1e9, f"{ratio:.3f}x"])
+    print(table(["configuration", "ms", "TFLOP/s", "faster than the pinned"], rows))
     return winner, ms[winner], ms[pinned]
 
 
@@ -185,22 +196,18 @@ def line_for(name: str, trial: Trial, log: Log, winner: Config, ms: float, pinne
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.splitlines()[0])
     parser.add_argument("op", choices=OPS, help="one target, or all targets of an op")
-    parser.add_argument(
-        "--shape", type=arguments.shape, help=f"{shapes.MODELS['B/16']} (default) or another so written"
-    )
+    parser.add_argument("--shape", type=arguments.shape, help=f"default {shapes.MODELS['B/16']}")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--budget", type=arguments.positive, default=60, help="seconds for each target (default 60)")
-    parser.add_argument(
-        "--limit", type=arguments.count, help="no more candidates than this, the nearest to the pinned one first"
-    )
-    parser.add_argument(
-        "--arch", type=int, choices=(80, 86, 89, 90, 100), default=90, help="to compile for, without a GPU"
-    )
-    parser.add_argument(
-        "--jobs", type=arguments.count, default=len(os.sched_getaffinity(0)), help="compilers at a time"
-    )
+    parser.add_argument("--limit", type=arguments.count, help="so many candidates, the nearest to the pinned one first")
+    parser.add_argument("--arch", type=int, choices=(80, 86, 89, 90, 100), default=90, help="without a GPU")
+    cpus = len(os.sched_getaffinity(0))
+    parser.add_argument("--jobs", type=arguments.count, default=cpus, help="compilers at a time")
     args = parser.parse_args()
-    device, rehearsal = gpu(), runtime.INTERPRETED
+    rehearsal = runtime.INTERPRETED
+    device = torch.device("cpu" if rehearsal else "cuda") if rehearsal or torch.cuda.is_available() else None
+    if device is None:
+        print("No NVIDIA GPU here: what the candidates compile to, and nothing measured.")
     shape = args.shape or (shapes.SMALL if rehearsal else shapes.MODELS["B/16"])
     dtype = torch.float32 if rehearsal else getattr(torch, args.dtype)
     arch = args.arch if device is None else runtime.arch(device)
@@ -208,7 +215,7 @@ def main() -> int:
     done = 0
     for name in [n for n in TARGETS if n == args.op or n.rsplit("_", 1)[0] == args.op]:
         target, deadline = TARGETS[name], time.monotonic() + args.budget
-        found, compiled = candidates(target.function, arch, shape, dtype, target.role)[: args.limit], {}
+        found, compiled = of_target(target, arch, shape, dtype)[: args.limit], {}
         if not rehearsal:
             seconds = args.budget / 2 if device else args.budget
             compiled = compile_candidates(name, shape, dtype, found, arch, args.jobs, seconds)

@@ -15,9 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 from unittest.mock import patch
 
-import torch
-
-from vit.kernels import configs, runtime
+from vit.kernels import configs
 from vit.kernels.configs import Config
 
 # Children of a process that has imported all of this already, which takes longer than most compilations. First what
@@ -38,18 +36,6 @@ def configured(function: str, config: Config, role: str | None = None) -> Iterat
 
     with patch.object(configs, function, chosen):
         yield
-
-
-def gpu() -> torch.device | None:
-    """Where to measure: the GPU; the CPU where kernels are interpreted, a rehearsal; None where there is neither."""
-    if runtime.INTERPRETED:
-        return torch.device("cpu")
-    return torch.device("cuda") if torch.cuda.is_available() else None
-
-
-def without_gpu() -> str:
-    """For headings of what is only compiled."""
-    return "" if torch.cuda.is_available() else "; no NVIDIA GPU here"
 
 
 # ---- compiling -------------------------------------------------------------------------------------------------------

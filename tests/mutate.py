@@ -78,7 +78,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention: keys beyond the last one are not masked",
-        "kernels/tile.py",
+        "kernels/attention_tile.py",
         'return tl.where(mask, dot_parts(a, b, PRECISION, ACC), float("-inf"))',
         "return dot_parts(a, b, PRECISION, ACC)",
         (f"{ATTENTION}::test_packed",),
@@ -100,8 +100,8 @@ MUTANTS = [
     Mutant(
         "attention: keys of head 0 for every head",
         "kernels/attention.py",
-        "    k_rows = tile.head_rows(k_ptr, stride_k, b, h, ALIGN)\n",
-        "    k_rows = tile.head_rows(k_ptr, stride_k, b, h * 0, ALIGN)\n",
+        "    k_rows = head_rows(k_ptr, stride_k, b, h, ALIGN)\n",
+        "    k_rows = head_rows(k_ptr, stride_k, b, h * 0, ALIGN)\n",
         (f"{ATTENTION}::test_packed",),
     ),
     Mutant(
@@ -128,16 +128,16 @@ MUTANTS = [
     Mutant(
         "attention: keys scaled in 16 bits before their product",
         "kernels/attention.py",
-        "logits = tile.attn_logits(q, k, mask_n[None, :], PRECISION, ACC)  # [BLOCK_M, BLOCK_N]",
+        "logits = attn_logits(q, k, mask_n[None, :], PRECISION, ACC)  # [BLOCK_M, BLOCK_N]",
         "k = ((k[0].to(ACC) * SCALE).to(k[0].dtype), (k[1].to(ACC) * SCALE).to(k[1].dtype))\n"
-        "        logits = tile.attn_logits(q, k, mask_n[None, :], PRECISION, ACC) / SCALE",
+        "        logits = attn_logits(q, k, mask_n[None, :], PRECISION, ACC) / SCALE",
         (f"{MIRROR}::test_no_worse_than_the_mirror",),
     ),
     Mutant(
         "attention: 16-bit accumulators",
-        "kernels/tile.py",
-        "y += (dot(p.to(x[i].dtype), x[i], acc[i], PRECISION),)",
-        "y += (dot(p.to(x[i].dtype), x[i], acc[i], PRECISION).to(x[i].dtype).to(acc[i].dtype),)",
+        "kernels/attention_tile.py",
+        "y += (tile.dot(p.to(x[i].dtype), x[i], acc[i], PRECISION),)",
+        "y += (tile.dot(p.to(x[i].dtype), x[i], acc[i], PRECISION).to(x[i].dtype).to(acc[i].dtype),)",
         (f"{MIRROR}::test_no_worse_than_the_mirror",),
     ),
     Mutant(
@@ -282,7 +282,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention: wrong head stride",
-        "kernels/tile.py",
+        "kernels/attention_tile.py",
         "h * stride[2]",
         "h * stride[1]",
         (f"{ATTENTION}::test_packed",),
@@ -318,7 +318,7 @@ MUTANTS = [
     Mutant(
         "attention: dq without the scale",
         "kernels/attention.py",
-        "tile.scale_parts(dq, SCALE)",
+        "scale_parts(dq, SCALE)",
         "dq",
         (f"{ATTENTION}::test_packed",),
     ),
@@ -409,8 +409,8 @@ MUTANTS = [
     Mutant(
         "patch_embed: the gradient of the position embedding from the first rows",
         "kernels/patch_embed.py",
-        "[None, T - num_pos :]",
-        "[None, :num_pos]",
+        "[None, -dpos.shape[1] :]",
+        "[None, : dpos.shape[1]]",
         (f"{PATCH}::test_patch_embed[float32-position embedding of patches only]",),
     ),
     Mutant(

@@ -2,22 +2,19 @@
 
 import gc
 import json
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import harness, plan
+from benchmarks import log as record
+from benchmarks.largest_batch import largest
+from benchmarks.log import Log
+from benchmarks.shapes import MODELS
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import harness, plan  # noqa: E402 (of the checkout, not of an installed package)
-from benchmarks import log as record  # noqa: E402
-from benchmarks.largest_batch import largest  # noqa: E402
-from benchmarks.log import Log  # noqa: E402
-from benchmarks.shapes import MODELS  # noqa: E402
-
 CPU = torch.device("cpu")
 
 

@@ -2,16 +2,12 @@
 
 import json
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.profile import kind_of, main, shares  # noqa: E402
+from benchmarks.profile import kind_of, main, shares
 
 
 def test_kernels_of_a_gpu_have_a_kind():

@@ -5,19 +5,13 @@ What is expected is written out here, worked out by hand from the times in the s
 
 import json
 import shutil
-import struct
-import subprocess
-import sys
-import zlib
 from pathlib import Path
 
 import pytest
 
+from benchmarks import compare, records, report
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import compare, records, report  # noqa: E402
-
 SAMPLES = ROOT / "tests/samples"
 NONE = Path("none.json")
 README = "# Title\n\n<!-- speed -->\nold\n<!-- /speed -->\n\nThe end.\n"
@@ -54,7 +48,7 @@ TABLE = """\
 <!-- speed -->
 | model | forward, img/s | share of floor | best peer, img/s | forward + backward, img/s | share of floor | best peer, \
 img/s | training memory, GiB |
-|---|---:|---:|---:|---:|---:|---:|---:|
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 | B/16, batch 256, bf16 | 16,000 | 70 % | compile 12,800: 1.25× | 5,000 | 66 % | compile 4,000: 1.25× | 10.0; compile \
 16.0: 0.625× |
 | L/16, batch 128, bf16 | 4,000 | 62 % | timm 3,200: 1.25× | failed parity | – | – | – |
@@ -91,14 +85,13 @@ def test_check(folder, capsys):
     assert report.report(*args, check=True, samples=True) == 1
 
 
-def test_the_newest_of_a_point_and_both_runs_named(folder):
+def test_the_newest_of_a_point_and_both_sources_named(folder):
     shutil.copy(SAMPLES / "after/bench_vit.json", folder / "results/sample/bench_again.json")
     text = made(folder)
     # 256 / 20 ms; the later run has no memory and no share of floor; L/16 forward is of both runs (ours of the first)
-    assert "| B/16, batch 256, bf16 (run 1, 2) | 12,800 | – | compile 12,800: 1.00× | 6,250 |" in text
-    assert "| L/16, batch 128, bf16 (run 1, 2) | 4,000 | 62 % | timm 3,200: 1.25× |" in text
-    assert "| H/14, batch 64, bf16 (run 1, 2) | 1,600 | – | – | skipped: budget |" in text
-    assert "Run 1: SAMPLE" in text and "commit aaaaaaa" in text and "Run 2: SAMPLE" in text and "commit bbbbbbb" in text
+    assert "| B/16, batch 256, bf16 | 12,800 | – | compile 12,800: 1.00× | 6,250 |" in text
+    assert "| L/16, batch 128, bf16 | 4,000 | 62 % | timm 3,200: 1.25× |" in text
+    assert 0 < text.index("commit aaaaaaa") < text.index("[bench_vit.json]") < text.index("commit bbbbbbb")
 
 
 def test_a_table_for_each_device_and_dtype(folder):
@@ -120,14 +113,10 @@ def test_number(value, digits, text):
     assert records.number(value, digits) == text
 
 
-@pytest.mark.parametrize(
-    "text, told",
-    [("no markers", "has 0 and 0"), ("<!-- speed -->", "has 1 and 0"), (README + README, "has 2 and 2"),
-     ("<!-- /speed --> <!-- speed -->", "wrong order")],
-)  # fmt: skip
-def test_markers_missing_or_doubled(folder, text, told):
+@pytest.mark.parametrize("text", ["none", "<!-- speed -->", README + README, "<!-- /speed --> <!-- speed -->"])
+def test_markers_missing_or_doubled(folder, text):
     (folder / "README.md").write_text(text)
-    with pytest.raises(records.ResultError, match=told):
+    with pytest.raises(records.ResultError, match="must have one <!-- speed --> and after it one <!-- /speed -->"):
         made(folder)
     assert (folder / "README.md").read_text() == text
 
@@ -168,27 +157,22 @@ def test_readme_has_what_the_files_give():
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
-def run(*args) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=100
-    )
-    return done.returncode, done.stdout + done.stderr
+def refused(capsys, command, *args) -> str:
+    """What a command says that ends with 2: one line."""
+    assert command([str(arg) for arg in args]) == 2
+    told = capsys.readouterr().err
+    assert len(told.splitlines()) == 1
+    return told
 
 
-def test_the_command_refuses_samples(folder):
-    code, told = run("benchmarks.report", "--results", folder / "results", "--readme", folder / "README.md")
-    assert code == 2 and len(told.splitlines()) == 1 and "samples never go into a report" in told
+def test_the_command_refuses_samples(folder, capsys):
+    args = ["--results", folder / "results", "--readme", folder / "README.md"]
+    assert "samples never go into a report" in refused(capsys, report.main, *args)
     assert (folder / "README.md").read_text() == README
 
 
 def test_a_readme_that_is_a_folder(tmp_path, capsys):
-    assert report.main(["--readme", str(tmp_path), "--check"]) == 2
-    assert capsys.readouterr().err == f"{tmp_path}: Is a directory\n"
-
-
-def test_no_samples_in_the_repository_s_results():
-    for path in report.RESULTS.rglob("bench_*.json"):
-        assert "SAMPLE" not in path.read_text()
+    assert refused(capsys, report.main, "--readme", tmp_path, "--check") == f"{tmp_path}: Is a directory\n"
 
 
 @pytest.mark.parametrize(
@@ -196,10 +180,7 @@ def test_no_samples_in_the_repository_s_results():
     [
         (lambda f: [r.update(predicted=True) for r in f["records"]], "different devices: .* predicted"),
         (lambda f: f["records"][0].update(rehearsal=True), "different devices: .* rehearsal"),
-        (
-            lambda f: f["about"].update(gpu="second SAMPLE"),
-            "different devices: SAMPLE, not a measurement, second SAMPLE",
-        ),
+        (lambda f: f["about"].update(gpu="second SAMPLE"), "devices: SAMPLE, not a measurement, second SAMPLE"),
         (lambda f: f["about"].update(gpu=None), "about.gpu, the device, is missing"),
         (lambda f: f["about"].update(torch=2), "about.torch is not text"),
         (lambda f: f.pop("about"), 'no "about"'),
@@ -222,13 +203,12 @@ def test_wrong_content(folder, change, told, capsys):
     assert (folder / "README.md").read_text() == README
 
 
-def test_damaged_files(folder):
+def test_damaged_files(folder, capsys):
     path = folder / "results/sample/bench_vit.json"
     path.write_text(path.read_text()[:700])
-    code, told = run("benchmarks.report", "--results", folder / "results", "--readme", folder / "README.md")
-    assert code == 2 and len(told.splitlines()) == 1 and "bench_vit.json is not whole JSON" in told
-    code, told = run("benchmarks.compare", folder / "results/sample", SAMPLES / "after")
-    assert code == 2 and len(told.splitlines()) == 1 and "bench_vit.json is not whole JSON" in told
+    args = ["--results", folder / "results", "--readme", folder / "README.md"]
+    assert "bench_vit.json is not whole JSON" in refused(capsys, report.main, *args)
+    assert "bench_vit.json is not whole JSON" in refused(capsys, compare.main, path.parent, SAMPLES / "after")
 
 
 def test_what_ended_a_run_is_told(folder, capsys):
@@ -264,7 +244,7 @@ def test_compare_with_itself(capsys):
     assert compare.main([str(SAMPLES / "before")] * 2) == 0
     told = capsys.readouterr().out.splitlines()
     assert told[-1] == "19 points compared, 0 changed (0 slower), 0 only in A, 0 only in B"
-    assert told[2] == "ceilings: bfloat16 800 → 800 TFLOP/s, copy 3,000 → 3,000 GB/s" and len(told) == 4
+    assert told[2:-1] == ["ceiling: 800.0 → 800.0 TFLOP/s bfloat16", "ceiling: 3,000 → 3,000 GB/s"]
 
 
 @pytest.mark.parametrize(
@@ -310,7 +290,7 @@ def test_compare_counts_a_smaller_largest_batch(folder):
     edit(folder / "results/sample/bench_vit.json", halve)
     text, code = compare.compare(SAMPLES / "before", folder / "results/sample")
     assert code == 1 and "smaller 1.600×  largest_batch vit_base_patch16_224@64/b2048" in text
-    assert "largest batch 8000 → 5000" in text
+    assert "8,000 → 5,000 images" in text
     text, code = compare.compare(folder / "results/sample", SAMPLES / "before")
     assert code == 0 and "larger 0.625×" in text
 
@@ -320,9 +300,8 @@ def test_compare_other_devices_and_dtypes(folder, capsys):
         edit(path, lambda found: found["about"].update(gpu="second SAMPLE"))
         edit(path, lambda found: [r.update(dtype="float16") for r in found["records"]])
     args = [str(SAMPLES / "before"), str(folder / "results/sample")]
-    assert compare.main(args) == 2
-    told = capsys.readouterr().err
-    assert len(told.splitlines()) == 1 and "different devices" in told and "--across-devices" in told
+    told = refused(capsys, compare.main, *args)
+    assert "different devices" in told and "--across-devices" in told
     assert compare.main([*args, "--across-devices"]) == 0
     told = capsys.readouterr().out
     assert "The devices differ" in told and "The dtypes differ (A has bfloat16, B float16)" in told
@@ -330,24 +309,11 @@ def test_compare_other_devices_and_dtypes(folder, capsys):
 
 
 def test_compare_wrong_arguments(tmp_path, capsys):
-    assert compare.main([str(tmp_path), str(SAMPLES / "after")]) == 2
-    assert "has no bench_*.json" in capsys.readouterr().err
-    assert compare.main([str(tmp_path / "none.json"), str(SAMPLES / "after")]) == 2
-    assert "none.json: No such file" in capsys.readouterr().err
+    assert "has no bench_*.json" in refused(capsys, compare.main, tmp_path, SAMPLES / "after")
+    assert "none.json: No such file" in refused(capsys, compare.main, tmp_path / "none.json", SAMPLES / "after")
 
 
 # ---- plots -----------------------------------------------------------------------------------------------------------
-
-
-def pixels(path: Path) -> bytes:
-    """The inflated rows of a PNG."""
-    data, at, packed = path.read_bytes(), 8, b""
-    while at < len(data):
-        (size,), kind = struct.unpack(">I", data[at : at + 4]), data[at + 4 : at + 8]
-        assert kind not in (b"tEXt", b"tIME", b"iTXt")  # nothing that changes from day to day
-        packed += data[at + 8 : at + 8 + size] if kind == b"IDAT" else b""
-        at += 12 + size
-    return zlib.decompress(packed)
 
 
 def test_plots(folder, capsys):
@@ -355,8 +321,8 @@ def test_plots(folder, capsys):
     made(folder, plots=True)
     paths = sorted((folder / "results/sample").glob("*.png"))
     assert [path.name for path in paths] == ["models.png", "ops.png", "roofline.png", "sides.png"]
-    assert all(len(set(pixels(path))) > 100 for path in paths)
     before = [path.read_bytes() for path in paths]
+    assert all(len(png) > 15_000 and b"tEXt" not in png and b"tIME" not in png for png in before)  # no date in them
     for path in paths:
         path.unlink()
     made(folder, plots=True)

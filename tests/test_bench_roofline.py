@@ -23,14 +23,14 @@ from benchmarks import roofline, trace
 import torch
 from benchmarks.devices import DEVICES
 from vit import kernels
-from vit.kernels import runtime
+from vit.kernels.dry_run import dry_run
 
 words = "--shape vit_tiny_patch16_224@64/b2 --arch 90 --no-compile --out".split()
 assert roofline.main([*words, sys.argv[1]]) == 0
 if sys.argv[2] == "compile":
     x, w = (torch.empty(s, device="meta", dtype=torch.bfloat16) for s in ((64, 197, 768), (768,)))
     (launch,) = trace.trace(kernels.layer_norm, x, w, w)
-    with runtime.dry_run(90):
+    with dry_run(90):
         print(json.dumps(roofline.line(launch, 1, 90, DEVICES[90].assumed, True)))
 """
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import vit
+from benchmarks.harness import as_tuple
 from vit import kernels
 from vit.kernels import reference
 
@@ -24,8 +25,9 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def half(rehearse: bool) -> torch.dtype:
+    """bf16; in a rehearsal fp32, because Triton's own interpreter computes bf16 wrongly."""
+    return torch.float32 if rehearse else torch.bfloat16
 
 
 @dataclasses.dataclass
@@ -58,15 +60,13 @@ class Case:
 
 
 def op_cases(device: torch.device, rehearse: bool, head_dim: int = 0, heads: int = 12, batch: int = 8) -> list[Case]:
-    """Every op at the shapes of a ViT in bf16; ViT-B by default, tiny in a rehearsal."""
+    """Every op at the shapes of a ViT in bf16; ViT-B by default, tiny and fp32 in a rehearsal."""
     batch, grid, patch = (1, 2, 4) if rehearse else (batch, 14, 16)
     head_dim, heads = (head_dim or 16, 1) if rehearse else (head_dim or 64, heads)
     tokens, dim = 1 + grid * grid, head_dim * heads
     hidden = (2 if rehearse else 4) * dim
 
-    def rand(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, dtype=torch.bfloat16)
-
+    rand = functools.partial(torch.randn, device=device, dtype=half(rehearse))
     x = rand(batch, tokens, dim)
     qkv = rand(batch, tokens, 3, heads, head_dim)
     q, k, v = (t.contiguous() for t in qkv.unbind(2))
@@ -85,12 +85,6 @@ def op_cases(device: torch.device, rehearse: bool, head_dim: int = 0, heads: int
     ]
 
 
-def as_tuple(out: Any) -> tuple[Tensor, ...]:
-    """Outputs that have a gradient: without the logsumexp that the reference of attention returns."""
-    outs = out if isinstance(out, tuple) else (out,)
-    return tuple(o for o in outs if o.dtype == outs[0].dtype)
-
-
 def outputs_and_grads(fn: Callable[..., Any], tensors: dict[str, Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
     leaves = {k: t.detach().requires_grad_() for k, t in tensors.items()}
     outs = as_tuple(fn(**leaves))[: len(cotangents)]
@@ -98,29 +92,19 @@ def outputs_and_grads(fn: Callable[..., Any], tensors: dict[str, Tensor], cotang
     return [*(o.detach() for o in outs), *grads]
 
 
-def pair(name: str, device: torch.device, dtype: torch.dtype, rehearse: bool) -> tuple[Any, Any]:
-    """Our model and the eager reference with the same weights."""
-    small = {"img_size": 32, "depth": 1, "num_classes": 10, "impl": "triton"} if rehearse else {}
-    ours = vit.create_model(name, seed=0, **small).to(device, dtype)
-    eager = vit.reference.VisionTransformer(ours.config).to(device, dtype)
-    eager.load_state_dict(ours.state_dict())
-    return ours, eager
-
-
-def large_model(rehearse: bool) -> str:
-    return "vit_tiny_patch16_224" if rehearse else "vit_base_patch16_224"
-
-
 def small_model(device: torch.device, rehearse: bool, impl: str = "triton") -> tuple[torch.nn.Module, Tensor, Tensor]:
     """A small ViT in bf16 with every kind of parameter, images, and a cotangent of its logits."""
-    size, patch, width, heads, depth, batch = (16, 8, 32, 2, 1, 1) if rehearse else (96, 16, 192, 3, 3, 4)
+    dtype, (size, patch, width, heads, depth, batch) = (
+        half(rehearse),
+        (16, 8, 32, 2, 1, 1) if rehearse else (96, 16, 192, 3, 3, 4),
+    )
     config = vit.ViTConfig(
         img_size=size, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads, num_classes=16,
         reg_tokens=1, init_values=0.5, mlp_ratio=2.0, impl=impl,
     )  # fmt: skip
-    model = vit.VisionTransformer(config, seed=0, device=device, dtype=torch.bfloat16)
-    image = torch.randn(batch, 3, size, size, device=device, dtype=torch.bfloat16)
-    return model, image, torch.randn(batch, 16, device=device, dtype=torch.bfloat16)
+    model = vit.VisionTransformer(config, seed=0, device=device, dtype=dtype)
+    image = torch.randn(batch, 3, size, size, device=device, dtype=dtype)
+    return model, image, torch.randn(batch, 16, device=device, dtype=dtype)
 
 
 def model_results(model: torch.nn.Module, image: Tensor, cotangent: Tensor) -> list[Tensor]:

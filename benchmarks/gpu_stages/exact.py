@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_stages import cases
-from benchmarks.gpu_stages.record import Log
+from benchmarks.log import Log
 
 
 def determinism(log: Log, rehearse: bool) -> None:

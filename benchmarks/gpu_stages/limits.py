@@ -13,7 +13,8 @@ from torch import Tensor
 
 from benchmarks.gpu_stages import cases
 from benchmarks.gpu_stages.exact import nan_outputs
-from benchmarks.gpu_stages.record import Log
+from benchmarks.harness import as_tuple
+from benchmarks.log import Log, name_of
 
 # rms of bf16 results against fp32 ones of the same inputs: a rounding is 0.002, gradients see several, and a sample
 # that was read from or written to another place is off by 1 and more.
@@ -22,11 +23,11 @@ LIMIT = 0.02
 
 def heads(log: Log, rehearse: bool) -> None:
     """70,000 heads in a batch: more than a grid's second and third dimension take."""
-    device = cases.device(rehearse)
+    rand = functools.partial(torch.randn, device=cases.device(rehearse), dtype=cases.half(rehearse))
     for batch, head_count in ((5, 2), (9, 1)) if rehearse else ((4375, 16), (70_000, 1)):
         tokens, head_dim = (5, 16) if rehearse else (65, 64)
         turn = 2 if rehearse else 65_536 // head_count  # the first sample with a head whose number needs 17 bits
-        q, k, v = (_rand(device, batch, tokens, head_count, head_dim) for _ in range(3))
+        q, k, v = (rand(batch, tokens, head_count, head_dim) for _ in range(3))
         packed = torch.stack([q, k, v], dim=2)
         for case in (
             cases.Case("attention_qkvpacked", {"qkv": packed}),
@@ -49,7 +50,7 @@ def _large(op: str, rehearse: bool) -> dict:
     device = cases.device(rehearse)
     batch, grid, dim, patch = (4, 2, 32, 8) if rehearse else (14_400, 14, 768, 16)
     tokens, head_count = 1 + grid * grid, dim // (16 if rehearse else 64)
-    rand = functools.partial(_rand, device)
+    rand = functools.partial(torch.randn, device=device, dtype=cases.half(rehearse))
     x = functools.partial(rand, batch, tokens, dim)
     head = functools.partial(rand, batch, tokens, head_count, dim // head_count)
     tensors = {
@@ -85,7 +86,7 @@ def _check_samples(case: cases.Case, batched: list[str], also: list[int]) -> dic
     if first.is_cuda:
         torch.cuda.reset_peak_memory_stats()
     with nan_outputs():
-        outs = cases.as_tuple(case.ours(**leaves))
+        outs = as_tuple(case.ours(**leaves))
         sizes = [t[0].numel() for t in (*(leaves[k] for k in batched), *outs)]
         edges = [edge // size for edge in (2**31, 2**32) for size in sizes]
         picks = sorted(i for i in {0, *edges, *also, len(first) - 1} if i < len(first))
@@ -113,10 +114,6 @@ def _check_samples(case: cases.Case, batched: list[str], also: list[int]) -> dic
     return {
         "ok": all(e < LIMIT for e in errors.values()) and whole and zero,
         "error_rms": errors[worst], "worst": worst, "samples": picks, "whole": whole, "zero_elsewhere": zero,
-        "elements": max(t.numel() for t in (*leaves.values(), *outs)), "dtype": cases.name_of(first.dtype),
+        "elements": max(t.numel() for t in (*leaves.values(), *outs)), "dtype": name_of(first.dtype),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if first.is_cuda else None,
     }  # fmt: skip
-
-
-def _rand(device: torch.device, *shape: int) -> Tensor:
-    return torch.randn(shape, device=device, dtype=torch.bfloat16)

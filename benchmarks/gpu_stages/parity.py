@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import subprocess
@@ -11,8 +12,9 @@ from typing import Any
 
 import torch
 
+import vit
 from benchmarks.gpu_stages import cases
-from benchmarks.gpu_stages.record import ROOT, Log
+from benchmarks.log import ROOT, Log, name_of
 from vit.testing import measure
 
 OP_TESTS = ("patch_embed", "layer_norm", "linear", "mlp", "attention")
@@ -23,16 +25,16 @@ def smoke(log: Log, rehearse: bool) -> None:
     device = cases.device(rehearse)
     for head_dim, heads in ((64, 12), (80, 16)):
         for case in cases.op_cases(device, rehearse, head_dim, heads):
-            start = time.perf_counter()
-            try:
-                ours = case.results()
-                cases.synchronize(device)
-                seconds = time.perf_counter() - start
-                errors = [cases.relative_error(a, b) for a, b in zip(ours, case.results(case.eager), strict=True)]
-                worst = max(errors)
-                log.add(ok=worst < 0.03, op=case.op, head_dim=head_dim, error_rms=worst, first_call_s=seconds)
-            except Exception as error:
-                log.add(ok=False, op=case.op, head_dim=head_dim, error=f"{type(error).__name__}: {error}"[:2000])
+            log.attempt(functools.partial(_once, case, device), op=case.op, head_dim=head_dim)
+
+
+def _once(case: cases.Case, device: torch.device) -> dict[str, Any]:
+    start = time.perf_counter()
+    ours = case.results()
+    cases.synchronize(device)
+    seconds = time.perf_counter() - start
+    worst = max(cases.relative_error(a, b) for a, b in zip(ours, case.results(case.eager), strict=True))
+    return {"ok": worst < 0.03, "error_rms": worst, "first_call_s": seconds}
 
 
 def ops(log: Log, rehearse: bool) -> None:
@@ -56,11 +58,13 @@ def ops(log: Log, rehearse: bool) -> None:
 def whole_model(log: Log, rehearse: bool) -> None:
     """Logits and every gradient of ViT-B/16, each tensor judged by the policy for whole models."""
     device = cases.device(rehearse)
-    name = cases.large_model(rehearse)
-    for dtype in (torch.bfloat16,) if rehearse else (torch.bfloat16, torch.float16, torch.float32):
-        ours, eager = cases.pair(name, device, dtype, rehearse)
-        _, exact = cases.pair(name, device, torch.float64, rehearse)
-        exact.load_state_dict(eager.state_dict())
+    name = "vit_tiny_patch16_224" if rehearse else "vit_base_patch16_224"
+    small = {"img_size": 32, "depth": 1, "num_classes": 10, "impl": "triton"} if rehearse else {}
+    for dtype in (torch.float32,) if rehearse else (torch.bfloat16, torch.float16, torch.float32):
+        ours = vit.create_model(name, seed=0, **small).to(device, dtype)
+        eager, exact = (vit.reference.VisionTransformer(ours.config).to(device, d) for d in (dtype, torch.float64))
+        for model in (eager, exact):
+            model.load_state_dict(ours.state_dict())
         image = torch.randn(2, 3, *ours.config.img_size, device=device, dtype=dtype)
         cotangent = torch.randn(2, ours.config.num_classes, device=device, dtype=dtype)
 
@@ -68,10 +72,10 @@ def whole_model(log: Log, rehearse: bool) -> None:
         reports = [measure(a[k], b[k], c[k], scope="model", name=k) for k in c]
         worst = max(reports, key=lambda r: r.rms / max(r.rms_limit, 1e-30))
         log.add(
-            ok=all(r.ok for r in reports), shape=name, dtype=cases.name_of(dtype), tensors=[str(r) for r in reports],
+            ok=all(r.ok for r in reports), shape=name, dtype=name_of(dtype), tensors=[str(r) for r in reports],
             count=len(reports), failed=[r.name for r in reports if not r.ok][:40], worst=str(worst),
         )  # fmt: skip
-        del ours, eager, exact, a, b, c
+        del ours, eager, exact, model, a, b, c
 
 
 def _named_results(model: torch.nn.Module, image: torch.Tensor, cotangent: torch.Tensor) -> dict[str, Any]:

@@ -12,9 +12,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
-from benchmarks.gpu_stages.record import ROOT, Log
+from benchmarks.log import ROOT, Log
 
 BEGIN, DONE = "@@ begin ", "@@ done "
 SECONDS = {"memcheck": 40, "racecheck": 50}
@@ -66,11 +65,6 @@ def _child() -> None:
     """Ends itself after some seconds: nobody outlives the stage, and what was printed stays."""
     faulthandler.dump_traceback_later(int(sys.argv[1]), exit=True)
     rehearse = "tiny" in sys.argv
-    if rehearse:
-        sys.path.insert(0, str(Path(ROOT) / "tests"))
-        import strict
-
-        strict.install()
     from benchmarks.gpu_stages import cases
 
     device = cases.device(rehearse)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 import vit
 from benchmarks.gpu_stages import cases
-from benchmarks.gpu_stages.record import Log
+from benchmarks.log import Log, name_of
 
 FACTOR, FLOOR = 4.0, 2e-5
 CLASSES = 10
@@ -40,7 +40,7 @@ def training(log: Log, rehearse: bool) -> None:
         return [fmean(losses[i : i + window]) for i in range(0, steps, window)]
 
     exact = curve(vit.reference.VisionTransformer, torch.float64)
-    for dtype in (torch.bfloat16,) if rehearse else (torch.bfloat16, torch.float32):
+    for dtype in (torch.float32,) if rehearse else (torch.bfloat16, torch.float32):
 
         def compare(dtype: torch.dtype = dtype) -> dict:
             ours, eager = (curve(m, dtype) for m in (vit.VisionTransformer, vit.reference.VisionTransformer))
@@ -49,7 +49,7 @@ def training(log: Log, rehearse: bool) -> None:
             loss = {"ours": ours, "eager": eager, "exact": exact}
             return record | {"ok": record["ok"] and learned, "learned": learned, "window": window, "loss": loss}
 
-        log.attempt(compare, dtype=cases.name_of(dtype), steps=steps, batch=batch)
+        log.attempt(compare, dtype=name_of(dtype), steps=steps, batch=batch)
 
 
 def verdict(ours: list[float], eager: list[float], exact: list[float]) -> dict:

@@ -1,4 +1,4 @@
-"""How a stage runs, in a process of its own, and how it writes down what it finds as soon as that is known."""
+"""What every command shares: how results are written as soon as they are known, where they go, how a table looks."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_stage(
@@ -25,11 +25,6 @@ def run_stage(
     deadline = time.monotonic() + seconds
     os.setsid()  # so that a stage that is stopped takes its own processes along, off the GPU
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS raises in deterministic mode without it
-    if rehearse:
-        sys.path.insert(0, str(ROOT / "tests"))
-        import strict
-
-        strict.install()
     import torch
 
     torch.backends.cudnn.allow_tf32 = False  # on by default: the eager convolution in fp32 would be no yardstick
@@ -115,6 +110,26 @@ def amend(path: Path, record: dict[str, Any]) -> None:
 def folder_of(gpu: str, results: str = "benchmarks/results") -> Path:
     """Where the files of this card go; ``gpu``: its name, or "rehearsal"."""
     return ROOT / ("build/rehearsal" if gpu == "rehearsal" else f"{results}/{'-'.join(gpu.lower().split())}")
+
+
+def name_of(dtype: Any) -> str:
+    """Of a `torch.dtype`, as records have it: ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[Any]], markdown: bool = False) -> str:
+    """Columns as wide as they must be, the first on the left, the others on the right; None is an empty cell.
+
+    A float has four digits; a caller that wants others writes the text itself.
+    """
+    lines = [[*heads]]
+    lines += [["" if x is None else f"{x:.4g}" if isinstance(x, float) else str(x) for x in row] for row in rows]
+    if markdown:
+        lines.insert(1, ["---", *["---:"] * (len(heads) - 1)])
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def utc() -> str:
