@@ -254,6 +254,14 @@ def test_extreme_rows(randn, dtype, kind):
     check_op(ours_layer_norm, reference.layer_norm, {"x": x, "weight": randn(100), "bias": randn(100)}, dtype)
 
 
+def test_variance_of_rows_far_from_zero(randn):
+    """What backward multiplies by is exact where the mean itself has few digits left: x − mean is exact there."""
+    x = 1000 + 1e-3 * randn(64, 700)
+    _, _, _, rstd = layer_norm_fwd(x, None, None, None, None, None, None, 1e-12, 0.0, 0, torch.float32, True)
+    want = x.double().var(dim=1, correction=0).add(1e-12).rsqrt()
+    torch.testing.assert_close(rstd.double().flatten(), want, rtol=1e-4, atol=0)
+
+
 def test_sums_over_many_rows(randn, monkeypatch):
     """dγ, dβ over 16k rows, beside sums in fp32: eager PyTorch on a CPU adds them in bf16, off by 50 times more."""
     monkeypatch.setattr(configs, "layer_norm", lambda *args: configs.Config(block_m=256, block_n=16))
