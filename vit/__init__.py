@@ -11,11 +11,12 @@ from vit import kernels, reference
 from vit.adapters import accelerate, restore
 from vit.adapters.backend import register_attention
 from vit.config import ViTConfig, get_config, list_models
+from vit.create import create_model
 from vit.cuda_graph import graph
 from vit.explanation import explain
 from vit.groups import param_groups_layer_decay
 from vit.masked import MaskedImageModel
-from vit.model import VisionTransformer, create_model
+from vit.model import VisionTransformer
 from vit.weights import CheckpointError, load_pretrained, save_pretrained
 
 __version__ = "0.1.0"

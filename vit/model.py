@@ -6,7 +6,6 @@ Shapes: B images, R prefix tokens, N tokens in total, D = embed_dim.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import vit.kernels as kernels
-from vit.config import ViTConfig, get_config
+from vit.config import ViTConfig
 from vit.groups import MATCHER, NO_WEIGHT_DECAY
 from vit.init import init_weights
 from vit.layers import HEAD, POS, Block, Blocks, Dropout, LayerNorm, Linear, PatchEmbed, PreLogits, run_blocks, seeded
@@ -357,40 +356,3 @@ class VisionTransformer(nn.Module):
     def _prefix(self) -> Tensor | None:
         present = [t for t in (self.cls_token, self.reg_token) if t is not None]
         return torch.cat(present, dim=1) if len(present) > 1 else present[0] if present else None  # [1, R, D]
-
-
-def create_model(
-    name: str,
-    *,
-    pretrained: str | os.PathLike[str] | None = None,
-    seed: int | None = None,
-    device: Any = None,
-    dtype: torch.dtype | None = None,
-    **overrides: Any,
-) -> VisionTransformer:
-    """Creates a named variant, e.g. ``create_model("vit_base_patch16_224", num_classes=10)``.
-
-    Args:
-        name: timm's name, one of `vit.list_models`.
-        pretrained: path or hub name of a checkpoint, as for `vit.load_pretrained`; None means random weights.
-        seed: seed of random weights; None draws from torch's global generator.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
-        **overrides: any field of `ViTConfig`, e.g. ``img_size=(96, 80)``, ``depth=1``, ``impl="triton"``.
-
-    Raises:
-        ValueError: the name is unknown (the message suggests the nearest), or a value is invalid.
-        TypeError: an override is not a field of `ViTConfig`, or ``pretrained`` is True or False.
-        CheckpointError: as for `vit.load_pretrained`.
-        FileNotFoundError: as for `vit.load_pretrained`.
-    """
-    if isinstance(pretrained, bool):
-        raise TypeError(
-            f"pretrained={pretrained} names no weights; write pretrained=PATH or pretrained='owner/name' (on the "
-            "Hugging Face hub), or leave it out for random weights"
-        )
-    if pretrained is not None:
-        from vit.weights import load_pretrained  # here, because it imports this file
-
-        return load_pretrained(name, pretrained, device=device, dtype=dtype, **overrides)
-    return VisionTransformer(get_config(name, **overrides), seed, device=device, dtype=dtype)

@@ -15,9 +15,9 @@ import triton
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from vit.create import create_model
 from vit.kernels import runtime
 from vit.kernels.dry_run import dry_run
-from vit.model import create_model
 from vit.unchanged import unchanged
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
