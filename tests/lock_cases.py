@@ -64,7 +64,7 @@ def _patch_embed_tokens(make: Make, dtype: torch.dtype | None, masked: bool) -> 
     return kernels.patch_embed(image, weight, bias, **tokens, impl="triton")
 
 
-def _attention_qkvpacked(make: Make, tokens: int, heads: int, head_dim: int, dropout_p: float = 0.0) -> Tensor:
+def _packed(make: Make, tokens: int, heads: int, head_dim: int, dropout_p: float = 0.0) -> Tensor:
     qkv = make(64, tokens, 3, heads, head_dim)
     seed = torch.zeros(1, dtype=torch.int64) if dropout_p else None
     return kernels.attention_qkvpacked(qkv, dropout_p=dropout_p, seed=seed, offset=3, impl="triton")
@@ -85,14 +85,14 @@ CASES: dict[str, Case] = {
     "patch_embed_b_nhwc": Case("channels last", lambda m: _patch_embed(m, 16, 768, True), ("bf16",)),
     "patch_embed_b_masked": Case("mask token", lambda m: _patch_embed_tokens(m, None, True), ("bf16",)),
     "patch_embed_b_autocast": Case("fp32 tokens", lambda m: _patch_embed_tokens(m, torch.float32, False), ("bf16",)),
-    "attention_b": Case("ViT-B, 224: 197 tokens", lambda m: _attention_qkvpacked(m, 197, 12, 64)),
-    "attention_h": Case("ViT-H/14: head dimension 64 + 16", lambda m: _attention_qkvpacked(m, 257, 16, 80), NO_FP16),
-    "attention_b_dropout": Case("ViT-B with dropout", lambda m: _attention_qkvpacked(m, 197, 12, 64, 0.1), ("bf16",)),
-    "attention_h_dropout": Case("ViT-H with dropout", lambda m: _attention_qkvpacked(m, 257, 16, 80, 0.1), NO_FP16),
-    "attention_big_g_dropout": Case("ViT-G with dropout", lambda m: _attention_qkvpacked(m, 257, 16, 104, 0.1), ("bf16",)),
-    "attention_so400m": Case("64 + 8 of 16, 729 tokens", lambda m: _attention_qkvpacked(m, 729, 16, 72), ("bf16",)),
-    "attention_big_g": Case("ViT-G: 64 + 32 + 8 of 16", lambda m: _attention_qkvpacked(m, 257, 16, 104), ("bf16",)),
-    "attention_128": Case("widest head", lambda m: _attention_qkvpacked(m, 257, 8, 128), ("bf16", "fp32")),
+    "attention_b": Case("ViT-B, 224: 197 tokens", lambda m: _packed(m, 197, 12, 64)),
+    "attention_h": Case("ViT-H/14: head dimension 64 + 16", lambda m: _packed(m, 257, 16, 80), NO_FP16),
+    "attention_b_dropout": Case("ViT-B with dropout", lambda m: _packed(m, 197, 12, 64, 0.1), ("bf16",)),
+    "attention_h_dropout": Case("ViT-H with dropout", lambda m: _packed(m, 257, 16, 80, 0.1), NO_FP16),
+    "attention_big_g_dropout": Case("ViT-G with dropout", lambda m: _packed(m, 257, 16, 104, 0.1), ("bf16",)),
+    "attention_so400m": Case("64 + 8 of 16, 729 tokens", lambda m: _packed(m, 729, 16, 72), ("bf16",)),
+    "attention_big_g": Case("ViT-G: 64 + 32 + 8 of 16", lambda m: _packed(m, 257, 16, 104), ("bf16",)),
+    "attention_128": Case("widest head", lambda m: _packed(m, 257, 8, 128), ("bf16", "fp32")),
     "attention_cls": Case("one query an image", lambda m: _attention(m, 1, 197, 12, 64), ("bf16",)),
     "norm_ti": Case("ViT-Ti, 192 wide: many rows a program", lambda m: _norm(m, 64, 197, 192), NO_DOTS),
     "norm_b": Case("ViT-B, 768 wide", lambda m: _norm(m, 64, 197, 768), ("bf16", "fp16", "fp32")),
