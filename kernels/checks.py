@@ -12,18 +12,24 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 
 def check_floating(op: str, **tensors: Tensor | None) -> None:
     """Raises TypeError unless every given tensor is a floating-point tensor of the first one's dtype."""
+    check_tensors(op, **tensors)
     first: tuple[str, torch.dtype] | None = None
     for name, t in tensors.items():
         if t is None:
             continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(t).__name__}")
         if not t.is_floating_point():
             raise TypeError(f"{op}: {name} must be a floating-point tensor, got {t.dtype}; convert it first")
         if first is None:
             first = (name, t.dtype)
         elif t.dtype != first[1]:
             raise TypeError(f"{op}: {name} is {t.dtype} but {first[0]} is {first[1]}; give both the same dtype")
+
+
+def check_tensors(op: str, **tensors: Tensor | None) -> None:
+    """Raises TypeError unless each is a tensor or None."""
+    for name, t in tensors.items():
+        if t is not None and not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(t).__name__}")
 
 
 def check_layer(op: str, source: str, width: int, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:

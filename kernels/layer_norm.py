@@ -27,7 +27,7 @@ from torch import Tensor
 
 from . import configs, reference, runtime, tile
 from .autocast import autocast_dtype, autocasts
-from .checks import check_floating
+from .checks import check_floating, check_tensors
 from .dropout import seed_and_offset
 from .reference import ResidualLayerNorm
 
@@ -282,6 +282,7 @@ def layer_norm(
         ValueError: shapes that do not fit, negative eps, unknown impl. TypeError: dtypes that do not fit.
         RuntimeError: ``impl="fused"`` or ``"triton"`` where the kernels cannot run.
     """
+    check_tensors("layer_norm", x=x, weight=weight, bias=bias)
     _check("layer_norm", x, weight, bias, eps)
     autocast = autocast_dtype(x.device) if x.dtype is not torch.float64 else None
     if autocast is None:
@@ -341,6 +342,8 @@ def residual_layer_norm(
         RuntimeError: ``impl="fused"`` or ``"triton"`` where the kernels cannot run.
     """
     op = "residual_layer_norm"
+    tensors = {"residual": residual, "branch": branch, "weight": weight, "bias": bias, "gamma": gamma}
+    check_tensors(op, **tensors, row_scale=row_scale)
     _check(op, residual, weight, bias, eps)
     if branch.shape != residual.shape:
         shapes = f"{tuple(residual.shape)}, got {tuple(branch.shape)}"

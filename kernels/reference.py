@@ -52,7 +52,7 @@ def dropout(x: Tensor, p: float, seed: Tensor | None = None, offset: int = 0) ->
     if p == 0.0:
         return x
     wide = torch.promote_types(x.dtype, torch.float32)
-    return (x.to(wide) * dropout_scale(seed, offset, x.shape, p).to(wide)).to(x.dtype)
+    return (x.to(wide) * dropout_scale(seed, offset, x.shape, p).to(wide)).to(x.dtype).contiguous()
 
 
 def patch_embed(
@@ -92,13 +92,12 @@ def assemble_tokens(
     """What `patch_embed` does with the projected patches [B, N, D]: mask token, prefix tokens, position embedding."""
     if bool_masked_pos is not None:
         tokens = torch.where(bool_masked_pos.unsqueeze(2), mask_token, tokens)
-    if pos_embed is not None and pos_embed.shape[1] == tokens.shape[1]:
+    of_patches = pos_embed is not None and pos_embed.shape[1] == tokens.shape[1]
+    if of_patches:
         tokens = tokens + pos_embed
     if prefix is not None:
         tokens = torch.cat([prefix.expand(tokens.shape[0], -1, -1), tokens], dim=1)
-    if pos_embed is not None and prefix is not None and pos_embed.shape[1] == tokens.shape[1]:
-        tokens = tokens + pos_embed
-    return tokens
+    return tokens if pos_embed is None or of_patches else tokens + pos_embed
 
 
 class ResidualLayerNorm(NamedTuple):

@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+import warnings
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import vit
+from vit.kernels.runtime import record_choices
 
 pytestmark = pytest.mark.peers
 
@@ -80,6 +82,44 @@ def test_attention_maps_under_dropout_are_those_that_were_used():
     value = attention.v_proj(x).unflatten(-1, (2, 16)).transpose(1, 2)
     torch.testing.assert_close(attention.o_proj((weights @ value).transpose(1, 2).flatten(2)), out)
     assert 0.2 < (weights == 0).float().mean() < 0.6
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "float64", "autocast"])
+@pytest.mark.parametrize("name", HF)
+def test_dtype_of_the_attention_maps(name, kind):
+    model, original = pair(HF[name], train=False)
+    original.set_attn_implementation("eager")
+    image = zoo.images("")
+    if kind != "autocast":
+        model, original, image = (of.to(getattr(torch, kind)) for of in (model, original, image))
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+            found = [dict(enumerate(of(image, output_attentions=True).attentions)) for of in (model, original)]
+        assert len(found[0]) == 2
+        assert_close(*found, limit=1e-6 if kind == "float64" else 0.05)  # ViT's eager softmax is in fp32
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_attention_maps_under_dropout_with_and_without_gradients(heads, grad):
+    """The weights that are returned are those that the output was made of, and two calls drop different ones."""
+    options = {"attention_probs_dropout_prob": 0.4, "num_attention_heads": heads}
+    model, _ = pair(lambda: zoo.hf_model("ViTForImageClassification", "ViTConfig", **options))
+    attention, x = model.vit.layers[0].attention, torch.randn(3, 10, 32, generator=torch.Generator().manual_seed(0))
+    seen = []
+    with torch.set_grad_enabled(grad):
+        for _ in range(2):
+            out, weights = attention(x, output_attentions=True)
+            assert weights.shape == (3, heads, 10, 10)
+            value = attention.v_proj(x).unflatten(-1, (heads, -1)).transpose(1, 2)
+            torch.testing.assert_close(attention.o_proj((weights @ value).transpose(1, 2).flatten(2)), out)
+            seen.append(weights == 0)
+        assert not torch.equal(*seen) and 0.2 < seen[0].float().mean() < 0.6
+        query, key = (p(x).unflatten(-1, (heads, -1)).transpose(1, 2) for p in (attention.q_proj, attention.k_proj))
+        probs = torch.softmax(query @ key.mT * (32 // heads) ** -0.5, -1)
+        torch.testing.assert_close(weights, torch.where(seen[1], 0, probs / 0.6))
+        weights = attention.eval()(x, output_attentions=True)[1]
+        torch.testing.assert_close(weights, probs)
 
 
 def test_hugging_face_arguments():
@@ -159,6 +199,19 @@ def test_signatures(name):
     for ours, theirs in zip(model.modules(), original.modules(), strict=True):
         assert isinstance(ours, type(theirs)) and str(type(ours)) == str(type(theirs))
         assert inspect.signature(ours.forward) == inspect.signature(theirs.forward)
+
+
+@pytest.mark.parametrize("name", ["timm", "timm scale_norm", "torchvision", "hf ViT", "hf Dinov2 registers"])
+def test_names_and_documentation_of_classes_and_forwards(name):
+    original = zoo.build(name)
+    model = vit.accelerate(copy.deepcopy(original))
+    for part in fused_modules(model):
+        ours, theirs = model.get_submodule(part), original.get_submodule(part)
+        assert type(ours) is not type(theirs) and type(ours).__mro__[1:] == type(theirs).__mro__
+        for attribute in ("__name__", "__qualname__", "__module__", "__doc__"):
+            assert getattr(type(ours), attribute) == getattr(type(theirs), attribute)
+            assert getattr(ours.forward, attribute) == getattr(theirs.forward, attribute)
+        assert repr(ours) == repr(theirs) and vars(ours).keys() == vars(theirs).keys()
 
 
 @pytest.mark.parametrize("name", ["timm", "timm DINOv2", "timm qk_norm", "torchvision", "hf ViT", "hf Dinov2"])
@@ -258,6 +311,27 @@ REFUSED = {
 }
 
 
+LOOKS = {
+    "attn": True, "self_attention": True, "SelfAttention": True, "cross_attn": True, "Attn": True,
+    "attn_pool": False, "AttentionPool": False, "mixer": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.LayerNorm(8), nn.RMSNorm(8), nn.Linear(8, 8)], ids=lambda norm: type(norm).__name__
+)
+@pytest.mark.parametrize("child", LOOKS)
+def test_what_looks_like_a_block(child, norm):
+    """It has attention, which is no pooling, and a norm of any kind and name."""
+    block = nn.Module()
+    block.add_module("first", norm)
+    block.add_module(child, nn.Linear(8, 8))
+    a_block = LOOKS[child] and not isinstance(norm, nn.Linear)
+    message = r"Module \(0\): an unknown class$" if a_block else "no attention block was found in it$"
+    with pytest.raises(ValueError, match=message):
+        vit.accelerate(nn.Sequential(block))
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_models_without_a_known_block(name):
     make, message = REFUSED[name]
@@ -305,6 +379,140 @@ def test_what_lies_deep_inside_a_block_that_stays_stays(why):
     deep = {name.rpartition(".")[2] for name in fused_modules(model.blocks[0])}
     assert not fused_modules(model.blocks[1]) and {"q_norm", "norm"} <= deep
     assert_close(zoo.results("", model, zoo.images("")), zoo.results("", original, zoo.images("")))
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_known_models_are_accelerated_without_a_warning(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vit.accelerate(vit.accelerate(zoo.build(name)), impl="reference")
+
+
+def test_the_one_warning_groups_blocks_by_class_and_reason_and_points_at_the_caller():
+    layers = import_timm().layers
+    model = zoo.timm_model(depth=6)
+    model.blocks[1].mlp = layers.SwiGLU(32, 64)
+    model.blocks[2].norm2 = layers.RmsNorm(32)
+    model.blocks[3].mlp = layers.SwiGLU(32, 64)
+    model.blocks[4].mlp = layers.SwiGLU(32, 64)
+    model.blocks[5].attn.extra = nn.Linear(3, 3)  # what a part contains beside is no reason
+    wrapped = nn.ModuleDict({"inner": model, "encoder": nn.TransformerEncoderLayer(32, 2)})
+    with pytest.warns(UserWarning) as caught:
+        vit.accelerate(wrapped)
+    block = "timm.models.vision_transformer.Block"
+    assert [str(w.message) for w in caught] == [
+        "accelerate: these stay as they are: "
+        f"{block} (inner.blocks.1 and 2 more): its mlp is timm.layers.mlp.SwiGLU; "
+        f"{block} (inner.blocks.2): its norm2 is timm.layers.norm.RmsNorm; "
+        "torch.nn.modules.transformer.TransformerEncoderLayer (encoder): an unknown class"
+    ]
+    assert caught[0].filename == __file__
+    assert {name.split(".")[2] for name in fused_modules(wrapped) if "blocks." in name} == {"0", "5"}
+
+
+WRONG_PARTS = {
+    "norm1 over two dimensions": (
+        lambda block: setattr(block, "norm1", nn.LayerNorm((10, 32))),
+        "its norm1 cannot run: it normalises over more than the last dimension",
+    ),
+    "norm2 over two dimensions": (
+        lambda block: setattr(block, "norm2", nn.LayerNorm((10, 32))),
+        "its norm2 cannot run: it normalises over more than the last dimension",
+    ),
+    "mlp of convolutions": (
+        lambda block: setattr(block, "mlp", import_timm().layers.Mlp(32, 64, use_conv=True)),
+        "its mlp cannot run: it is made of convolutions",
+    ),
+    "an unknown drop path": (lambda block: setattr(block, "drop_path2", nn.Tanh()), "its drop_path2 is .*Tanh"),
+    "an unknown LayerScale": (lambda block: setattr(block, "ls1", nn.ReLU()), "its ls1 is .*ReLU"),
+    "a further child": (lambda block: block.add_module("adapter", nn.Linear(32, 32)), "its adapter is .*Linear"),
+    "an attention as mlp": (
+        lambda block: setattr(block, "mlp", copy.deepcopy(block.attn)),
+        "its mlp is timm.layers.attention",
+    ),
+    "an mlp as attention": (
+        lambda block: setattr(block, "attn", copy.deepcopy(block.mlp)),
+        "its attn is timm.layers.mlp.Mlp",
+    ),
+    "a linear as norm": (lambda block: setattr(block, "norm1", nn.Linear(32, 32)), "its norm1 is .*Linear"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_PARTS)
+def test_a_block_with_a_part_that_the_ops_do_not_have(wrong):
+    """Of the last block too, and none of its modules is touched."""
+    change, reason = WRONG_PARTS[wrong]
+    model = zoo.timm_model(depth=3, init_values=0.5)
+    change(model.blocks[2])
+    with pytest.warns(UserWarning, match=rf"^accelerate: these stay as they are: \S*Block \(blocks\.2\): {reason}"):
+        vit.accelerate(model)
+    assert not fused_modules(model.blocks[2]) and len(fused_modules(model.blocks[0])) == 5
+
+
+def test_an_mlp_of_torchvision_with_other_layers():
+    model = zoo.torchvision_model()
+    model.encoder.layers[1].mlp.append(nn.Tanh())
+    with pytest.warns(UserWarning, match="its mlp cannot run: it has 6 layers, not fc1, GELU, dropout, fc2, dropout"):
+        vit.accelerate(model)
+    assert not fused_modules(model.encoder.layers[1])
+
+
+def test_all_models_inside_a_module_are_accelerated():
+    """Of three libraries at once; each as it would be alone."""
+    names = ["timm DINOv2", "timm scale_norm", "torchvision", "hf ViT", "hf Dinov2"]
+    both = vit.accelerate(nn.ModuleList([zoo.build(name) for name in names]))
+    for index, name in enumerate(names):
+        alone = vit.accelerate(zoo.build(name))
+        assert fused_modules(both[index]) == fused_modules(alone)
+        assert_close(zoo.outputs(name, both[index], zoo.images(name)), zoo.outputs(name, alone, zoo.images(name)), 0.0)
+
+
+def test_a_derived_patch_embedding_is_one():
+    class Derived(import_timm().layers.PatchEmbed):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    original = zoo.timm_model(embed_layer=Derived)
+    randomise(original)
+    model = vit.accelerate(copy.deepcopy(original))
+    assert "patch_embed.proj" in fused_modules(model)
+    assert_close(zoo.results("", model, zoo.images("")), zoo.results("", original, zoo.images("")))
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_the_last_call_decides_on_impl_and_features(impl):
+    model, image = zoo.build("timm"), zoo.images("timm")
+    for other, options in (("reference", {}), ("auto", {"mlp": False}), ("fused", {"norm": False})):
+        vit.accelerate(model, impl=other, **options)
+    vit.accelerate(model, impl=impl)
+    rows, want = (vit.explain(of, image) for of in (model, vit.accelerate(zoo.build("timm"), impl=impl)))
+    assert rows == want and len(rows) == 6
+    assert all(row.reason.startswith({"auto": "auto:", "reference": "asked for"}[impl]) for row in rows)
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_every_op_of_a_model_gets_the_impl(name):
+    """No op runs by another path than the one asked for: one that forgot it would run as with "auto"."""
+    model = vit.accelerate(zoo.build(name), impl="reference")
+    with record_choices() as choices:
+        zoo.outputs(name, model, zoo.images(name))
+        with torch.autocast("cpu", torch.bfloat16):
+            zoo.outputs(name, model, zoo.images(name))
+    assert choices and all(choice.reason.startswith("asked for") for choice in choices)
+
+
+def test_a_refusal_leaves_an_accelerated_model_accelerated():
+    model = vit.accelerate(zoo.timm_model(), impl="reference")
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match="impl must be one of 'auto', 'fused', 'triton', 'reference', got 'cuda'"):
+        vit.accelerate(model, impl="cuda")
+    assert [type(module) for module in model.modules()] == before
+    for block in model.blocks:
+        block.drop_path1 = nn.Tanh()
+    changed = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=r"VisionTransformer has no block .*\(blocks\.0 and 1 more\): its drop_path1"):
+        vit.accelerate(model)
+    assert [type(module) for module in model.modules()] == changed
 
 
 def test_an_error_changes_nothing():

@@ -1,6 +1,8 @@
 """`vit.accelerate` reads what a module holds: each attribute, with an unusual value, against the library's own."""
 
 import copy
+import io
+import itertools
 import sys
 import types
 import warnings
@@ -14,6 +16,7 @@ from test_accelerate_semantics import seeded
 from torch import nn
 
 import vit
+from vit.adapters import fused, parts
 from vit.kernels import runtime
 
 pytestmark = pytest.mark.peers
@@ -216,7 +219,20 @@ CONVOLUTIONS = {
     "no bias": {"kernel_size": 8, "stride": 8, "bias": False},
     "valid": {"kernel_size": 8, "stride": 8, "padding": "valid"},
     "reflecting": {"kernel_size": 4, "stride": 4, "padding": 2, "padding_mode": "reflect"},
+    "padded in height": {"kernel_size": 8, "stride": 8, "padding": (4, 0)},
+    "padded in width": {"kernel_size": 8, "stride": 8, "padding": (0, 4)},
+    "dilated in height": {"kernel_size": 4, "stride": 4, "dilation": (2, 1)},
+    "dilated in width": {"kernel_size": 4, "stride": 4, "dilation": (1, 2)},
+    "overlapping in height": {"kernel_size": 8, "stride": (4, 8)},
+    "overlapping in width": {"kernel_size": 8, "stride": (8, 4)},
+    "with gaps": {"kernel_size": 4, "stride": (4, 6)},
+    "one pixel": {"kernel_size": 1, "stride": 1},
+    "one row": {"kernel_size": (1, 8), "stride": (1, 8)},
+    "one column": {"kernel_size": (8, 1), "stride": (8, 1)},
 }
+
+
+FUSED_CONVOLUTIONS = ("rectangular", "no bias", "valid", "one row", "one column")
 
 
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
@@ -232,7 +248,7 @@ def test_other_convolutions_than_a_patch_projection(kind):
     ]
     assert_close(*found)
     assert ours(image).stride() == theirs(image).stride()
-    assert ("patch_embed.proj" in fused_modules(model)) == (kind in ("rectangular", "no bias", "valid"))
+    assert ("patch_embed.proj" in fused_modules(model)) == (kind in FUSED_CONVOLUTIONS)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -273,6 +289,197 @@ def test_strides_of_what_fused_modules_return(name, batch, memory):
     for part, theirs in seen[1].items():
         ours = seen[0][part]
         assert ours.stride() == theirs.stride() or (name == "torchvision" and ours.is_contiguous()), part
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(8, 16), (4, 24), (4, 8), (12, 8)], ids=str)
+@pytest.mark.parametrize(("channels", "batch"), [(1, 1), (1, 3), (3, 1), (3, 3)])
+def test_patches_of_grey_images_and_grids_of_one_row_or_column(channels, batch, size, memory):
+    """Values, gradients and strides of the convolution, for patches and images that are not square."""
+    original = zoo.timm_model(in_chans=channels)
+    original.patch_embed.proj = nn.Conv2d(channels, 7, (4, 8), (4, 8))
+    randomise(original)
+    model, found = vit.accelerate(copy.deepcopy(original)), []
+    assert "patch_embed.proj" in fused_modules(model)
+    image = torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(0))
+    image = image.contiguous(memory_format=memory).requires_grad_()
+    for of in (model, original):
+        conv = of.patch_embed.proj
+        out = conv(image)
+        grads = torch.autograd.grad(out.square().sum(), [image, conv.weight, conv.bias])
+        found.append({"out": out.detach()} | dict(enumerate(grads)))
+    assert_close(*found)
+    assert found[0]["out"].stride() == found[1]["out"].stride()
+
+
+@pytest.mark.parametrize("name", [name for name in LIBRARIES if "hf" not in name])  # transformers refuses one
+def test_an_empty_batch(name):
+    original = zoo.build(name)
+    model, image = vit.accelerate(copy.deepcopy(original)), zoo.images(name)[:0]
+    ours, theirs = zoo.outputs(name, model, image), zoo.outputs(name, original, image)
+    assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"qk_norm": True}, {"gated": True, "qk_norm": True, "scale_norm": True}], ids=str
+)
+def test_heads_that_are_wider_or_narrower_than_their_share_of_the_width(options):
+    """Batch 2, 10 tokens, 3 heads of 16 and 24 elements, in a width of 32 that 3 does not divide."""
+    layers = import_timm().layers
+    for head_dim in (16, 24):
+        original = zoo.timm_model()
+        for block in original.blocks:
+            sizes = {"num_heads": 3, "attn_head_dim": head_dim, "norm_layer": nn.LayerNorm}
+            block.attn = layers.Attention(32, qkv_bias=True, **sizes, **options)
+        compare("timm", original.eval(), randomise)
+
+
+OTHER_NORMS = {
+    "none": nn.Identity,
+    "RMSNorm": lambda: nn.RMSNorm(16),
+    "over the tokens, too": lambda: nn.LayerNorm((10, 16), bias=False),
+}
+
+
+@pytest.mark.parametrize("other", OTHER_NORMS)
+@pytest.mark.parametrize("which", ["q_norm", "k_norm"])
+def test_queries_and_keys_with_different_norms(which, other):
+    """One of the two is no LayerNorm of the last dimension, so the attention is the library's."""
+    original = zoo.timm_model(qk_norm=True)
+    attention = original.blocks[0].attn
+    attention.q_norm, attention.k_norm = nn.LayerNorm(16, bias=False), nn.LayerNorm(16, 0.1, bias=False)
+    setattr(attention, which, OTHER_NORMS[other]())
+    compare("timm", original.eval(), randomise)
+
+
+def test_dropouts_around_the_norm_of_the_hidden_units_are_the_librarys():
+    """With that norm the MLP is not one op: its two dropouts draw as they did."""
+
+    def change(model):
+        for block in model.blocks:
+            block.mlp.drop1.p, block.mlp.drop2.p, block.attn.proj_drop.p = 0.4, 0.2, 0.3
+
+    compare("timm scale_norm", zoo.build("timm scale_norm", train=True), change)
+
+
+@pytest.mark.parametrize("layer_scale", [None, 0.7])
+def test_drop_path_that_does_not_scale_what_it_keeps(layer_scale):
+    original = zoo.timm_model(drop_path_rate=0.6, depth=3, init_values=layer_scale).train()
+    for path in of_type(original, import_timm().layers.DropPath):
+        path.scale_by_keep = False
+    compare("timm", original, randomise, zoo.images("timm", batch=5))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_drop_path_drops_when_it_trains_whatever_the_block_does(training, p):
+    original = zoo.timm_model(drop_path_rate=0.5, init_values=0.7).train(not training)
+    for path in of_type(original, import_timm().layers.DropPath):
+        path.train(training).drop_prob = p
+    compare("timm", original, randomise, zoo.images("timm", batch=5))
+
+
+@pytest.mark.parametrize("hooked", ["norm2", "norm1", "ls1", "ls2", "drop_path1", "drop_path2", "attn", "mlp"])
+def test_drop_path_and_layer_scale_around_a_part_that_is_called(hooked):
+    """Of the first block and of the second: what is not fused then scales and drops the same paths."""
+    for index in (0, 1):
+        original = zoo.timm_model(drop_path_rate=0.5, init_values=0.7).train()
+        original.blocks[0].drop_path1 = import_timm().layers.DropPath(0.3)
+        original.blocks[0].drop_path2 = import_timm().layers.DropPath(0.4)
+
+        def change(model, index=index):
+            getattr(model.blocks[index], hooked).register_forward_hook(lambda module, args, out: 1.25 * out)
+            randomise(model)
+
+        compare("timm", original, change, zoo.images("timm", batch=5))
+
+
+@pytest.mark.parametrize("hooked", ["norm1", "norm2", "layer_scale1", "layer_scale2", "drop_path", "mlp"])
+def test_drop_path_and_layer_scale_of_dinov2_around_a_part_that_is_called(hooked):
+    for index in (0, 1):
+        original = zoo.hf_model("Dinov2Model", "Dinov2Config", drop_path_rate=0.5).train()
+
+        def change(model, index=index):
+            layer = model.encoder.layer[index]
+            getattr(layer, hooked).register_forward_hook(lambda module, args, out: 1.25 * out)
+            randomise(model)
+
+        compare("", original, change, zoo.images("", batch=5))
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.mark.parametrize("with_gamma", [False, True])
+@pytest.mark.parametrize("kinds", list(itertools.product(DTYPES[:3], repeat=2)), ids=str)
+def test_dtypes_of_an_add_and_its_norm_are_those_of_the_separate_ops(kinds, with_gamma):
+    """Whatever the dtypes of the stream and of the branch, and of weight, bias and LayerScale each on its own."""
+    timm = import_timm()
+    generator = torch.Generator().manual_seed(0)
+    x, branch = (torch.randn(3, 5, 16, generator=generator).to(kind) for kind in kinds)
+    done = 0
+    for weight, bias, gamma in itertools.product(DTYPES[:2], DTYPES[:2], DTYPES[:2] if with_gamma else [None]):
+        norm, scale = nn.LayerNorm(16), None
+        randomise(norm)
+        norm.weight.data, norm.bias.data = norm.weight.data.to(weight), norm.bias.data.to(bias)
+        if with_gamma:
+            scale = timm.layers.LayerScale(16, init_values=0.7)
+            scale.gamma.data = scale.gamma.data.to(gamma)
+        total = x + (branch if scale is None else scale(branch))
+        try:
+            want = norm(total)
+        except RuntimeError:  # a mix that PyTorch does not take
+            continue
+        ours = parts.add_norm(x, branch, norm, "auto", scale)
+        limit = 1e-5 if {total.dtype, want.dtype, *kinds} == {torch.float32} else 4e-2
+        for a, b in zip(ours, (total, want), strict=True):
+            torch.testing.assert_close(a, b, rtol=limit, atol=limit)
+        done += 1
+    assert done
+
+
+NORMS = {
+    "torch": lambda **affine: nn.LayerNorm(16, 1e-3, **affine),
+    "timm": lambda **affine: import_timm().layers.LayerNorm(16, 1e-3, **affine),
+    "timm fast": lambda **affine: import_timm().layers.LayerNorm(16, 1e-3, **affine),
+}
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("affine", [{}, {"elementwise_affine": False}, {"bias": False}], ids=str)
+@pytest.mark.parametrize("name", NORMS)
+def test_a_norm_alone_and_its_dtypes(name, affine, autocast):
+    """Result, gradient and dtype, or an error, of every mix of dtypes, inside autocast and outside of it."""
+    if name != "torch" and "elementwise_affine" in affine:
+        affine = {"affine": False}
+    generator, taken = torch.Generator().manual_seed(0), 0
+    kinds = DTYPES[:3] if name == "timm fast" and autocast else DTYPES
+    for kind, weight, bias in itertools.product(kinds, DTYPES[:2], DTYPES[:2]):
+        original = nn.ModuleList([zoo.timm_model(depth=1), NORMS[name](**affine)])
+        randomise(original)
+        norm = original[1]
+        if name == "timm fast":
+            norm._fast_norm = True
+        for parameter, dtype in ((norm.weight, weight), (norm.bias, bias)):
+            if parameter is not None:
+                parameter.data = parameter.data.to(dtype)
+        model = vit.accelerate(copy.deepcopy(original))
+        assert "1" in fused_modules(model)
+        (x, direction), found = torch.randn(2, 3, 5, 16, generator=generator).to(kind), []
+        for of in (model, original):
+            leaf = x.clone().requires_grad_()
+            try:
+                with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+                    out = of[1](leaf)
+                found.append({"out": out.detach(), "grad": torch.autograd.grad(out, leaf, direction.to(out.dtype))[0]})
+            except RuntimeError:
+                found.append(None)
+        assert (found[0] is None) == (found[1] is None), (kind, weight, bias)
+        if found[0] is not None:
+            exact = {found[1]["out"].dtype, kind} <= {torch.float32, torch.float64}
+            assert_close(*found, limit=1e-5 if exact else 4e-2)
+            taken += 1
+    assert taken >= 4
 
 
 # ---- what somebody changes afterwards --------------------------------------------------------------------------------
@@ -356,6 +563,52 @@ def test_restore_under_a_class_that_somebody_put_on_top():
     assert not fused_modules(model) and model.blocks[0].mark == 3 and type(model.blocks[0]).__name__ == "On"
 
 
+class OnTop:
+    """What `under_another_class` puts over a class; as of FSDP2, its classes have no name to import them by."""
+
+    mark = 3
+
+
+@pytest.mark.parametrize("name", ["timm", "torchvision", "hf ViT"])
+def test_a_copy_under_a_class_that_somebody_put_on_top(name):
+    """The copy has that class too, and computes with its own parameters."""
+    original = zoo.build(name)
+    model, image = vit.accelerate(copy.deepcopy(original)), zoo.images(name)
+    parts_on_top = [part for part in fused_modules(model) if part]
+    for part in parts_on_top:
+        module = model.get_submodule(part)
+        module.__class__ = type("On", (OnTop, type(module)), {})
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert all(type(twin.get_submodule(part)) is type(model.get_submodule(part)) for part in parts_on_top)
+    assert_close(zoo.results(name, twin, image), zoo.results(name, original, image))
+    vit.restore(twin)
+    assert all(twin.get_submodule(part).mark == 3 for part in parts_on_top) and not fused_modules(twin)
+    assert_close(zoo.results(name, twin, image), zoo.results(name, original, image))
+
+
+def test_a_saved_model_is_loaded_without_what_was_patched_meanwhile(monkeypatch):
+    """Modules whose class runs another forward by then are the library's, and a warning says so."""
+    timm = import_timm()
+    model, image, file = vit.accelerate(zoo.build("timm")), zoo.images("timm"), io.BytesIO()
+    torch.save(model, file)
+    library = timm.layers.Mlp.forward
+    monkeypatch.setattr(timm.layers.Mlp, "forward", lambda self, x: 1.5 * library(self, x))
+    with pytest.warns(UserWarning) as caught:
+        loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    assert {str(w.message) for w in caught} == {"timm.layers.mlp.Mlp is not accelerated: call vit.accelerate(model)"}
+    assert set(fused_modules(model)) - set(fused_modules(loaded)) == {"blocks.0.mlp", "blocks.1.mlp"}
+    assert type(loaded.blocks[0].mlp) is timm.layers.Mlp
+    assert_close(zoo.outputs("timm", loaded, image), zoo.outputs("timm", zoo.build("timm"), image))
+
+
+def test_a_saved_module_of_a_class_that_is_not_known_is_the_librarys():
+    with pytest.warns(UserWarning, match=r"^torch\.nn\.modules\.linear\.Linear is not accelerated"):
+        assert type(fused.rebuild(nn.Linear, "auto")) is nn.Linear
+
+
 class Saved(nn.Module):
     """A wrapper as PEFT's ``modules_to_save``: the trained copy is called in place of what it wraps."""
 
@@ -426,6 +679,33 @@ def test_timm_before_its_masks(attention):
     assert_close(zoo.results("timm", model, image), zoo.results("timm", original, image))
 
 
+def test_timm_before_its_gates_and_its_norms_of_heads_and_hidden_units():
+    """There the attention has neither ``norm`` nor ``gate``, and the MLP no ``norm``."""
+    timm = import_timm()
+
+    def attention(self, x, attn_mask=None, is_causal=False):
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        x = (self.scale * self.q_norm(q) @ self.k_norm(k).mT).softmax(-1) @ v
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+
+    def mlp(self, x):
+        return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+
+    forwards = {timm.layers.Attention: attention, timm.layers.Mlp: mlp}
+    for name in ("timm", "timm qk_norm"):
+        original = zoo.build(name)
+        for module in list(original.modules()):
+            if type(module) in forwards:
+                cls = type(module)
+                module.__class__ = older(cls, of_library(forwards[cls], cls.__module__))
+                for later in ("norm", "gate"):
+                    if hasattr(module, later):
+                        delattr(module, later)
+        model, image = vit.accelerate(copy.deepcopy(original)), zoo.images(name)
+        assert {"blocks.0.attn", "blocks.1.mlp"} <= set(fused_modules(model))
+        assert_close(zoo.results(name, model, image), zoo.results(name, original, image))
+
+
 @pytest.mark.parametrize("name", ["hf ViT", "hf Dinov2"])
 def test_transformers_of_another_version_is_refused(name):
     """transformers 4 and early 5 had layers of the same names; checked with 4.46.3 and 5.16.0 themselves."""
@@ -471,6 +751,57 @@ def test_structural_pruning_sees_the_library(monkeypatch):
     for module in of_type(model, nn.Linear, nn.LayerNorm, nn.Conv2d):
         module.register_forward_hook(hook)
     assert set(ops("timm", model)) <= {"layer_norm", "patch_embed"}  # modules whose output has its own grad_fn
+
+
+def test_structural_pruning_sees_the_library_behind_one_hook_among_others(monkeypatch):
+    """The hook is the second one, and on one child only."""
+    model = vit.accelerate(zoo.build("timm"))
+    monkeypatch.setitem(sys.modules, "torch_pruning", types.ModuleType("torch_pruning"))
+
+    def hook(module, args, out):
+        pass
+
+    hook.__module__ = "torch_pruning.dependency.graph"
+    for child in ("fc2", "drop2"):
+        mlp = vit.accelerate(zoo.build("timm")).blocks[0].mlp
+        getattr(mlp, child).register_forward_hook(lambda module, args, out: None)
+        with runtime.record_choices() as before:
+            mlp(torch.ones(1, 3, 32))
+        getattr(mlp, child).register_forward_hook(hook)
+        with runtime.record_choices() as after:
+            mlp(torch.ones(1, 3, 32))
+        assert before and not after
+    assert ops("timm", model)
+
+
+class Keywords(nn.Module):
+    """Hands on its input by keyword."""
+
+    def __init__(self, module: nn.Module, name: str):
+        super().__init__()
+        self.module, self.name = module, name
+
+    def forward(self, image):
+        return self.module(**{self.name: image})
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "keyword"),
+    [
+        ("timm", "blocks.0", "x"),
+        ("timm", "blocks.0.attn", "x"),
+        ("timm", "blocks.0.mlp", "x"),
+        ("torchvision", "encoder.layers.encoder_layer_0", "input"),
+        ("torchvision", "encoder.layers.encoder_layer_0.mlp", "input"),
+    ],
+)
+def test_fx_sees_the_library_where_the_input_is_a_keyword(name, part, keyword):
+    original = zoo.build(name).get_submodule(part)
+    model = vit.accelerate(zoo.build(name)).get_submodule(part)
+    x = torch.randn(2, 10, 32, generator=torch.Generator().manual_seed(0))
+    graphs = [torch.fx.symbolic_trace(Keywords(of, keyword)) for of in (model, original)]
+    assert [str(node.target) for node in graphs[0].graph.nodes] == [str(node.target) for node in graphs[1].graph.nodes]
+    assert_close(*({"out": graph(x)} for graph in graphs))
 
 
 @pytest.mark.parametrize("name", ["timm DINOv2", "timm qk_norm", "torchvision"])

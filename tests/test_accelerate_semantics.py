@@ -181,6 +181,65 @@ def test_blocks_exchanged_afterwards():
         assert_close(zoo.results("timm", model, image), zoo.results("timm", original, image))
 
 
+@BEFORE_OR_AFTER
+@pytest.mark.parametrize("change", ["hook", "forward", "pruned", "weight_norm"])
+def test_the_output_projection_of_torchvisions_attention(change, after):
+    """PyTorch's attention reads its parameters without calling it; so a hook on it sees nothing, as before."""
+    original = zoo.build("torchvision")
+    model, calls = copy.deepcopy(original), [[], []]
+    if after:
+        vit.accelerate(model)
+    for of, seen in zip((model, original), calls, strict=True):
+        projection = of.encoder.layers[0].self_attention.out_proj
+        if change == "hook":
+            projection.register_forward_hook(lambda module, args, out, seen=seen: seen.append(1))
+        elif change == "forward":
+            projection.forward = lambda x: 2 * x
+        else:
+            WRAPPERS[change](projection)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        model = model if after else vit.accelerate(model)
+    image = zoo.images("torchvision")
+    assert_close(zoo.results("torchvision", model, image), zoo.results("torchvision", original, image))
+    assert calls[0] == calls[1]
+
+
+@pytest.mark.parametrize("name", ["timm", "torchvision", "hf ViT"])
+def test_hooks_that_are_removed_leave_nothing(name):
+    """Afterwards the same ops run as before, with the same bits."""
+    model, image = vit.accelerate(zoo.build(name)), zoo.images(name)
+    want, ops = bits(zoo.results(name, model, image)), vit.explain(model, image)
+    handles = []
+    for module in model.modules():
+        handles += [module.register_forward_hook(lambda *_: None), module.register_forward_pre_hook(lambda *_: None)]
+        handles.append(module.register_full_backward_hook(lambda *_: None))
+    assert len(vit.explain(model, image)) != len(ops) or vit.explain(model, image) != ops
+    for handle in handles:
+        handle.remove()
+    assert vit.explain(model, image) == ops
+    assert bits(zoo.results(name, model, image)) == want
+
+
+@BEFORE_OR_AFTER
+@pytest.mark.parametrize("name", ["timm", "torchvision", "hf ViT"])
+def test_a_forward_that_is_put_back_is_the_modules_own(name, after):
+    """As tools do it that wrap ``forward`` for a while: the bound method stays in the module's ``__dict__``."""
+    image = zoo.images(name)
+    want = [(row.op, row.calls) for row in vit.explain(vit.accelerate(zoo.build(name)), image)]
+    model = zoo.build(name)
+    model = vit.accelerate(model) if after else model
+    for module in model.modules():
+        swapped = isinstance(module, (nn.LayerNorm, nn.Conv2d)) and not after  # the library's forward would stay there
+        if not list(module.children()) and not swapped:
+            module.forward = module.forward
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = model if after else vit.accelerate(model)
+    assert [(row.op, row.calls) for row in vit.explain(model, image)] == want
+    assert_close(zoo.outputs(name, model, image), zoo.outputs(name, zoo.build(name), image))
+
+
 class LoRA(nn.Module):
     def __init__(self, base: nn.Linear):
         super().__init__()
@@ -365,6 +424,50 @@ def test_checkpointing_redraws_what_it_drew(name, reentrant):
             assert_close(found, want, 1e-6)
         calls.append(ran)
     assert calls[0] == calls[1]
+
+
+def _checkpoints_in_its_call(base: type) -> type:
+    """A layer as some versions of transformers have it, whose ``forward`` knows nothing of checkpoints."""
+
+    def call(self, *args, **kwargs):
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(lambda *args: base.__call__(self, *args, **kwargs), *args)
+        return base.__call__(self, *args, **kwargs)
+
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__call__": call}
+    layer = type(base.__name__, (base,), names)
+    layer.forward = base.forward.__wrapped__
+    return layer
+
+
+@pytest.mark.parametrize("on", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["ViTForImageClassification ViTConfig", "Dinov2Model Dinov2Config"])
+@pytest.mark.parametrize("own_call", [False, True])
+def test_layers_checkpoint_in_training_and_once(name, training, on, own_call):
+    """As often as the library's: in its ``forward``, which is replaced; some versions do so in ``__call__``."""
+    original = zoo.hf_model(*name.split())
+    randomise(original.train(training))
+    if own_call:
+        for module in original.modules():
+            if type(module).__name__.endswith("Layer"):
+                module.__class__ = _checkpoints_in_its_call(type(module))
+    model, image, found = vit.accelerate(copy.deepcopy(original)), zoo.images(""), []
+    for of in (model, original):
+        calls = []
+
+        def checkpoint(function, *args, calls=calls):
+            calls.append(function)
+            return function(*args)
+
+        layers = [module for module in of.modules() if hasattr(module, "gradient_checkpointing")]
+        layers = [module for module in layers if type(module).__name__.endswith("Layer")]
+        assert len(layers) == 2
+        for layer in layers:
+            layer.gradient_checkpointing, layer._gradient_checkpointing_func = on, checkpoint
+        found.append((calls, zoo.results("", of, image)))
+    assert [len(calls) for calls, _ in found] == [2 if on and training else 0] * 2
+    assert_close(found[0][1], found[1][1])
 
 
 def test_randomness_left_to_the_library_is_drawn_as_before():

@@ -548,3 +548,66 @@ def test_bad_qkv_input(change, error, message):
     args = {"q": torch.ones(2, 5, 2, 16), "k": torch.ones(2, 7, 2, 16), "v": torch.ones(2, 7, 2, 16)} | change
     with pytest.raises(error, match=message):
         attention(**args)
+
+
+IMPLS = pytest.mark.parametrize("impl", ["auto", "triton", "reference"])
+
+
+@IMPLS
+@pytest.mark.parametrize("scale", [None, 1, 0.01, 5.0])
+def test_scale_and_lse_beside_pytorchs_own(randn, impl, scale):
+    """Batch, tokens, keys, heads and head dimension all different; an integer is a scale, too."""
+    B, NQ, NK, H, E = 2, 5, 7, 3, 24
+    q, k, v = randn(B, NQ, H, E), randn(B, NK, H, E), randn(B, NK, H, E)
+    heads = [t.transpose(1, 2) for t in (q, k, v)]
+    want = F.scaled_dot_product_attention(*heads, scale=scale).transpose(1, 2).flatten(2)
+    out, lse = attention(q, k, v, scale=scale, return_lse=True, impl=impl)
+    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
+    logits = heads[0] @ heads[1].mT * (scale or 24**-0.5)
+    assert lse.shape == (B, H, NQ)
+    torch.testing.assert_close(lse, logits.logsumexp(-1), rtol=1e-5, atol=1e-5)
+    qkv = torch.stack([k, k * 0.5, v], dim=2)
+    want = F.scaled_dot_product_attention(heads[1], heads[1] * 0.5, heads[2], scale=scale).transpose(1, 2).flatten(2)
+    for packed, given in ((qkv, {}), (qkv.flatten(2), {"num_heads": H})):
+        out, lse = attention_qkvpacked(packed, **given, scale=scale, return_lse=True, impl=impl)
+        torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
+        logits = heads[1] @ heads[1].mT * 0.5 * (scale or 24**-0.5)
+        torch.testing.assert_close(lse, logits.logsumexp(-1), rtol=1e-5, atol=1e-5)
+
+
+@IMPLS
+@pytest.mark.parametrize("num_heads", [1, 2, 3])
+def test_width_between_the_heads(randn, impl, num_heads):
+    """[B, N, 3·H·E]: queries first, then keys, then values, each head by head, as timm's projection writes them."""
+    x = randn(2, 5, 3 * num_heads * 16)
+    q, k, v = (t.unflatten(2, (num_heads, 16)).transpose(1, 2) for t in x.chunk(3, dim=2))
+    want = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 5, num_heads * 16)
+    torch.testing.assert_close(attention_qkvpacked(x, num_heads=num_heads, impl=impl), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["triton", "fused"])
+@pytest.mark.parametrize("head_dim", [8, 12, 17, 100, 132, 136, 256])
+def test_a_head_dimension_that_the_kernels_refuse_is_named(randn, impl, head_dim):
+    q = randn(1, 3, 2, head_dim)
+    said = f"impl='{impl}' cannot run: the kernels take head dimensions from 16 to 128 in steps of 8, not {head_dim}$"
+    with pytest.raises(RuntimeError, match=f"^attention: {said}"):
+        attention(q, q, q, impl=impl)
+    with pytest.raises(RuntimeError, match=f"^attention_qkvpacked: {said}"):
+        attention_qkvpacked(torch.stack([q, q, q], dim=2), impl=impl)
+
+
+@pytest.mark.parametrize("op", [attention, attention_qkvpacked], ids=lambda op: op.__name__)
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_tiles_are_asked_for_what_runs(randn, monkeypatch, op, p):
+    """Architecture, the longer length, head dimension, dtype, and whether a mask is drawn: forward and backward."""
+    asked = []
+    for name in ("attention_fwd", "attention_bwd"):
+        plain = getattr(configs, name)
+        monkeypatch.setattr(configs, name, lambda *a, f=plain, n=name: asked.append((n, *a)) or f(*a))
+    q, k, v = randn(1, 5, 2, 24).half().requires_grad_(), *(randn(1, 9, 2, 24).half() for _ in range(2))
+    args = (q, k, v) if op is attention else (torch.stack([q] * 3, dim=2),)
+    op(*args, dropout_p=p, impl="triton").sum().backward()
+    keys, longer = (9, 9) if op is attention else (5, 5)
+    arch, drops = runtime.arch(q.device), p > 0
+    wanted = [("attention_fwd", keys), ("attention_bwd", longer)]
+    assert asked == [(name, arch, n, 24, torch.float16, drops) for name, n in wanted]

@@ -89,3 +89,40 @@ def test_compile_fullgraph(randn):
 def test_bad_input(change, error, message):
     with pytest.raises(error, match=f"^attention_probs: {message}"):
         attention_probs(**{"q": torch.ones(2, 5, 2, 16), "k": torch.ones(2, 7, 2, 16)} | change)
+
+
+@pytest.mark.parametrize("queries", [[], (), range(0), torch.tensor([], dtype=torch.int64)], ids=str)
+def test_no_queries_is_not_all_queries(randn, queries):
+    assert attention_probs(randn(2, 6, 3, 16), randn(2, 9, 3, 16), queries=queries).shape == (2, 3, 0, 9)
+
+
+@pytest.mark.parametrize(
+    "queries", [[-5], [4], [4, -5, 4], (0, 1), torch.tensor([-1, 0]), torch.tensor([2], dtype=torch.int32)]
+)
+def test_queries_from_both_ends(randn, queries):
+    """The first and the last are there, in the order that was asked for, each as often."""
+    q, k = randn(2, 5, 3, 16), randn(2, 9, 3, 16)
+    places = [i % 5 for i in torch.as_tensor(queries).tolist()]
+    want = torch.stack([naive(q, k, 0.25)[:, :, i] for i in places], dim=2)
+    torch.testing.assert_close(attention_probs(q, k, queries=queries), want)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"k": torch.ones(1, 7, 2, 16)}, ValueError, r"k must have shape .*\(2, 5, 2, 16\), got \(1, 7, 2, 16\)"),
+        ({"k": torch.ones(2, 7, 2, 8)}, ValueError, r"k must have shape .* got \(2, 7, 2, 8\)"),
+        ({"k": torch.ones(2, 7, 16)}, ValueError, r"k must have shape .* got \(2, 7, 16\)"),
+        ({"q": torch.ones(2, 5, 2, 16).int()}, TypeError, r"q must be a floating-point tensor, got torch\.int32"),
+        ({"k": [1.0]}, TypeError, r"k must be a torch\.Tensor, got list"),
+        ({"scale": -1.0}, ValueError, r"scale must be positive and finite, got -1\.0"),
+        ({"scale": float("inf")}, ValueError, "scale must be positive and finite, got inf"),
+        ({"queries": range(4, 7)}, IndexError, "queries has 5, but there are 5 queries"),
+        ({"queries": torch.tensor([[1]])}, TypeError, r"queries must be a list of indices, got torch\.int64 \(1, 1\)"),
+        ({"queries": torch.tensor([1.0])}, TypeError, r"queries must be a list of indices, got torch\.float32"),
+        ({"queries": torch.tensor(1)}, TypeError, r"queries must be a list of indices, got torch\.int64 \(\)"),
+    ],
+)
+def test_more_bad_input(change, error, message):
+    with pytest.raises(error, match=f"^attention_probs: {message}"):
+        attention_probs(**{"q": torch.ones(2, 5, 2, 16), "k": torch.ones(2, 7, 2, 16)} | change)

@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from triton.runtime import driver
 from views import nan_padded, wide_rows
 
 from vit import kernels
-from vit.kernels import reference
+from vit.kernels import reference, runtime
+from vit.kernels.dry_run import dry_run
 
 DROP = {"dropout_p": 0.4, "seed": torch.tensor([7]), "offset": 3}
 MASK = {"bool_masked_pos": torch.tensor([[True, False], [False, False]])}
@@ -314,3 +316,362 @@ def test_the_stream_and_its_norm_have_names(module, device):
     out = run(op, inputs, options, module)
     assert out._fields == ("stream", "y") and out.stream is out[0]
     torch.testing.assert_close(F.layer_norm(out.stream, (24,), inputs["weight"], inputs["bias"], 1e-6), out.y)
+
+
+# What no row of the table has: other than the defaults.
+OTHER = {
+    "linear": {"activation": "gelu_tanh"},
+    "mlp": {"activation": "quick_gelu"},
+    "layer_norm": {"eps": 0.3},
+    "residual_layer_norm": {"eps": 0.3},
+    "attention": {"scale": 0.6, "return_lse": True},
+    "attention_qkvpacked": {"scale": 0.6, "return_lse": True},
+}
+
+
+@every_call
+@pytest.mark.parametrize("impl", ["auto", "fused", "triton", "reference"])
+def test_every_way_through_an_op_gets_all_its_options(call, impl, device):
+    op, inputs, options = make(call, device)
+    options = options | OTHER.get(op, {})
+
+    def results(inputs, options, module):
+        leaves = {n: t.detach().requires_grad_() for n, t in inputs.items()}
+        outs = run(op, leaves, options, module)
+        learning = [out for out in outs if out.requires_grad]  # no gradient flows through the logsumexp
+        return [*outs, *torch.autograd.grad(learning, list(leaves.values()), directions(learning))]
+
+    exact = results({n: t.double() for n, t in inputs.items()}, options, reference)
+    for got, want in zip(results(inputs, options | {"impl": impl}, kernels), exact, strict=True):
+        torch.testing.assert_close(got.double(), want.double(), atol=2e-5, rtol=1e-4)
+
+
+@every_call
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_no_argument_is_written(call, impl, device):
+    """Neither by the forward nor by the backward, an option and an incoming gradient included."""
+    op, inputs, options = make(call, device)
+    leaves = {n: t.clone().requires_grad_() for n, t in inputs.items()}
+    outs = run(op, leaves, options | {"impl": impl})
+    into = directions(outs)
+    given = [*leaves.values(), *(o for o in options.values() if isinstance(o, torch.Tensor)), *into, *outs]
+    before = [(t.detach().clone(), t._version) for t in given]
+    torch.autograd.grad(outs, list(leaves.values()), into)
+    assert all(torch.equal(t, was) and t._version == version for t, (was, version) in zip(given, before, strict=True))
+    assert all(torch.equal(t, inputs[n]) and t._version == 0 for n, t in leaves.items())
+    plain = {n: t.clone() for n, t in inputs.items()}  # where nothing learns, writing in place would not raise
+    run(op, plain, options | {"impl": impl})
+    assert all(torch.equal(t, inputs[n]) and t._version == 0 for n, t in plain.items())
+    tensors = {n: o for n, o in options.items() if isinstance(o, torch.Tensor)}
+    assert all(torch.equal(o, CALLS[call][2][n].to(device)) for n, o in tensors.items())
+
+
+@every_call
+@pytest.mark.parametrize("impl", ["auto", "triton", "reference"])
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+def test_dtypes_under_autocast(call, impl, half, device):
+    """By hand: products in autocast's dtype, what is added to tokens and the stream as wide as it was."""
+    op, inputs, options = make(call, device)
+    want = [half]
+    if op == "residual_layer_norm":
+        want = [torch.float32, half]
+    elif op == "dropout" or {"pos_embed", "prefix", "mask_token"} & set(inputs):  # PyTorch's dropout is not cast, too
+        want = [torch.float32]
+    elif op.startswith("attention"):
+        options, want = options | {"return_lse": True}, [half, torch.float32]
+    with torch.autocast(device.type, half):
+        outs = run(op, inputs, options | {"impl": impl})
+    assert [out.dtype for out in outs] == want
+
+
+@pytest.mark.interpreted
+@every_call
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_autocast_leaves_fp64_alone(call, impl, device):
+    op, inputs, options = make(call, device)
+    inputs, options = {n: t.double() for n, t in inputs.items()}, options | {"impl": impl}
+    want = run(op, inputs, options)
+    with torch.autocast(device.type, torch.bfloat16):
+        found = run(op, inputs, options)
+    assert all(a.dtype is torch.float64 and torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+@every_op
+def test_autocast_of_another_device_does_nothing(call, device):
+    op, inputs, options = make(call, device)
+    other = "cpu" if device.type == "cuda" else "cuda"
+    want, was = run(op, inputs, options), torch.is_autocast_enabled(other)
+    torch.set_autocast_enabled(other, True)
+    try:
+        found = run(op, inputs, options)
+    finally:
+        torch.set_autocast_enabled(other, was)
+    assert all(a.dtype is b.dtype and torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+@every_call
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "plain"])
+def test_arguments_by_place_are_those_by_name(call, autocast, device):
+    op, inputs, options = make(call, device)
+    parameters = inspect.signature(getattr(kernels, op)).parameters.values()
+    given = inputs | options
+    places = [given.pop(p.name, None if p.default is p.empty else p.default) for p in parameters if p.kind != 3]
+    assert [p.kind for p in parameters if p.name == "impl"] == [inspect.Parameter.KEYWORD_ONLY]
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        found, want = getattr(kernels, op)(*places, **given, impl="triton"), run(op, inputs, options)
+        with pytest.raises(TypeError, match="positional argument"):
+            getattr(kernels, op)(*places, *[None] * 20)
+    assert all(map(torch.equal, found if isinstance(found, tuple) else (found,), want))
+
+
+# Dimensions that may be longer by one: of the batch, of tokens, and where nothing else has the length.
+FREE = {
+    ("linear", "x"): (0, 1), ("linear, no bias", "x"): (0,), ("linear, no bias", "weight"): (0,),
+    ("linear, gelu", "x"): (0, 1), ("mlp, no biases", "fc2_weight"): (0,),
+    **{(call, "x"): (0, 1) for call in ("mlp", "mlp, no biases", "mlp, dropout", "layer_norm", "layer_norm, no bias")},
+    **{(call, "qkv"): (0, 1, 3, 4) for call in CALLS if call.startswith("attention_qkvpacked")},
+    **{(call, "q"): (1,) for call in CALLS if call.split(",")[0] == "attention"},
+    **{(call, "image"): (0,) for call in ("patch_embed", "patch_embed, prefix")},
+    ("patch_embed", "weight"): (0,), ("patch_embed, prefix", "prefix"): (1,), ("patch_embed, mask", "prefix"): (1,),
+    ("dropout", "x"): (0, 1, 2),
+}  # fmt: skip
+
+
+@every_call
+def test_each_dimension_of_each_argument_is_checked(call, device):
+    """One longer by one fits or is an error of the op that names it or what it should fit, whatever the path."""
+    op, inputs, options = make(call, device)
+    for name, t in inputs.items():
+        for dim in range(t.dim()):
+            shape = [n + (i == dim) for i, n in enumerate(t.shape)]
+            changed = inputs | {name: torch.ones(shape, device=device)}
+            if dim in FREE.get((call, name), ()):
+                run(op, changed, options | {"impl": "reference"})
+                continue
+            for impl in ("triton", "reference"):
+                with pytest.raises(ValueError, match=f"^{op}: ") as raised:
+                    run(op, changed, options | {"impl": impl})
+                message = str(raised.value).removeprefix(f"{op}: ")
+                assert name in message or str(shape[dim]) in message, (name, dim)
+    for name in set(options) & {"row_scale", *MASK}:
+        for dim in range(options[name].dim()):
+            longer = torch.cat([options[name], options[name].narrow(dim, 0, 1)], dim)
+            with pytest.raises(ValueError, match=f"^{op}: {name} must have shape"):
+                run(op, inputs, options | {name: longer})
+
+
+@every_call
+def test_each_tensor_of_another_dtype_is_refused(call, device):
+    """Beside fp32: 64 bits, integers, and 16 bits but for a branch beside an fp32 stream."""
+    op, inputs, options = make(call, device)
+    for name, t in inputs.items():
+        with pytest.raises(TypeError, match=rf"^{op}: {name} must be a floating-point tensor, got torch\.int32"):
+            run(op, inputs | {name: t.int()}, options)
+        for dtype in (torch.float16, torch.float64):
+            if len(inputs) == 1 or (name == "branch" and dtype is torch.float16):
+                continue
+            with pytest.raises(
+                TypeError, match=rf"^{op}: \w+ is torch\.float\d\d but \w+ is torch\.float\d\d"
+            ) as raised:
+                run(op, inputs | {name: t.to(dtype)}, options)
+            assert f" {name} is {dtype}" in str(raised.value)
+
+
+@every_call
+def test_each_tensor_of_another_device_is_refused(call, device):
+    op, inputs, options = make(call, device)
+    given = inputs | {n: o for n, o in options.items() if isinstance(o, torch.Tensor)}
+    for name in given if len(given) > 1 else ():
+        moved = given | {name: given[name].to("meta")}
+        with pytest.raises(ValueError, match=f"^{op}: all tensors must be on one device, got ") as raised:
+            run(op, {n: moved[n] for n in inputs}, options | {n: o for n, o in moved.items() if n not in inputs})
+        assert "meta" in str(raised.value) and device.type in str(raised.value)
+
+
+@every_op
+def test_a_transform_over_any_argument_is_refused(call, device):
+    op, inputs, options = make(call, device)
+    for name in inputs:
+        with pytest.raises(RuntimeError, match=f"^{op}: impl='triton' cannot run: torch.func transforms are not"):
+            torch.func.vmap(lambda t, name=name: run(op, inputs | {name: t}, options))(inputs[name][None])
+
+
+@every_call
+@pytest.mark.parametrize("impl", ["auto", "fused", "triton", "reference"])
+def test_each_call_notes_one_choice(call, impl, device):
+    """Of the shape and dtype of the op's main argument, forward and backward together."""
+    op, inputs, options = make(call, device)
+    with runtime.record_choices() as choices:
+        gradients(op, inputs, options | {"impl": impl})
+    (choice,) = choices
+    main = next(iter(inputs.values()))
+    assert (choice.op, choice.shape, choice.dtype) == (op, tuple(main.shape), main.dtype)
+    plain = op == "linear" and not options
+    path = "reference" if impl == "reference" or (impl == "auto" and device.type == "cpu") else "triton"
+    assert choice.path == ("cublas" if path == "triton" and plain and impl != "triton" else path)
+    reasons = {
+        "reference": "asked for with impl='reference'",
+        "cublas": f"{impl}: cuBLAS runs plain products",
+        "triton": "auto: supported on this GPU" if impl == "auto" else f"asked for with impl='{impl}'",
+    }
+    want = (
+        "auto: a cpu tensor runs the eager reference" if (impl, path) == ("auto", "reference") else reasons[choice.path]
+    )
+    interpreted = runtime.INTERPRETED and choice.path == "triton" and impl != "auto"
+    assert choice.reason == want + (", interpreted" if interpreted else "")
+
+
+@every_call
+def test_without_gradients_only_results_are_written(call, device):
+    """What a backward would read is empty: under no_grad, in inference, and where nothing learns."""
+    op, inputs, options = make(call, device)
+    learning = {n: t.clone().requires_grad_() for n, t in inputs.items()}
+    results = sum(out.numel() for out in run(op, inputs, options))
+    for given, mode in [(inputs, torch.enable_grad), (learning, torch.no_grad), (learning, torch.inference_mode)]:
+        with mode(), Ops() as ops:
+            outs = run(op, given, options)
+        assert sum(t.numel() for t in tree_leaves([call[-1] for call in ops.calls])) == results
+        assert not any(out.requires_grad for out in outs)
+
+
+@every_op
+def test_every_product_has_pytorchs_precision(call, device, monkeypatch):
+    """tf32 in each kernel that multiplies, forward and backward, where PyTorch may; only for fp32."""
+    op, inputs, options = make(call, device)
+    found = []
+    monkeypatch.setattr(runtime, "precision", lambda dtype: f"of {dtype}")
+    monkeypatch.setattr(runtime, "launch", lambda *a, **k: found.append(k.get("PRECISION")))
+    for dtype in (torch.float32, torch.float16):
+        found.clear()
+        gradients(op, {n: t.to(dtype) for n, t in inputs.items()}, options)
+        products = [precision for precision in found if precision is not None]
+        assert set(products) == ({f"of {dtype}"} if op in ("linear", "mlp", "patch_embed") or "att" in op else set())
+
+
+SEEDED = [call for call, (_, _, options) in CALLS.items() if "seed" in options]
+
+
+@pytest.mark.parametrize("call", SEEDED)
+def test_seeds(call, device):
+    """One number in any shape, read and not drawn; nothing else is a seed; none is looked at where nothing drops."""
+    op, inputs, options = make(call, device)
+    state, right = torch.get_rng_state(), gradients(op, inputs, options)
+    for shape in ((), (1, 1)):
+        assert all(map(torch.equal, gradients(op, inputs, options | {"seed": options["seed"].reshape(shape)}), right))
+    assert not any(map(torch.equal, run(op, inputs, options | {"seed": options["seed"] + 1}), right))
+    if "offset" in options:
+        assert not any(map(torch.equal, run(op, inputs, options | {"offset": 4}), right))
+    probability = "p" if op == "dropout" else "dropout_p"
+    for impl in ("auto", "triton", "reference"):
+        for seed in (
+            options["seed"].int(),
+            options["seed"].double(),
+            options["seed"][:0],
+            7,
+            options["seed"].repeat(2),
+        ):
+            with pytest.raises(TypeError, match=rf"^{op}: seed must be an int64 tensor of one element, .*, got "):
+                run(op, inputs, options | {"seed": seed, "impl": impl})
+        for p in (-1e-9, 1.0, 2.0, float("nan")):
+            with pytest.raises(ValueError, match=rf"^{op}: dropout_p must be in \[0, 1\), got {p}"):
+                run(op, inputs, options | {probability: p, "impl": impl})
+        off = run(op, inputs, options | {probability: 0.0, "seed": "none", "impl": impl})
+        without = {n: o for n, o in options.items() if n not in (probability, "seed", "offset")}
+        want = [inputs["x"]] if op == "dropout" else run(op, inputs, without | {"impl": impl})
+        assert all(map(torch.equal, off, want))
+    if op != "dropout":  # p itself has no default there
+        assert all(map(torch.equal, run(op, inputs, without | {"seed": options["seed"]}), run(op, inputs, without)))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@every_call
+def test_auto_is_the_default_and_takes_the_kernels_of_a_gpu(call, monkeypatch):
+    """On a GPU that is not there; of compute capability 8.0, the oldest, and for tensors of the CPU and of none."""
+    op, inputs, options = make(call, torch.device("cpu"))
+    monkeypatch.setattr(runtime, "INTERPRETED", False)
+    assert inspect.signature(getattr(kernels, op)).parameters["impl"].default == "auto"
+    launched = []
+    want = ["cublas" if op == "linear" and not options else "triton"]
+    for arch in (80, 90):
+        for place in ("cpu", "meta"):
+            given = {n: t.to(place) for n, t in inputs.items()}
+            chosen = {n: t.to(place) if isinstance(t, torch.Tensor) else t for n, t in options.items()}
+            with dry_run(arch, lambda *launch: launched.append(launch)), runtime.record_choices() as choices:
+                outs = run(op, given, chosen | {"impl": "auto"})
+            assert [choice.path for choice in choices] == want
+            assert [out.shape for out in outs] == [out.shape for out in run(op, inputs, options, reference)]
+            with dry_run(arch, None), runtime.record_choices() as choices:  # not one of these runs a kernel
+                run(op, given, chosen | {"impl": "reference"})
+                wide = {n: t.double() for n, t in given.items()}
+                run(op, wide, chosen | {"impl": "auto"})
+                with pytest.raises(RuntimeError, match=rf"^{op}: impl='fused' cannot run: dtype torch\.float64 is not"):
+                    run(op, wide, chosen | {"impl": "fused"})
+            assert [choice.path for choice in choices] == ["reference"] * 2
+            assert choices[1].reason.startswith("auto: dtype torch.float64 is not supported by the Triton kernels")
+    for _, grid, _, form in launched:
+        assert all(isinstance(n, int) and n > 0 for n in grid)
+        assert set(form) == {"num_warps", "num_stages", "enable_fp_fusion"} and form["enable_fp_fusion"] is True
+
+
+def test_dry_runs_nest_and_end():
+    """Also after an exception: the GPU that was there before, Triton's driver, and the products of PyTorch."""
+    active, x = driver._active, torch.ones(3, 2)
+    device = x.device
+
+    def target():
+        return runtime.arch(device), runtime.num_sms(device)
+
+    before = target()
+    with pytest.raises(KeyError), dry_run(80, num_sms=7):
+        assert target() == (80, 7)
+        with pytest.raises(ZeroDivisionError), dry_run(90):
+            assert target() == (90, 132) and driver._active.get_current_target().arch == 90
+            raise ZeroDivisionError
+        assert target() == (80, 7) and driver._active.get_current_target().arch == 80
+        assert (x @ x.T).shape == (3, 3) and torch.addmm(torch.ones(5), x, torch.ones(2, 5)).shape == (3, 5)
+        raise KeyError
+    assert target() == before and driver._active is active and runtime.current_dry_run is None
+    assert torch.equal(x @ x.T, torch.full((3, 3), 2.0))
+    assert torch.equal(torch.addmm(torch.ones(5), x, torch.ones(2, 5)), torch.full((3, 5), 3.0))
+
+
+def test_what_a_launch_may_be():
+    """CUDA's limits, exactly; an empty grid launches nothing; a dry run gets what the kernel would."""
+    launched = []
+
+    def launch(grid):
+        with dry_run(90, lambda *args: launched.append(args)):
+            runtime.launch(kernel, grid, num_warps=2, num_stages=5, x=1)
+
+    def kernel():
+        pass
+
+    for grid in (0, (0, 1), (1, 0), (0, 65_536), (2**31, 0)):
+        launch(grid)
+    assert not launched
+    largest = [2**31 - 1, (2**31 - 1, 65_535), (1, 1, 65_535)]
+    for grid in largest:
+        launch(grid)
+    form = {"num_warps": 2, "num_stages": 5, "enable_fp_fusion": True}
+    assert launched == [(kernel, g if isinstance(g, tuple) else (g,), {"x": 1}, form) for g in largest]
+    for grid in (2**31, (2**31, 1), (1, 65_536), (1, 1, 65_536)):
+        with pytest.raises(ValueError, match=r"^kernel: a grid of \(.*\) exceeds what CUDA can launch"):
+            launch(grid)
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@every_op
+def test_what_is_no_tensor_is_named(call, impl, device):
+    op, inputs, options = make(call, device)
+    tensors = inputs | {n: o for n, o in options.items() if isinstance(o, torch.Tensor) and n != "seed"}
+    for name in tensors:
+        given = inputs | options | {name: [1.0]} | {"impl": impl}
+        with pytest.raises(TypeError, match=rf"^{op}: {name} must be a .*[tT]ensor.* got list"):
+            getattr(kernels, op)(**given)
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_dropout_is_contiguous_whatever_its_input(impl, device):
+    x = torch.ones(2, 5, 24, device=device).movedim(1, -1)
+    y = kernels.dropout(x, 0.4, DROP["seed"].to(device), impl=impl)
+    assert not x.is_contiguous() and y.is_contiguous()

@@ -172,3 +172,46 @@ def test_bad_input(randn, seed, impl):
         dropout(x.long(), 0.5, seed, impl=impl)
     with pytest.raises(ValueError, match="scalar"):
         dropout(x[0, 0], 0.5, seed, impl=impl)
+
+
+def test_seeds_use_all_64_bits(device):
+    torch.manual_seed(0)
+    drawn = [dropout_seed(torch.empty(2, device=device)).item() for _ in range(100)]
+    assert len(set(drawn)) == 100
+    for bit in range(64):
+        assert {value >> bit & 1 for value in drawn} == {0, 1}, bit
+
+
+def test_a_seed_of_what_learns_has_no_gradient(randn):
+    x = randn(3, 4).requires_grad_()
+    assert not dropout_seed(x).requires_grad and not x.grad
+    y = dropout(x, 0.5, impl="triton")
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(grad == 0, y == 0) and set(grad.unique().tolist()) == {0.0, 2.0}
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton", "reference"])
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (2, 3, 1, 5)], ids=str)
+def test_rows_are_all_dimensions_but_the_last(randn, seed, impl, shape):
+    """The mask of a tensor is that of the matrix of its rows, also where it is a view with other strides."""
+    x, device = torch.ones(shape), seed.device
+    rows = x.reshape(-1, 5).to(device)
+    want = reference.dropout_scale(seed, 4, rows.shape, 0.4).float().reshape(shape)
+    assert torch.equal(dropout(x.to(device), 0.4, seed, 4, impl=impl), want)
+    strided = x.movedim(0, -1).contiguous().movedim(-1, 0).to(device)
+    assert torch.equal(dropout(strided, 0.4, seed, 4, impl=impl), want)
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton", "reference"])
+def test_zero_is_the_offset_that_nobody_gives(randn, seed, impl):
+    x = randn(8, 16)
+    first, named, other = dropout(x, 0.5, seed, impl=impl), *(dropout(x, 0.5, seed, i, impl=impl) for i in (0, 1))
+    assert torch.equal(first, named) and not torch.equal(first, other)
+
+
+def test_what_drops_nothing_is_not_looked_at(randn):
+    """p = 0 gives back the very tensor, a scalar too, whatever the rest."""
+    for x in (randn(3, 4), randn(), randn(0)):
+        for impl in ("auto", "triton", "reference"):
+            assert dropout(x, 0.0, "no seed", -1, impl=impl) is x
+            assert dropout(x, 0, impl=impl) is x

@@ -1,5 +1,6 @@
 """transformers models with our attention from its registry, beside its own eager attention."""
 
+import sys
 import types
 
 import pytest
@@ -131,7 +132,7 @@ def test_causal_text_attention_is_not_ours():
 
 @pytest.mark.parametrize("scaling", [None, 0.7])
 @pytest.mark.parametrize("heads", [4, 2], ids=["own keys", "shared keys"])
-@pytest.mark.parametrize("causal", ["by argument", "by module", "by neither", "argument over module"])
+@pytest.mark.parametrize("causal", ["by argument", "by module", "by neither", "argument over module", "by default"])
 def test_the_registered_function_and_all_that_it_takes(causal, heads, scaling):
     import_transformers()
     from transformers import AttentionInterface
@@ -142,6 +143,8 @@ def test_the_registered_function_and_all_that_it_takes(causal, heads, scaling):
     k, v = (torch.randn(2, heads, 6, 16, generator=generator) for _ in range(2))
     module = torch.nn.Module().eval()
     module.is_causal, module.num_key_value_groups = causal in ("by module", "argument over module"), 4 // heads
+    if causal == "by default":  # of transformers, for a module that does not say
+        del module.is_causal
     is_causal = {"by argument": True, "argument over module": False}.get(causal)
     options = {"is_causal": causal.startswith("by") and "neither" not in causal, "enable_gqa": True, "scale": scaling}
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
@@ -159,3 +162,109 @@ def test_the_registered_function_and_all_that_it_takes(causal, heads, scaling):
     options = {"attn_mask": mask, "enable_gqa": True, "scale": scaling}
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
     torch.testing.assert_close(attend(module, q, k, v, mask, scaling=scaling, is_causal=is_causal)[0], want)
+
+
+def attend_with(p: float, tensors, mask=None, **options):
+    """The registered function in training, from a fixed random state."""
+    import_transformers()
+    from transformers import AttentionInterface
+
+    module = torch.nn.Module().train()
+    module.is_causal, module.num_key_value_groups = False, tensors[0].shape[1] // tensors[1].shape[1]
+    torch.manual_seed(5)
+    return AttentionInterface()[vit.register_attention()](module, *tensors, mask, dropout=p, **options)
+
+
+def heads_first(*heads: int, tokens=(6, 6, 6), seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(3, h, n, 16, generator=generator) for h, n in zip(heads, tokens, strict=True)]
+
+
+def test_names_and_paths_of_backends():
+    """The name is returned and has a default, and each name keeps its own ``impl``."""
+    transformers = import_transformers()
+    assert vit.register_attention() == "vit_kernels"
+    assert vit.register_attention(impl="auto", name="vit_a") == "vit_a"
+    assert vit.register_attention("vit_b", "reference") == "vit_b"
+    assert vit.register_attention("vit_c", "triton") == "vit_c"
+    reasons = {}
+    for name in ("vit_kernels", "vit_a", "vit_b", "vit_c"):
+        model, _, size = vit_model(transformers, attn_implementation=name)
+        (row,) = vit.explain(model.eval(), torch.zeros(1, 3, *size))
+        assert row.calls == 2 and row.op == "attention"
+        reasons[name] = (row.path, row.reason.split(":")[0])
+    assert reasons["vit_kernels"] == reasons["vit_a"] == (reasons["vit_a"][0], "auto")
+    assert reasons["vit_b"] == ("reference", "asked for") or reasons["vit_b"][1].startswith("asked for")
+    assert reasons["vit_c"][0] == "triton"
+
+
+def test_without_transformers_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"^register_attention needs transformers 5: pip install 'transformers>=5'$"):
+        vit.register_attention()
+
+
+def test_fewer_queries_than_keys():
+    """As in a pooling head: one query for each image."""
+    q, k, v = heads_first(4, 4, 4, tokens=(1, 6, 6))
+    found, weights = attend_with(0.0, (q, k, v), output_attentions=True)
+    probs = torch.softmax(q @ k.mT / 4, -1)
+    torch.testing.assert_close(found, (probs @ v).transpose(1, 2))
+    torch.testing.assert_close(weights, probs)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_weights_under_dropout_are_those_of_the_output(grad):
+    q, k, v = heads_first(4, 4, 4)
+    q.requires_grad_(grad)
+    found, weights = attend_with(0.4, (q, k, v), output_attentions=True, scaling=0.7)
+    torch.testing.assert_close(found, (weights @ v).transpose(1, 2))
+    kept = weights != 0
+    assert 0.4 < kept.float().mean() < 0.8
+    torch.testing.assert_close(weights, torch.where(kept, torch.softmax(0.7 * q @ k.mT, -1) / 0.6, 0))
+    again, nothing = attend_with(0.4, (q, k, v), scaling=0.7)
+    assert nothing is None
+    torch.testing.assert_close(again, found)  # the weights that are asked for do not change what is dropped
+
+
+def test_a_dropout_of_everything_is_sdpas():
+    q, k, v = heads_first(4, 4, 4)
+    found, weights = attend_with(1.0, (q, k, v))
+    torch.manual_seed(5)
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=1.0).transpose(1, 2)
+    torch.testing.assert_close(found, want, equal_nan=True)
+    assert weights is None
+
+
+@pytest.mark.parametrize("case", ["mask", "causal", "shared keys"])
+def test_sdpa_gets_the_dropout_and_the_scale(case):
+    """Over 2,000 draws of one row, the mean is the row without dropout, and a share p of the weights is 0."""
+    q, k, v = heads_first(4, 2 if case == "shared keys" else 4, 2 if case == "shared keys" else 4)
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()[None, None] if case == "mask" else None
+    groups = 4 // k.shape[1]
+    k, v = (t[:1].expand(2000, -1, -1, -1) for t in (k, torch.eye(6, 16).expand_as(v)))
+    q = q[:1].expand(2000, -1, -1, -1)
+    found, _ = attend_with(0.25, (q, k, v), mask, scaling=0.7, is_causal=case == "causal")
+    weights = found[..., :6].transpose(1, 2)  # the values are unit vectors, so the output shows the weights
+    logits = 0.7 * q[:1] @ k[:1].repeat_interleave(groups, 1).mT
+    if case != "shared keys":
+        logits = logits.masked_fill(~torch.ones(6, 6, dtype=torch.bool).tril(), float("-inf"))
+    probs = logits.softmax(-1)[0]
+    assert ((weights.mean(0) - probs).abs() <= 0.02 + 0.1 * probs).all()
+    dropped = (weights == 0).float().mean(0)[probs > 0]
+    assert ((dropped - 0.25).abs() < 0.06).all()
+
+
+@pytest.mark.parametrize("case", ["mask", "causal", "shared keys"])
+def test_sdpa_draws_what_it_draws_alone(case):
+    """No random number of the op's own comes before it."""
+    import_transformers()
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    q, k, v = heads_first(4, 2 if case == "shared keys" else 4, 2 if case == "shared keys" else 4)
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()[None, None] if case == "mask" else None
+    found, _ = attend_with(0.5, (q, k, v), mask, is_causal=case == "causal")
+    torch.manual_seed(5)
+    module = types.SimpleNamespace(num_key_value_groups=4 // k.shape[1], is_causal=False)
+    want, _ = sdpa_attention_forward(module, q, k, v, mask, 0.5, None, case == "causal")
+    torch.testing.assert_close(found, want)

@@ -430,3 +430,130 @@ def test_bad_residual_input(change, error, message):
     args = {"residual": torch.ones(2, 4, 16), "branch": torch.ones(2, 4, 16), "weight": torch.ones(16)} | change
     with pytest.raises(error, match=message):
         residual_layer_norm(**args)
+
+
+IMPLS = pytest.mark.parametrize("impl", ["triton", "reference", "auto"])
+
+
+@IMPLS
+@pytest.mark.parametrize("shape", [(24,), (5, 24), (3, 5, 24), (3, 2, 5, 24), (2, 3, 1, 2, 24)], ids=str)
+def test_any_number_of_dimensions(randn, impl, shape):
+    """One factor for each sample, whatever lies between samples and channels; by hand."""
+    x, branch, weight, bias, gamma = randn(*shape), randn(*shape), randn(24), randn(24), randn(24)
+    y = layer_norm(x, weight, bias, impl=impl)
+    torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, (24,), weight, bias, 1e-6), rtol=1e-5, atol=1e-5)
+    leaves = [t.requires_grad_() for t in (x, branch, weight, bias, gamma)]
+    row_scale = None if len(shape) == 1 else torch.arange(shape[0], device=x.device) + 0.5
+    factors = 1.0 if row_scale is None else row_scale.reshape(-1, *[1] * (len(shape) - 1))
+    stream = x + branch * gamma * factors
+    want = stream, torch.nn.functional.layer_norm(stream, (24,), weight, bias, 1e-6)
+    found = residual_layer_norm(*leaves[:4], gamma=gamma, row_scale=row_scale, impl=impl)
+    into = randn(*shape), randn(*shape)
+    for a, b in zip(
+        [*found, *torch.autograd.grad(found, leaves, into)],
+        [*want, *torch.autograd.grad(want, leaves, into)],
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@IMPLS
+@pytest.mark.parametrize("eps", [0.0, 1e-6, 1e-2, 3])
+def test_eps_is_added_to_the_variance(randn, impl, eps):
+    """Rows whose variance is as small as it; 0 is allowed, less is not."""
+    x, zero = 0.1 * randn(6, 24), torch.zeros(6, 24, device=randn(1).device)
+    centred = x.double() - x.double().mean(dim=1, keepdim=True)
+    want = centred / (centred.square().mean(dim=1, keepdim=True) + eps).sqrt()
+    torch.testing.assert_close(layer_norm(x, None, None, eps, impl=impl).double(), want, rtol=1e-4, atol=1e-5)
+    _, y = residual_layer_norm(x, zero, None, None, eps, impl=impl)
+    torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-5)
+    for op, args in ((layer_norm, (x,)), (residual_layer_norm, (x, x))):
+        with pytest.raises(ValueError, match=f"^{op.__name__}: eps must not be negative, got -1e-12"):
+            op(*args, eps=-1e-12, impl=impl)
+
+
+@pytest.mark.parametrize("op", [layer_norm, residual_layer_norm], ids=lambda op: op.__name__)
+def test_widest_row(op, device):
+    """65,536 elements, and not one more; `auto` then takes PyTorch."""
+    x = torch.ones(1, 65_537, device=device)
+    inputs = (x,) if op is layer_norm else (x, x)
+    with pytest.raises(RuntimeError, match=f"^{op.__name__}: impl='triton' cannot run: rows of 65537 elements exceed"):
+        op(*inputs, impl="triton")
+    found = op(*inputs)
+    assert not (found if op is layer_norm else found.y).any()
+    ramp = torch.linspace(-1, 1, 65_536, device=device)[None]
+    inputs = (ramp,) if op is layer_norm else (ramp, 0 * ramp)
+    found = op(*inputs, impl="triton")
+    want = torch.nn.functional.layer_norm(ramp, (65_536,), eps=1e-6)
+    torch.testing.assert_close(found if op is layer_norm else found.y, want, rtol=1e-4, atol=1e-4)
+
+
+def saved_by(fn):
+    """The shapes of what fn saved for the backward."""
+    shapes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
+        fn()
+    return sorted(shapes)
+
+
+def test_what_is_saved(randn):
+    """The stream, two numbers a row, the factors; the branch only where its LayerScale learns."""
+    x, branch, weight, bias, gamma = (t.requires_grad_() for t in (randn(9, 16), randn(9, 16), *randn(3, 16)))
+    scale = torch.ones(9, device=x.device)
+    stats, rows, row = [(9,), (9,)], (9, 16), (16,)
+    assert saved_by(lambda: layer_norm(x, weight, bias, impl="triton")) == sorted([rows, *stats, row])
+    assert saved_by(lambda: layer_norm(x, impl="triton")) == sorted([rows, *stats])
+    plain = saved_by(lambda: residual_layer_norm(x, branch, weight, bias, impl="triton"))
+    assert plain == sorted([rows, *stats, row])
+    learns = saved_by(lambda: residual_layer_norm(x, branch, weight, bias, gamma=gamma, row_scale=scale, impl="triton"))
+    assert learns == sorted([rows, rows, *stats, row, row, (9,)])
+    frozen = saved_by(lambda: residual_layer_norm(x, branch, weight, bias, gamma=gamma.detach(), impl="triton"))
+    assert frozen == sorted([rows, *stats, row, row])
+
+
+KINDS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("branch", KINDS, ids=str)
+@pytest.mark.parametrize("other", KINDS, ids=str)
+@pytest.mark.parametrize("names", [("residual",), ("weight", "bias"), ("gamma",), ("weight",), ("bias",)], ids="+".join)
+def test_dtypes_that_go_together(names, branch, other):
+    """That of the branch, or fp32 beside a branch of 16 bits; the LayerNorm's two parameters share theirs."""
+    shapes = {"residual": (2, 3, 8), "branch": (2, 3, 8), "weight": (8,), "bias": (8,), "gamma": (8,)}
+    args = {n: torch.ones(shape, dtype=other if n in names else branch) for n, shape in shapes.items()}
+    wide = other is torch.float32 and branch in HALVES and names not in (("weight",), ("bias",))
+    if other is branch or wide:
+        stream, y = residual_layer_norm(**args)
+        assert stream.dtype is args["residual"].dtype and y.dtype is branch
+    else:
+        with pytest.raises(
+            TypeError, match=r"^residual_layer_norm: \w+ is torch\.\w+ but \w+ is torch\.\w+; "
+        ) as raised:
+            residual_layer_norm(**args)
+        assert any(f"{name} is {other}" in str(raised.value) for name in names)
+
+
+@pytest.mark.parametrize("redraws", [False, True])
+def test_shipped_tiles_hold_a_whole_row(redraws):
+    """Of any width, about 4,096 elements a program and half as many where a mask is drawn again; 4 to 16 warps."""
+    budget = 2048 if redraws else 4096
+    for arch in (80, 90, 100):
+        for width in (1, 2, 3, 31, 32, 33, 192, 384, 512, 768, 1024, 1025, 2048, 2049, 4096, 8192, 8193, 65_536):
+            config = configs.layer_norm(arch, width, redraws)
+            whole = next(2**i for i in range(17) if 2**i >= width)
+            assert config.block_n == whole and config.block_m == max(1, budget // whole), width
+            assert config.num_warps == {True: 4, False: min(16, whole // 512)}[whole <= 2048]
+            flat = configs.elementwise(arch, width)
+            assert flat.block_n == min(whole, 1024) and flat.block_m == 2048 // flat.block_n
+    assert configs.layer_norm(90, 768) == configs.layer_norm(90, 768, False)
+
+
+def test_only_a_backward_that_draws_again_has_the_smaller_tile(randn, monkeypatch):
+    asked, plain = [], configs.layer_norm
+    monkeypatch.setattr(configs, "layer_norm", lambda *args: asked.append(args[1:]) or plain(*args))
+    x, seed = randn(4, 24).requires_grad_(), torch.tensor([3], device=randn(1).device)
+    layer_norm(x, impl="triton").sum().backward()
+    for p in (0.0, 0.5):
+        residual_layer_norm(x, x, dropout_p=p, seed=seed, impl="triton").y.sum().backward()
+    assert asked == [(24,), (24, False), (24,), (24, False), (24,), (24, True)]

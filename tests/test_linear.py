@@ -448,3 +448,21 @@ def test_bad_arguments(randn):
     too_long = torch.zeros(1, dtype=torch.float16, device=x.device).expand(2**31, 1)
     with pytest.raises(ValueError, match="32-bit"):
         linear(too_long, weight[:, :1].half(), impl="triton")
+
+
+@pytest.mark.parametrize("impl", ["auto", "fused", "triton", "reference"])
+def test_only_none_is_no_activation(randn, impl):
+    for activation in ("", "none", "GELU", 0, False):
+        with pytest.raises(ValueError, match=f"^linear: activation must be one of .*, got {activation!r}$"):
+            linear(randn(2, 8), randn(4, 8), None, activation, impl=impl)
+
+
+@pytest.mark.parametrize("side", ["rows", "columns", "summed"])
+def test_a_side_beyond_32_bits_is_refused(side):
+    """Of any of the three sides, before anything is read or made."""
+    rows, columns, summed = (2**31 if side == name else 1 for name in ("rows", "columns", "summed"))
+    x, weight = torch.empty(rows, summed, device="meta"), torch.empty(columns, summed, device="meta")
+    with pytest.raises(
+        ValueError, match=rf"a product of \[{rows}, {summed}\] and \[{summed}, {columns}\] has a side too"
+    ):
+        gemm(x, weight, trans_b=True)

@@ -366,3 +366,42 @@ def test_bad_arguments(randn):
                 mlp(**good | change, impl=impl)
     with pytest.raises(ValueError, match="impl must be one of"):
         mlp(**good, impl="cublas")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "wanted",
+    [{"fc2_weight"}, {"fc2_weight", "fc2_bias"}, {"fc1_bias"}, {"x"}, set(NAMES)],
+    ids=lambda v: "+".join(sorted(v)),
+)
+def test_each_activation_where_parts_are_frozen(randn, drop, activation, p, wanted):
+    """Also where the activation is computed again without the product before it. Beside PyTorch's own functions."""
+    inputs, dy = block(randn, (2, 9, 20), 36, 12), randn(2, 9, 12).double()
+    drop |= {"dropout_p": p}
+    leaves = {n: t.clone().requires_grad_(n in wanted) for n, t in inputs.items()}
+    copies = {n: t.double().requires_grad_(n in wanted) for n, t in inputs.items()}
+    functional = torch.nn.functional
+    gelu = {
+        "gelu": functional.gelu,
+        "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+        "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    }[activation]
+    hidden = gelu(functional.linear(*(copies[n] for n in NAMES[:3])))
+    if p:
+        hidden = hidden * reference.dropout_scale(drop["seed"], drop["offset"], hidden.shape, p)
+    want = functional.linear(hidden, copies["fc2_weight"], copies["fc2_bias"])
+    for impl in ("triton", "fused", "reference"):
+        y = mlp(**leaves, activation=activation, **drop, impl=impl)
+        torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-5)
+        grads = torch.autograd.grad(y, [leaves[n] for n in NAMES if n in wanted], dy.float())
+        wanted_grads = torch.autograd.grad(want, [copies[n] for n in NAMES if n in wanted], dy, retain_graph=True)
+        for a, b in zip(grads, wanted_grads, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton", "reference"])
+def test_an_activation_that_is_no_word(randn, impl):
+    for activation in ("", None, "GELU", "gelu_new", 0):
+        with pytest.raises(ValueError, match=f"^mlp: activation must be one of .*, got {activation!r}$"):
+            mlp(**block(randn, (2, 8), 16, 4), activation=activation, impl=impl)

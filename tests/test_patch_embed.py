@@ -524,3 +524,77 @@ def test_bad_input(change, error, message):
     }  # fmt: skip
     with pytest.raises(error, match=message):
         patch_embed(**(inputs | change))
+
+
+@IMPL
+@pytest.mark.parametrize(
+    ("height", "width", "said"),
+    [
+        (15, 24, "height 15 and width 24"), (16, 20, "height 16 and width 20"), (0, 24, "height 0 and width 24"),
+        (16, 0, "height 16 and width 0"), (12, 16, "height 12 and width 16"),
+        (16, 16, "height 16 and width 16"), (12, 24, "height 12 and width 24"), (4, 6, "height 4 and width 6"),
+    ],
+)  # fmt: skip
+def test_images_that_are_no_whole_patches(impl, height, width, said):
+    """Each side by the patch's own: 8 x 12 pixels, of which other multiples would fit the other side."""
+    with pytest.raises(ValueError, match=f"^patch_embed: image {said} must be positive multiples of the patch 8 x 12;"):
+        patch_embed(torch.ones(2, 3, height, width), torch.ones(5, 3, 8, 12), impl=impl)
+
+
+@pytest.mark.parametrize("dim", range(4))
+def test_a_weight_without_elements(dim):
+    shape = [5, 3, 8, 12]
+    shape[dim] = 0
+    image = torch.ones(2, shape[1], 16, 24)
+    with pytest.raises(ValueError, match=r"^patch_embed: weight must have shape \[D, C, PH, PW\], none of them 0"):
+        patch_embed(image, torch.ones(shape))
+
+
+@IMPL
+def test_no_prefix_tokens_and_an_empty_prefix_are_one(randn, impl):
+    inputs = make(randn, patch=(4, 6), grid=(2, 3), D=16, R=0)
+    empty = inputs | {"prefix": randn(1, 0, 16)}
+    plain = torch.nn.functional.conv2d(inputs["image"], inputs["weight"], inputs["bias"], stride=(4, 6))
+    for given in (inputs, empty):
+        found = patch_embed(**given, impl=impl)
+        torch.testing.assert_close(found, plain.flatten(2).mT + inputs["pos_embed"], rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_beside_an_empty_prefix(randn):
+    inputs = make(randn, patch=(4, 6), grid=(2, 3), D=16, R=0)
+    dy = randn(2, 6, 16)
+    found, want = grads(inputs | {"prefix": dy[:1, :0]}, dy), grads(inputs, dy)
+    assert found.pop().shape == (1, 0, 16)
+    assert all(map(torch.equal, found, want))
+
+
+@IMPL
+def test_a_position_embedding_of_patches_leaves_the_prefix_as_it_is(randn, impl):
+    """By hand, with as many prefix tokens as patches, and with more."""
+    for R in (1, 6, 7):
+        inputs = make(randn, patch=(4, 6), grid=(2, 3), D=16, R=R, pos="patches")
+        tokens = patch_embed(**inputs, impl=impl)
+        assert torch.equal(tokens[:, :R], inputs["prefix"].expand(2, -1, -1))
+        plain = torch.nn.functional.conv2d(inputs["image"], inputs["weight"], inputs["bias"], stride=(4, 6))
+        torch.testing.assert_close(tokens[:, R:], plain.flatten(2).mT + inputs["pos_embed"], rtol=1e-5, atol=1e-5)
+
+
+KINDS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("pixels", KINDS, ids=str)
+@pytest.mark.parametrize("added", KINDS, ids=str)
+def test_dtypes_that_go_together(pixels, added):
+    """What is added has the dtype of the pixels, or fp32 beside 16 bits: all three of them, and each alone."""
+    every = {"pos_embed": (1, 3, 8), "prefix": (1, 1, 8), "mask_token": (1, 1, 8)}
+    image, weight = torch.ones(2, 3, 4, 8, dtype=pixels), torch.ones(8, 3, 4, 4, dtype=pixels)
+    for names in (list(every), ["pos_embed"], ["prefix"], ["mask_token"]):
+        some = {
+            n: torch.ones(every[n] if n != "pos_embed" or len(names) > 1 else (1, 2, 8), dtype=added) for n in names
+        }
+        mask = {"bool_masked_pos": torch.ones(2, 2, dtype=torch.bool)} if "mask_token" in some else {}
+        if added is pixels or (added is torch.float32 and pixels in (torch.float16, torch.bfloat16)):
+            assert patch_embed(image, weight, **some, **mask).dtype is added
+        else:
+            with pytest.raises(TypeError, match=f"^patch_embed: {names[0]} is {added} but image is {pixels}"):
+                patch_embed(image, weight, **some, **mask)

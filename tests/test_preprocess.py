@@ -268,3 +268,165 @@ def test_generic_labels_are_no_names(tmp_path):
     assert preprocess.class_names(tmp_path) == {}
     (tmp_path / "config.json").write_text('{"label_names": ["ant", "bee"]}')
     assert preprocess.class_names(tmp_path) == {0: "ant", 1: "bee"}
+
+
+def rgb(width: int, height: int) -> Image.Image:
+    """Every pixel another colour, none of them black."""
+    pixels = np.arange(height * width * 3, dtype=np.uint32).reshape(height, width, 3) % 251 + 1
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+@pytest.mark.parametrize("size", [(64, 96), (96, 64), (224, 384), (384, 224), (384, 512), (512, 384)])
+@pytest.mark.parametrize("source", preprocess.SOURCES)
+def test_every_source_at_sizes_that_are_not_square(source, size):
+    """(height, width) -> the resize, the crop and the filter by hand; the larger variants begin where both sides do."""
+    mean, std = {
+        "timm-clip": (preprocess.CLIP_MEAN, preprocess.CLIP_STD),
+        **dict.fromkeys(("google", "big_vision", "hf", "timm"), ((0.5,) * 3,) * 2),
+    }.get(source, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    large, longer = min(size) >= 384, max(size)
+    by_percent = {"big_vision": 87.5, "torchvision": 87.5, "dinov2": 87.5, "timm-dinov2": 100}.get(source, 90)
+    if large and source not in ("dinov2", "timm-dinov2"):
+        by_percent = 100
+    resample = {"google": 2, "hf": 2, "big_vision": 4, "torchvision": 3 if large else 2}.get(source, 3)
+    found = preprocess.preprocessing(source, size)
+    whole = source in ("google", "hf")
+    assert found.resize == (size if whole else int(longer * 100 / by_percent)) and type(found.resize) is not float
+    assert found.crop == (None if whole else size)
+    assert (found.resample, found.mean, found.std, found.scale) == (resample, mean, std, 1 / 255)
+    height, width = size
+    assert found(rgb(50, 30)).shape == (1, 3, height, width)
+    name = {2: "bilinear", 3: "bicubic", 4: "box"}[resample]
+    first = f"resized to {width} x {height}" if whole else f"shorter side to {found.resize}"
+    centre = "" if whole else f"centre {width} x {height}, "
+    assert str(found).startswith(f"{first}, {name}, {centre}mean 0.")
+    assert ("IMAGENET1K_SWAG" in str(found)) == (source == "torchvision" and large)
+
+
+@pytest.mark.parametrize(("std", "said"), [((0.5,) * 3, "std 0.5 ("), ((0.5, 0.25, 0.5), "std 0.5 0.25 0.5 (")])
+def test_what_is_said_where_nothing_is_resized_or_cropped(std, said):
+    steps = preprocess.Preprocessing("me", None, None, 3, (0.1234,) * 3, std)
+    assert str(steps) == f"mean 0.123, {said}me)"
+    assert steps(rgb(6, 4)).shape == (1, 3, 4, 6)
+
+
+@pytest.mark.parametrize("odd_down", [False, True])
+@pytest.mark.parametrize("crop", [(4, 6), (3, 4), (5, 2), (9, 11), (2, 13), (8, 3)])
+def test_centre_crop_by_hand(crop, odd_down):
+    """Half of an odd margin is rounded down, or to even; what is outside the picture is black."""
+    photo = rgb(6, 4)
+    want = np.zeros((*crop, 3))
+    top, left = ((have - n) // 2 if odd_down else round((have - n) / 2) for have, n in zip((4, 6), crop, strict=True))
+    pixels = np.array(photo)
+    for y in range(crop[0]):
+        for x in range(crop[1]):
+            if 0 <= y + top < 4 and 0 <= x + left < 6:
+                want[y, x] = pixels[y + top, x + left]
+    found = preprocess.Preprocessing("me", None, crop, 3, (0.0,) * 3, (1.0,) * 3, 1.0, odd_down)(photo)
+    assert np.array_equal(found[0].permute(1, 2, 0).numpy(), want)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "LA", "CMYK"])
+def test_photos_of_other_modes_are_read_in_colour(mode, tmp_path):
+    photo = rgb(20, 12).convert(mode)
+    steps = preprocess.preprocessing("timm", (8, 16))
+    assert torch.equal(steps(photo), steps(photo.convert("RGB")))
+    name = tmp_path / ("p.tiff" if mode == "CMYK" else "p.png")
+    photo.save(name)
+    opened = preprocess.open_photo(name)
+    assert opened.mode == "RGB" and np.array_equal(np.array(opened), np.array(photo.convert("RGB")))
+
+
+def test_to_tensor_keeps_photos_channels_and_sides_in_order():
+    photos = [rgb(5, 3), rgb(5, 3).transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    found = preprocess.to_tensor(photos, mean, std, 1 / 128)
+    want = (np.stack([np.array(p) for p in photos]).astype(np.float64) / 128 - mean) / std
+    assert found.dtype is torch.float32 and found.shape == (2, 3, 3, 5)
+    assert np.abs(found.permute(0, 2, 3, 1).numpy() - want).max() < 1e-6
+    plain = (np.array(photos[1]).astype(np.float64) / 255 - 0.5) / 0.5  # the defaults
+    assert np.abs(preprocess.to_tensor(photos)[1].permute(1, 2, 0).numpy() - plain).max() < 1e-6
+
+
+def test_timms_config_says_how_a_photo_is_prepared(tmp_path):
+    """Its words, and what is usual where it leaves one out; "squash" takes the whole picture."""
+    path, size = tmp_path / "config.json", (64, 96)
+    assert preprocess.of_folder(tmp_path, size) is None
+    for told in ({}, {"pretrained_cfg": None}, []):
+        path.write_text(json.dumps(told))
+        assert preprocess.of_folder(tmp_path, size) is None
+    words = {"interpolation": "bilinear", "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "crop_pct": 0.8}
+    for told, resize, resample in [
+        ({}, 106, 3),
+        (words, 120, 2),
+        (words | {"crop_mode": "center", "crop_pct": 1.0}, 96, 2),
+        (words | {"crop_mode": "squash"}, (80, 120), 2),
+        ({"crop_mode": "squash", "interpolation": "lanczos", "crop_pct": 1}, (64, 96), 1),
+    ]:
+        path.write_text(json.dumps({"pretrained_cfg": told}))
+        found = preprocess.of_folder(tmp_path, size)
+        assert (found.resize, found.crop, found.resample) == (resize, size, resample), told
+        assert (found.mean, found.std) == tuple(tuple(told.get(word, (0.5,) * 3)) for word in ("mean", "std"))
+        assert found.source == str(path) and not found.odd_down
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 32}))  # which is asked first
+    assert preprocess.of_folder(tmp_path, size).resize == (32, 32)
+
+
+@pytest.mark.parametrize("kind", ["ViT", "DeiT", "Bit", "CLIP"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"image_processor_type": "{}ImageProcessor"},
+        {"image_processor_type": "{}ImageProcessorFast"},
+        {"feature_extractor_type": "{}FeatureExtractor"},
+        {"image_processor_type": "{}ImageProcessor", "feature_extractor_type": "SamFeatureExtractor"},
+    ],
+)
+def test_what_a_processor_does_where_its_file_says_nothing(words, kind, tmp_path):
+    """The defaults of transformers by hand, under the names of processors old and new."""
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps({word: name.format(kind) for word, name in words.items()}))
+    found = preprocess.of_folder(tmp_path, (64, 96))
+    resize = {"ViT": (224, 224), "DeiT": (256, 256)}.get(kind, 224)
+    assert (found.resize, found.crop) == (resize, None if kind == "ViT" else (224, 224))
+    assert found.resample == (2 if kind == "ViT" else 3) and found.scale == 1 / 255
+    assert found.mean == ((0.5,) * 3 if kind in ("ViT", "DeiT") else (0.48145466, 0.4578275, 0.40821073))
+    assert found.std == ((0.5,) * 3 if kind == "ViT" or kind == "DeiT" else (0.26862954, 0.26130258, 0.27577711))
+    assert str(found).endswith("(preprocessor_config.json)")
+
+
+@pytest.mark.parametrize(
+    ("told", "resize", "crop"),
+    [
+        ({"size": {"height": 48, "width": 80}}, (48, 80), None),
+        ({"size": {"shortest_edge": 48}}, 48, None),
+        ({"size": 48, "do_center_crop": True, "crop_size": {"height": 24, "width": 40}}, (48, 48), (24, 40)),
+        ({"size": 48, "do_center_crop": True, "crop_size": 24}, (48, 48), (24, 24)),
+        ({"do_resize": False, "size": 48}, None, None),
+    ],
+)
+def test_height_and_width_of_a_processors_file(told, resize, crop, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
+    found = preprocess.of_folder(tmp_path, (8, 8))
+    assert (found.resize, found.crop) == (resize, crop)
+    if crop or isinstance(resize, tuple):
+        assert found(rgb(50, 30)).shape[2:] == (crop or resize)
+
+
+def test_class_names_by_their_numbers(tmp_path):
+    assert preprocess.class_names(tmp_path) == {}
+    for told, want in [
+        ({}, {}),
+        ([], {}),
+        ({"id2label": None, "label_names": None}, {}),
+        ({"id2label": {"10": "k", "2": "c"}}, {10: "k", 2: "c"}),
+        ({"id2label": {"0": "LABEL_0", "1": "bee"}}, {0: "LABEL_0", 1: "bee"}),
+        ({"id2label": {"0": "LABEL_1", "1": "LABEL_0"}}, {0: "LABEL_1", 1: "LABEL_0"}),
+        ({"id2label": {}, "label_names": ["ant"]}, {0: "ant"}),
+        ({"id2label": {"0": "bee"}, "label_names": ["ant"]}, {0: "bee"}),
+    ]:
+        (tmp_path / "config.json").write_text(json.dumps(told))
+        assert preprocess.class_names(tmp_path) == want
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
+        preprocess.class_names(tmp_path)

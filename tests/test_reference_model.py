@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import types
 
 import peers
 import pytest
@@ -330,11 +331,14 @@ def test_interpolating_model_equals_a_model_built_for_the_size(case):
     assert torch.equal(model(native, interpolate_pos_encoding=True), model(native))
 
 
+RESIZES = "Pass interpolate_pos_encoding=True, or make the model with dynamic_img_size=True."
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype", "interpolate", "error", "text"),
     [
-        ((1, 3, 32, 24), None, False, ValueError, "Input image size (32*24) doesn't match model (24*40)."),
-        ((1, 3, 40, 24), None, False, ValueError, "Input image size (40*24) doesn't match model (24*40)."),
+        ((1, 3, 32, 24), None, False, ValueError, f"Input image size (32*24) doesn't match model (24*40). {RESIZES}"),
+        ((1, 3, 40, 24), None, False, ValueError, f"Input image size (40*24) doesn't match model (24*40). {RESIZES}"),
         ((1, 4, 24, 40), None, False, ValueError, "image has 4 channels, the model takes in_chans=3"),
         ((1, 1, 24, 40), None, True, ValueError, "image has 1 channels, the model takes in_chans=3"),
         ((3, 24, 40), None, False, ValueError, "image must be [B, 3, H, W], got shape (3, 24, 40)"),
@@ -519,3 +523,245 @@ def test_named_variants_have_timms_shapes():
         assert shapes[0] == shapes[1], name
         assert ours.blocks[0].attn.num_heads == theirs.blocks[0].attn.num_heads, name
         assert ours.config.norm_eps == theirs.norm.eps, name
+
+
+DEFAULTS = {  # of timm and the paper: ViT-B/16
+    "img_size": (224, 224), "patch_size": (16, 16), "in_chans": 3, "num_classes": 1000, "global_pool": "token",
+    "embed_dim": 768, "depth": 12, "num_heads": 12, "mlp_ratio": 4.0, "qkv_bias": True, "qk_norm": False,
+    "init_values": None, "class_token": True, "no_embed_class": False, "reg_tokens": 0, "pre_norm": False,
+    "final_norm": True, "fc_norm": None, "act_layer": "gelu", "norm_eps": 1e-6, "use_mask_token": False,
+    "representation_size": None, "dynamic_img_size": False, "interpolation": "bicubic_offset", "drop_rate": 0.0,
+    "pos_drop_rate": 0.0, "proj_drop_rate": 0.0, "act_drop_rate": None, "attn_drop_rate": 0.0, "drop_path_rate": 0.0,
+    "patch_drop_rate": 0.0, "weight_init": "", "impl": "auto",
+}  # fmt: skip
+
+
+def test_default_of_every_field():
+    assert vars(ViTConfig()) == DEFAULTS and list(vars(ViTConfig())) == list(DEFAULTS)
+
+
+def test_every_word_that_a_field_takes():
+    for field, words in {
+        "global_pool": ("token", "avg", ""),
+        "act_layer": ("gelu", "gelu_tanh", "quick_gelu"),
+        "interpolation": ("bicubic_offset", "bicubic", "bicubic_antialias"),
+        "weight_init": ("", "zeros", "jax", "jax_nlhb"),
+        "impl": ("auto", "fused", "triton", "reference"),
+    }.items():
+        for word in words:
+            assert getattr(ViTConfig(**{field: word}), field) == word
+        with pytest.raises(ValueError) as caught:
+            ViTConfig(**{field: "GELU"})
+        assert str(caught.value) == f"{field}='GELU' is unknown; use one of {words}"
+
+
+RATES = [name for name in DEFAULTS if name.endswith("_rate")]
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_range_of_every_rate(rate):
+    """From 0 to below 1; only those of dropout and stochastic depth need a seed."""
+    assert len(RATES) == 7
+    for value in (0, 0.0, 0.5, 0.999):
+        config = ViTConfig(**{rate: value})
+        assert getattr(config, rate) == value
+        assert config.drops == (value > 0 and rate != "patch_drop_rate")
+    for value in (1, 1.0, 1.5, -1e-9, math.nan):
+        with pytest.raises(ValueError, match=f"^{rate}={value} must be at least 0 and below 1$"):
+            ViTConfig(**{rate: value})
+
+
+@pytest.mark.parametrize("field", ["img_size", "patch_size"])
+@pytest.mark.parametrize("value", [(0, 16), (16, 0), (16, -1), (16, True), (16, 16.0), (16, "16"), (16,), (16, 16, 16)])
+def test_both_sides_of_a_size_are_checked(field, value):
+    with pytest.raises(ValueError, match=rf"^{field}="):
+        ViTConfig(**{"patch_size": 16, "img_size": 16} | {field: value})
+
+
+def test_smallest_and_largest_sizes():
+    least = dict(
+        img_size=1, patch_size=1, in_chans=1, num_classes=0, embed_dim=1, depth=1, num_heads=1, reg_tokens=0,
+        mlp_ratio=1, representation_size=1,
+    )  # fmt: skip
+    assert ViTConfig(**least).num_tokens == 2
+    assert ViTConfig(**least | dict(depth=10_000)).depth == 10_000
+    with pytest.raises(ValueError, match=r"^depth=10001 must be at most 10000$"):
+        ViTConfig(**least | dict(depth=10_001))
+    with pytest.raises(ValueError, match=r"^mlp_ratio=0.9 of embed_dim=1 is no hidden unit"):
+        ViTConfig(**least | dict(mlp_ratio=0.9))
+
+
+@pytest.mark.parametrize("impl", ["auto", "fused", "triton", "reference"])
+@pytest.mark.parametrize("head_dim", [8, 12, 16, 20, 24, 64, 72, 124, 128, 136])
+def test_head_dims_that_an_impl_takes(head_dim, impl):
+    words = dict(embed_dim=3 * head_dim, num_heads=3, impl=impl)
+    if impl in ("auto", "reference") or head_dim in (16, 24, 64, 72, 128):
+        assert ViTConfig(**words).head_dim == head_dim
+    else:
+        with pytest.raises(ValueError, match=f"^num_heads=3 makes head_dim={head_dim}; the kernels take 16 to 128"):
+            ViTConfig(**words)
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        (dict(embed_dim=12 * 10**5), "embed_dim=1200000, depth=12, mlp_ratio=4.0"),
+        (dict(mlp_ratio=1e7), "embed_dim=768, depth=12, mlp_ratio=10000000.0"),
+        (dict(img_size=(160_000, 1_600_000)), r"embed_dim=768, img_size=\(160000, 1600000\), patch_size=\(16, 16\)"),
+        (dict(in_chans=10**6), r"embed_dim=768, patch_size=\(16, 16\), in_chans=1000000"),
+        (dict(reg_tokens=10**9), "embed_dim=768, reg_tokens=1000000000"),
+        (dict(num_classes=10**9), "embed_dim=768, representation_size=None, num_classes=1000000000"),
+        (dict(representation_size=10**9), "embed_dim=768, representation_size=1000000000, num_classes=1000"),
+    ],
+)
+def test_sizes_that_no_memory_holds_are_named(fields, names):
+    with pytest.raises(ValueError, match=f"^{names} make .* parameters, more than 1e.11; make one of them smaller$"):
+        ViTConfig(**fields)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_stochastic_depth_grows_linearly_from_0(depth):
+    config = ViTConfig(depth=depth, drop_path_rate=0.4)
+    want = [0.0] if depth == 1 else [0.4 * i / (depth - 1) for i in range(depth)]
+    assert [config.block_drop_path_rate(i) for i in range(depth)] == pytest.approx(want)
+
+
+def test_dropout_after_the_activation():
+    """None is the other rate, and 0 is none."""
+    for act, want in ((None, 0.3), (0.0, 0.0), (0, 0), (0.2, 0.2)):
+        assert ViTConfig(proj_drop_rate=0.3, act_drop_rate=act).hidden_drop_rate == want
+    assert ViTConfig(act_drop_rate=0.2).hidden_drop_rate == 0.2 and ViTConfig(act_drop_rate=0.2).drops
+
+
+def test_numbers_of_a_grid_that_is_not_square():
+    for cls, reg, bare in [(True, 0, False), (True, 3, True), (False, 2, False), (False, 0, True)]:
+        config = ViTConfig(
+            img_size=(24, 80), patch_size=(8, 16), class_token=cls, reg_tokens=reg, no_embed_class=bare,
+            global_pool="avg",
+        )  # fmt: skip
+        prefix = cls + reg
+        assert config.grid_size == (3, 5) and config.num_patches == 15 and config.num_prefix_tokens == prefix
+        assert config.num_tokens == 15 + prefix and config.pos_embed_len == (15 if bare else 15 + prefix)
+
+
+@pytest.mark.parametrize("patch", [(8, 4), (4, 8)])
+@pytest.mark.parametrize("size", [(24, 40), (40, 24), (28, 24), (24, 28), (24, 0), (0, 24), (8, 8), (26, 24), (24, 26)])
+def test_patch_that_is_not_square_divides_each_side(size, patch):
+    config = ViTConfig(img_size=(24, 40), patch_size=patch)
+    image = torch.zeros(2, 3, *size)
+    fits = size[0] and size[1] and not size[0] % patch[0] and not size[1] % patch[1]
+    if fits:
+        assert config.check_image(image, True) == (size[0] // patch[0], size[1] // patch[1])
+    else:
+        text = rf"^image size {size[0]}\*{size[1]} is not a multiple of the patch {patch[0]}\*{patch[1]}; pad or crop"
+        with pytest.raises(ValueError, match=text):
+            config.check_image(image, True)
+
+
+def test_interpolation_is_asked_of_the_call_before_the_model():
+    for dynamic in (False, True):
+        config = ViTConfig(img_size=(24, 40), patch_size=8, dynamic_img_size=dynamic)
+        assert config.check_image(torch.zeros(0, 3, 24, 40)) == (3, 5)
+        for asked in (None, False, True):
+            if asked or (asked is None and dynamic):
+                assert config.check_image(torch.zeros(1, 3, 40, 24).half(), asked) == (5, 3)
+            else:
+                with pytest.raises(ValueError, match="doesn't match"):
+                    config.check_image(torch.zeros(1, 3, 40, 24), asked)
+
+
+def test_masks_of_patches():
+    config = ViTConfig(use_mask_token=True)
+    config.check_mask(None, 2, (3, 5))
+    config.check_mask(torch.ones(2, 15, dtype=torch.bool), 2, (3, 5))
+    ViTConfig().check_mask(None, 2, (3, 5))
+    for shape in [(15, 2), (2, 3, 5), (1, 15), (2, 16), (15,), (2, 14)]:
+        with pytest.raises(ValueError) as caught:
+            config.check_mask(torch.ones(shape, dtype=torch.bool), 2, (3, 5))
+        assert str(caught.value) == (
+            f"bool_masked_pos must have shape [2, 15] for the 3*5 patches of each image, got {shape}"
+        )
+    for mask, kind in ((torch.ones(2, 15), "torch.float32"), ([[True] * 15] * 2, "list")):
+        with pytest.raises(TypeError) as caught:
+            config.check_mask(mask, 2, (3, 5))
+        assert str(caught.value) == f"bool_masked_pos must be a bool tensor, got {kind}; pass bool_masked_pos.bool()"
+    with pytest.raises(ValueError, match="needs a mask token; make the model with use_mask_token=True"):
+        ViTConfig().check_mask(torch.ones(2, 15, dtype=torch.bool), 2, (3, 5))
+
+
+HF_DEFAULTS = DEFAULTS | {"num_classes": 2, "norm_eps": 1e-12, "interpolation": "bicubic"}
+
+
+def test_from_hf_takes_every_word():
+    """Of an object or a mapping; a missing word has Hugging Face's default, and an override wins over what is said."""
+
+    assert vars(ViTConfig.from_hf({})) == HF_DEFAULTS == vars(ViTConfig.from_hf(types.SimpleNamespace()))
+    for words, fields in [
+        ({"image_size": [64, 32]}, {"img_size": (64, 32)}),
+        ({"patch_size": (8, 4)}, {"patch_size": (8, 4)}),
+        ({"num_channels": 1}, {"in_chans": 1}),
+        ({"hidden_size": 384, "intermediate_size": 768}, {"embed_dim": 384, "mlp_ratio": 2.0}),
+        ({"num_hidden_layers": 3}, {"depth": 3}),
+        ({"num_attention_heads": 6}, {"num_heads": 6}),
+        ({"qkv_bias": False}, {"qkv_bias": False}),
+        ({"layer_norm_eps": 1e-3}, {"norm_eps": 1e-3}),
+        ({"attention_probs_dropout_prob": 0.1}, {"attn_drop_rate": 0.1}),
+        ({"hidden_dropout_prob": 0.2}, {"pos_drop_rate": 0.2, "proj_drop_rate": 0.2, "act_drop_rate": 0.0}),
+        ({"hidden_dropout_prob": 0.0}, {}),
+        ({"num_labels": 0, "id2label": {0: "a"}}, {"num_classes": 0}),
+        ({"num_labels": 5, "id2label": {0: "a"}}, {"num_classes": 5}),
+        ({"id2label": {0: "a"}}, {"num_classes": 1}),
+        ({"hidden_act": "gelu"}, {"act_layer": "gelu"}),
+        ({"hidden_act": "gelu_new"}, {"act_layer": "gelu_tanh"}),
+        ({"hidden_act": "gelu_pytorch_tanh"}, {"act_layer": "gelu_tanh"}),
+        ({"hidden_act": "quick_gelu"}, {"act_layer": "quick_gelu"}),
+        ({"model_type": "vit"}, {}),
+        ({"model_type": ""}, {}),
+    ]:
+        for given in (words, types.SimpleNamespace(**words)):
+            assert vars(ViTConfig.from_hf(given)) == HF_DEFAULTS | fields, words
+    told = {"hidden_dropout_prob": 0.2, "hidden_act": "quick_gelu", "num_labels": 5, "layer_norm_eps": 1e-3}
+    asked = {"proj_drop_rate": 0.1, "act_drop_rate": None, "act_layer": "gelu", "num_classes": 0, "norm_eps": 1e-5}
+    assert vars(ViTConfig.from_hf(told, **asked)) == HF_DEFAULTS | {"pos_drop_rate": 0.2} | asked
+
+
+WIDTHS = {  # embed_dim, depth, num_heads, MLP width: the papers' tables, and timm's names
+    "tiny": (192, 12, 3, 768), "small": (384, 12, 6, 1536), "medium": (512, 12, 8, 2048), "base": (768, 12, 12, 3072),
+    "large": (1024, 24, 16, 4096), "so400m": (1152, 27, 16, 4304), "huge": (1280, 32, 16, 5120),
+    "giant": (1408, 40, 16, 6144), "gigantic": (1664, 48, 16, 8192), "enormous": (1792, 56, 16, 15360),
+}  # fmt: skip
+
+
+def test_sizes_and_order_of_the_named_variants():
+    """Plain ones by width, then SigLIP's and CLIP's; what no shape shows is as their papers say."""
+    plain = [
+        f"vit_{size}_patch{patch}_{img}"
+        for size in WIDTHS
+        for patch, img in [(8, 224), (8, 384), (14, 224), (16, 224), (16, 384), (32, 224), (32, 384)]
+    ]
+    clip = dict(pre_norm=True, norm_eps=1e-5)
+    gap = dict(class_token=False, global_pool="avg", fc_norm=False)
+    others = {
+        "vit_so400m_patch14_siglip_gap_224": ("so400m", 14, 224, gap),
+        "vit_so400m_patch16_siglip_gap_384": ("so400m", 16, 384, gap),
+        "vit_base_patch16_clip_224": ("base", 16, 224, clip),
+        "vit_large_patch14_clip_224": ("large", 14, 224, clip),
+        "vit_large_patch14_clip_quickgelu_224": ("large", 14, 224, clip | dict(act_layer="quick_gelu")),
+    }
+    assert list_models() == [*plain, *others]
+    table = {
+        name: (name.split("_")[1], *(int(x) for x in name.replace("patch", "").split("_")[2:]), {}) for name in plain
+    }
+    for name, (size, patch, img, fields) in (table | others).items():
+        config = get_config(name)
+        dim, depth, heads, _hidden = WIDTHS[size]
+        assert (config.embed_dim, config.depth, config.num_heads, config.mlp_hidden_dim) == WIDTHS[size], name
+        want = dict(img_size=(img, img), patch_size=(patch, patch), embed_dim=dim, depth=depth, num_heads=heads)
+        assert vars(config) == DEFAULTS | want | {"mlp_ratio": config.mlp_ratio} | fields, name
+
+
+def test_named_variants_are_not_changed_from_outside():
+    list_models().clear()
+    asked = {"depth": 1, "num_classes": 0}
+    assert get_config("vit_base_patch16_224", **asked).num_classes == 0 and asked == {"depth": 1, "num_classes": 0}
+    assert len(list_models()) == 75 and get_config("vit_base_patch16_224") == ViTConfig()

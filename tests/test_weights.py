@@ -592,3 +592,94 @@ def test_grid_of_a_position_embedding_that_is_not_known(tmp_path):
     path = foreign(make(img_size=(16, 48)), tmp_path / "m.pt")
     with pytest.raises(vit.CheckpointError, match=r"13 rows"):
         vit.load_pretrained(make(), path)
+
+
+@pytest.mark.parametrize("dialect", ["timm", "hf", "torchvision", "google", "dinov2"])
+def test_64_bits_are_resized_and_adapted_in_64(dialect, tmp_path):
+    """And a model of 64 bits gets them: the sums and products are not those of fp32."""
+    fields = {"num_classes": 0, "act_layer": "gelu_tanh" if dialect == "google" else "gelu"}
+    source = make(torch.float64, **fields)
+    with torch.no_grad():
+        for param in source.parameters():
+            param += 1e-9 * torch.arange(param.numel()).reshape(param.shape)
+    path = foreign(source, tmp_path / "m.npz", dialect)
+    model = load(make(torch.float64, img_size=(56, 40), in_chans=4, **fields), path)
+    w = source.patch_embed.proj.weight
+    torch.testing.assert_close(model.patch_embed.proj.weight, 0.75 * w[:, [0, 1, 2, 0]], rtol=1e-14, atol=0)
+    grey = load(make(torch.float64, in_chans=1, **fields), path).patch_embed.proj.weight
+    torch.testing.assert_close(grey, w[:, :1] + w[:, 1:2] + w[:, 2:], rtol=1e-12, atol=1e-15)
+    table = source.pos_embed[:, 1:].reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
+    if dialect in ("torchvision", "google"):
+        mode = "bilinear" if dialect == "google" else "bicubic"
+        want = F.interpolate(table, size=(7, 5), mode=mode, align_corners=True).flatten(2).mT
+    else:
+        how = {"timm": "bicubic_antialias", "hf": "bicubic", "dinov2": "bicubic_offset"}[dialect]
+        want = vit.reference.interpolate_pos_embed(source.pos_embed, (4, 4), (7, 5), how)[:, 1:]
+    assert model.pos_embed.dtype is torch.float64
+    torch.testing.assert_close(model.pos_embed[:, 1:], want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("saved", "asked"), [(2, 1), (4, 1), (4, 4), (1, 1), (1, 3), (4, 2), (2, 3), (1, 4)])
+def test_channels_of_files_that_have_not_three(saved, asked, tmp_path):
+    """Any number becomes one; nothing else is known. Named and live alike."""
+    source = make(in_chans=saved)
+    path = foreign(source, tmp_path / "m.pt")
+    sizes = {k: v for k, v in SMALL.items() if k != "num_classes"}
+    for target, options in ((make(in_chans=asked), {}), ("vit_tiny_patch16_224", sizes | {"in_chans": asked})):
+        if asked not in (1, saved):
+            with pytest.raises(
+                vit.CheckpointError, match=f"{saved} input channels cannot become in_chans={asked}; only"
+            ):
+                vit.load_pretrained(target, path, **options)
+            continue
+        got, w = load(target, path, **options).patch_embed.proj.weight, source.patch_embed.proj.weight
+        want = w if asked == saved else torch.stack([w[:, c] for c in range(saved)]).sum(0).unsqueeze(1)
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_channels_of_16_bits_are_added_in_32(dtype, tmp_path):
+    source = make(dtype)
+    path = foreign(source, tmp_path / "m.npz")
+    for channels in (1, 4, 7):
+        got = load(make(dtype, in_chans=channels), path).patch_embed.proj.weight
+        w = source.patch_embed.proj.weight.double()
+        want = w.sum(1, True) if channels == 1 else w[:, [c % 3 for c in range(channels)]] * (3 / channels)
+        assert (got.double() - want).abs().max() <= torch.finfo(dtype).eps / 2 * 1.001 * want.abs().max()
+
+
+@pytest.mark.parametrize("patch", [(56, 28), (28, 56)])
+def test_usual_grid_of_a_name_where_patches_are_not_square(patch, tmp_path):
+    """224 pixels are 4*8 or 8*4 such patches, rows first; the same number of rows as the other way round."""
+    usual = (224 // patch[0], 224 // patch[1])
+    fields = COARSE | {"patch_size": patch, "depth": 1}
+    source = make(**fields)
+    path = foreign(source, tmp_path / "m.npz")
+    sizes = {k: v for k, v in SMALL.items() if k != "num_classes"} | fields | {"img_size": (3 * patch[0], 2 * patch[1])}
+    model = load("vit_tiny_patch16_224", path, **sizes)
+    want = vit.reference.interpolate_pos_embed(source.pos_embed, usual, (3, 2), "bicubic_antialias")
+    torch.testing.assert_close(model.pos_embed, want, rtol=0, atol=1e-5)
+    turned = load("vit_tiny_patch16_224", path, **sizes, grid_size=usual[::-1])
+    want = vit.reference.interpolate_pos_embed(source.pos_embed, usual[::-1], (3, 2), "bicubic_antialias")
+    torch.testing.assert_close(turned.pos_embed, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("hidden", [0, 24])
+@pytest.mark.parametrize("target", ["live", "named"])
+@pytest.mark.parametrize("classes", [0, 3, 5])
+def test_what_a_head_of_another_size_takes_with_it(classes, target, hidden, tmp_path):
+    """The hidden layer goes with a new head and stays with the same; what is asked for is not warned of."""
+    path = foreign(make(representation_size=hidden or None), tmp_path / "m.pt")
+    sizes = {k: v for k, v in SMALL.items() if k != "num_classes"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if target == "live":
+            model = vit.load_pretrained(make(seed=1, representation_size=hidden or None), path, num_classes=classes)
+        else:
+            model = vit.load_pretrained("vit_tiny_patch16_224", path, num_classes=classes, **sizes)
+    assert model.config.num_classes == classes
+    assert model.config.representation_size == ((hidden or None) if classes == 5 else None)
+    want = bits(make(representation_size=hidden or None))
+    for name, value in bits(model).items():
+        new = name.startswith("head.") and classes != 5
+        assert (not any(value)) if new else value == want[name], name

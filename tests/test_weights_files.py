@@ -439,6 +439,12 @@ BAD_STATES = {
     "integers": (lambda: changed(norm__weight=lambda t: t.int()), "norm.weight is torch.int32"),
     "sparse": (lambda: changed(head__weight=lambda t: t.to_sparse()), "not a plain tensor"),
     "meta": (lambda: changed(head__weight=lambda t: t.to("meta")), "not a plain tensor"),
+    "missing and more": (
+        lambda: changed(norm__weight=None, blocks__1__norm1__bias=None, extra=torch.ones(2), norm__bias=torch.ones(3)),
+        r"not fit the model: it lacks blocks.1.norm1.bias, norm.weight, and it has extra, norm.bias of shape \(3,\)",
+    ),
+    "five more": (lambda: changed(**{f"extra{i}": torch.ones(2) for i in range(5)}), "extra2, extra3 and 1 more$"),
+    "four more": (lambda: changed(**{f"extra{i}": torch.ones(2) for i in range(4)}), "it has .*extra2, extra3$"),
 }
 
 
@@ -733,3 +739,388 @@ def test_saving_is_atomic(tmp_path, monkeypatch):
             vit.save_pretrained(make(), bad)
     with pytest.raises(TypeError, match=r"expected a vit.VisionTransformer"):
         vit.save_pretrained(torch.nn.Linear(2, 2), path)
+
+
+def sizes():
+    return {field: value for field, value in SMALL.items() if field != "num_classes"}
+
+
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher", "student", "net", "encoder")
+
+
+@pytest.mark.parametrize("index", range(len(WRAPPERS)))
+def test_order_of_the_wrappers(index, tmp_path):
+    """In every order of the file; what is no mapping is passed over."""
+    content = {name: {"w": torch.full((1,), i)} for i, name in enumerate(WRAPPERS) if i >= index}
+    content |= {name: 3 for i, name in enumerate(WRAPPERS) if i < index}
+    for made in (content, dict(reversed(content.items()))):
+        torch.save(made, tmp_path / "m.pt")
+        assert vit.weights.files.read(tmp_path / "m.pt").tensors["w"].item() == index
+
+
+@pytest.mark.parametrize("depth", [1, 7, 8, 9])
+def test_eight_wrappers_are_opened(depth, tmp_path):
+    torch.save(nested(depth), tmp_path / "m.pt")
+    if depth < 9:
+        assert bits(load(make(seed=1), tmp_path / "m.pt")) == bits(make())
+    else:
+        assert_refused(tmp_path / "m.pt", "holds a OrderedDict|holds a dict")
+
+
+def test_loading_leaves_pytorchs_list_of_safe_objects(tmp_path):
+    """What the user allowed stays allowed, and what a file may hold while it is read does not; also after an error."""
+    load(make(seed=1), save(make(), tmp_path / "first.pt"))  # what PyTorch itself adds
+    before = set(torch.serialization.get_safe_globals())
+    good, bad = save(make(), tmp_path / "m.pt"), tmp_path / "bad.pt"
+    torch.save(make(), bad)
+    with torch.serialization.safe_globals([Bomb]):
+        load(make(seed=1), good)
+        with pytest.raises(vit.CheckpointError):
+            vit.load_pretrained(make(), bad)
+        assert set(torch.serialization.get_safe_globals()) == {*before, Bomb}
+    assert set(torch.serialization.get_safe_globals()) == before and argparse.Namespace not in before
+
+
+def test_which_file_of_a_folder_is_read(tmp_path):
+    """safetensors before pickles, and whole files before their shards."""
+    pytest.importorskip("safetensors")
+    names = ("pytorch_model.bin.index.json", "pytorch_model.bin", "model.safetensors.index.json", "model.safetensors")
+    for seed, name in enumerate(names):
+        model = make(seed=seed + 10)
+        if name.endswith(".index.json"):
+            shard = f"shard{seed}.bin"
+            save(model, tmp_path / shard)
+            (tmp_path / name).write_text(json.dumps({"weight_map": dict.fromkeys(model.state_dict(), shard)}))
+        else:
+            save(model, tmp_path / name)
+        assert bits(load(make(seed=1), tmp_path)) == bits(model), name
+
+
+def test_home_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save(make(), "~/m.pt")
+    assert os.listdir(tmp_path) == ["m.pt"] and bits(load(make(seed=1), "~/m.pt")) == bits(make())
+
+
+def test_when_the_hub_is_asked(tmp_path, monkeypatch):
+    """Only for a name that cannot be a path; for pickles only where there are no safetensors."""
+    asked, model = [], make()
+    hub = types.ModuleType("huggingface_hub")
+
+    def snapshot_download(name, allow_patterns):
+        asked.append(sorted(allow_patterns))
+        save(model, tmp_path / "hub" / "model.safetensors", "hf")
+        return str(tmp_path / "hub")
+
+    hub.snapshot_download = snapshot_download
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "hub").mkdir()
+    for path in ("here/nothing", "owner/model.pt", "owner/model.json", "owner/name/more", "nothing", "./x", "/no/such"):
+        with pytest.raises(FileNotFoundError, match="there is no such file or folder"):
+            vit.load_pretrained(make(), path)
+    assert asked == []
+    pytest.importorskip("safetensors")
+    assert bits(load(make(seed=1), "owner/name")) == bits(model)
+    assert asked == [["*.json", "model*.safetensors"]]
+
+
+def test_what_is_saved_holds_nothing_else(tmp_path):
+    """Each tensor alone, though q, k and v are parts of one; and the model shares nothing with what was read."""
+    for dialect in ("hf", "torchvision", "google"):
+        state = torch.load(save(make(), tmp_path / "m.pt", dialect), weights_only=True)
+        for name, tensor in state.items():
+            assert tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes, name
+            assert not tensor.requires_grad
+
+
+@pytest.mark.parametrize(("length", "kept"), [(65_535, True), (65_536, False)])
+def test_class_names_that_a_comment_can_just_hold(length, kept, tmp_path):
+    """65,535 bytes; without them the rest of what is known comes back."""
+    model = make()
+    cfg = {"source": "timm", "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "label_names": [""]}
+    empty = len(json.dumps({"fused_vit": vit.weights.note.write(model.config, cfg)}))
+    model.pretrained_cfg = cfg | {"label_names": ["x" * (length - empty)]}
+    save(model, tmp_path / "m.npz")
+    with zipfile.ZipFile(tmp_path / "m.npz") as archive:
+        assert (len(archive.comment) == length) == kept
+    found = load(tmp_path / "m.npz").pretrained_cfg
+    assert (found["source"], found["mean"], found["std"]) == ("timm", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert found.get("label_names") == (model.pretrained_cfg["label_names"] if kept else None)
+    assert load(tmp_path / "m.npz").config == model.config
+
+
+@pytest.mark.parametrize("size", [(16, 48), (48, 16)])
+def test_files_of_a_folder_by_hand(size, tmp_path):
+    """Heights before widths, in each file's own words."""
+    pytest.importorskip("safetensors")
+    model = make(
+        img_size=size, patch_size=(8, 4), in_chans=1, qkv_bias=False, act_layer="gelu_tanh", norm_eps=1e-5,
+        attn_drop_rate=0.1, pos_drop_rate=0.2, proj_drop_rate=0.2, act_drop_rate=0.0,
+    )  # fmt: skip
+    model.pretrained_cfg = {"source": "hf", "mean": (0.1, 0.2, 0.3), "std": (1.0, 2.0, 3.0)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a folder's config.json says the numerics
+        vit.save_pretrained(model, tmp_path / "vit.v2", "hf")
+    said = json.loads((tmp_path / "vit.v2" / "config.json").read_text())
+    assert said.pop("fused_vit")["img_size"] == list(size)
+    labels = {f"LABEL_{i}": i for i in range(5)}
+    assert said == {
+        "architectures": ["ViTForImageClassification"], "model_type": "vit", "image_size": list(size),
+        "patch_size": [8, 4], "num_channels": 1, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 64, "qkv_bias": False, "layer_norm_eps": 1e-5, "hidden_act": "gelu_new",
+        "attention_probs_dropout_prob": 0.1, "hidden_dropout_prob": 0.2, "encoder_stride": 8, "label2id": labels,
+        "id2label": {str(i): name for name, i in labels.items()},
+    }  # fmt: skip
+    prepare = json.loads((tmp_path / "vit.v2" / "preprocessor_config.json").read_text())
+    assert prepare == {
+        "image_processor_type": "ViTImageProcessor", "do_normalize": True, "do_rescale": True, "do_resize": True,
+        "image_mean": [0.1, 0.2, 0.3], "image_std": [1.0, 2.0, 3.0], "rescale_factor": 1 / 255,
+        "size": {"height": size[0], "width": size[1]},
+    }  # fmt: skip
+    tensors = torch.load(save(model, tmp_path / "m.pt", "hf"), weights_only=True)
+    vit.weights.files.write(tmp_path / "vit.v2" / "model.safetensors", tensors, {})
+    (tmp_path / "vit.v2" / "config.json").write_text(json.dumps(said))  # as transformers would have written it
+    assert load(tmp_path / "vit.v2", in_chans=1).config.grid_size == (size[0] // 8, size[1] // 4)
+    with pytest.raises(ValueError, match=r"x\.json has no suffix"):
+        vit.save_pretrained(model, tmp_path / "x.json", "hf")
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "quick_gelu"])
+def test_a_model_without_a_head_in_a_folder(act, tmp_path):
+    pytest.importorskip("safetensors")
+    model = make(num_classes=0, representation_size=24, act_layer=act, pos_drop_rate=0.1)
+    model.pretrained_cfg = {"source": "hf", "label_names": list("ab")}
+    vit.save_pretrained(model, tmp_path / "m", "hf")
+    assert sorted(os.listdir(tmp_path / "m")) == ["config.json", "model.safetensors"]  # no mean is known
+    said = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert said["architectures"] == ["ViTModel"] and not {"id2label", "label2id", "hidden_dropout_prob"} & said.keys()
+    assert (said["pooler_output_size"], said["pooler_act"], said["image_size"], said["patch_size"]) == (
+        24,
+        "tanh",
+        32,
+        8,
+    )
+    assert said["hidden_act"] == {"gelu": "gelu", "gelu_tanh": "gelu_new", "quick_gelu": "quick_gelu"}[act]
+
+
+@pytest.mark.parametrize("labels", [["a"], list("abcdef"), [], None])
+def test_class_names_of_another_number_are_not_written(labels, tmp_path):
+    pytest.importorskip("safetensors")
+    model = make()
+    model.pretrained_cfg = {"source": "hf"} | ({} if labels is None else {"label_names": labels})
+    vit.save_pretrained(model, tmp_path / "m", "hf")
+    said = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert said["id2label"] == {str(i): f"LABEL_{i}" for i in range(5)}
+
+
+@pytest.mark.parametrize(
+    ("word", "value", "ours"),
+    [
+        ("architectures", ["ViTForMaskedImageModeling"], True),
+        ("id2label", {str(i): name for i, name in enumerate("vwxyz")}, True),
+        ("torch_dtype", "float32", True),
+        ("id2label", {"0": "a"}, False),
+        ("label2id", None, False),
+        ("num_channels", 1, False),
+        ("attention_probs_dropout_prob", 0.3, False),
+    ],
+)
+def test_which_words_of_a_folder_make_our_note_old(word, value, ours, tmp_path):
+    pytest.importorskip("safetensors")
+    model = make(drop_rate=0.2)
+    vit.save_pretrained(model, tmp_path, "hf")
+    said = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(said | {word: value}))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = vit.weights.note.read(vit.weights.files.read(tmp_path))
+    config, notes = found
+    assert (config == model.config) == ours and bool(notes) != ours and not caught
+
+
+def test_numerics_that_an_early_version_wrote(tmp_path):
+    """Without the rest of the configuration; they win over what is usual in the dialect."""
+    said = {"norm_eps": 1e-3, "act_layer": "quick_gelu", "interpolation": "bicubic", "act_drop_rate": 0.3}
+    vit.weights.files.write(tmp_path / "m.pt", dict(make().state_dict()), said)
+    for target, options in ((make(), {}), ("vit_tiny_patch16_224", sizes())):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = vit.load_pretrained(target, tmp_path / "m.pt", **options).config
+        assert {field: getattr(found, field) for field in said} == said
+    asked = vit.load_pretrained(make(), tmp_path / "m.pt", norm_eps=1e-4).config
+    assert (asked.norm_eps, asked.act_layer) == (1e-4, "quick_gelu")
+
+
+@pytest.mark.parametrize("target", ["live", "named", "alone"])
+def test_warnings_point_at_the_call(target, tmp_path):
+    """At the line of the user, not at one of ours."""
+    state = dict(make().state_dict()) | {}
+    torch.save({"model": prefixed("model.", state) | {"other.w": torch.ones(1)}}, tmp_path / "m.pt")
+    args = {"live": [make()], "named": ["vit_tiny_patch16_224"], "alone": []}[target]
+    options = {"live": {}, "named": sizes(), "alone": {"num_heads": 2}}[target]
+    with pytest.warns(UserWarning, match="more than a ViT: other.w are left out") as caught:
+        vit.load_pretrained(*args, tmp_path / "m.pt", **options)
+    assert [record.filename for record in caught] == [__file__]
+    assert str(caught[0].message).startswith(f"{tmp_path / 'm.pt'}: ")
+    with pytest.warns(
+        UserWarning, match=r"with norm_eps=1e-06 \(the model: 0.1\) and act_layer='gelu_tanh' \(the mod"
+    ) as caught:
+        vit.save_pretrained(make(norm_eps=0.1), tmp_path / "m.npz", "google")
+    assert [record.filename for record in caught] == [__file__]
+
+
+def test_saving_warns_only_of_what_is_lost(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vit.save_pretrained(make(norm_eps=0.1, act_layer="quick_gelu"), tmp_path / "m.pt")
+        vit.save_pretrained(make(act_layer="gelu_tanh"), tmp_path / "m.npz", "google")
+        vit.save_pretrained(make(norm_eps=1e-12), tmp_path / "n.npz", "hf")
+        vit.save_pretrained(torch.compile(make(), backend="eager"), tmp_path / "compiled.pt")
+    assert bits(load(make(seed=1), tmp_path / "compiled.pt")) == bits(make())
+    with pytest.raises(ValueError, match="cls_token is on the meta device; there is nothing to save"):
+        vit.save_pretrained(vit.VisionTransformer(ViTConfig(**SMALL), device="meta"), tmp_path / "meta.pt")
+    assert not (tmp_path / "meta.pt").exists()
+
+
+@pytest.mark.parametrize("kind", ["vit", "vit_mae", "vit_msn", "", None])
+def test_model_types_that_have_the_names_of_a_vit(kind, tmp_path):
+    model = make(num_classes=0)
+    tensors = torch.load(save(model, tmp_path / "m.pt", "hf"), weights_only=True)
+    torch.save(dict(tensors), tmp_path / "pytorch_model.bin")
+    (tmp_path / "m.pt").unlink()
+    said = {"num_attention_heads": 2, "image_size": 32, "patch_size": 8} | (
+        {} if kind is None else {"model_type": kind}
+    )
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    assert bits(load(make(num_classes=0, seed=1), tmp_path)) == bits(model)
+
+
+@pytest.mark.parametrize("dialect", ["timm", "hf", "torchvision", "google", "dinov2"])
+def test_blocks_with_numbers_of_two_digits(dialect, tmp_path):
+    """As text 10 is before 2; and in DINOv2's chunks the second number counts."""
+    fields = {"num_classes": 0, "depth": 12, "mlp_ratio": 0.5}
+    model = make(**fields)
+    path = save(model, tmp_path / "m.pt", dialect)
+    assert bits(load(make(seed=1, **fields), path)) == bits(model)
+    state = dict(torch.load(path, weights_only=True))
+    torch.save(dict(sorted(state.items(), reverse=True)), path)
+    assert bits(load(make(seed=1, **fields), path)) == bits(model)
+    if dialect == "dinov2":
+        for i in range(12):
+            state = {k.replace(f"blocks.{i}.n", f"blocks.{i // 4}.{i}.n"): v for k, v in state.items()}
+            for part in ("attn", "mlp"):
+                old, new = f"blocks.{i}.{part}", f"blocks.{i // 4}.{i}.{part}"
+                state = {new + k.removeprefix(old) if k.startswith(old) else k: v for k, v in state.items()}
+        assert "blocks.2.11.norm1.weight" in state
+        torch.save(state, path)
+        assert bits(load(make(seed=1, **fields), path)) == bits(model)
+
+
+# A model that is there
+
+
+def test_a_live_model_keeps_its_mode_and_what_is_equal_may_be_said(tmp_path):
+    path = save(make(), tmp_path / "m.pt")
+    for training in (False, True):
+        model = make(seed=1).train(training)
+        load(model, path, depth=2, embed_dim=32, img_size=(32, 32), num_classes=9)
+        assert {module.training for module in model.modules() if any(True for _ in module.parameters())} == {training}
+    for options in ({"dtype": torch.float16}, {"device": "cpu"}, {"img_size": 48}, {"drop_rate": 0.1}):
+        (field,) = options
+        with pytest.raises(ValueError, match=f"^{field}=.* cannot be changed in a live model"):
+            vit.load_pretrained(make(), path, **options)
+
+
+@pytest.mark.parametrize("state", ["missing", "other depth", "integers", "position embedding", "half a head"])
+def test_a_refusal_leaves_the_head_and_what_is_known_of_the_source(state, tmp_path):
+    """Also where another number of classes is asked for."""
+    torch.save(BAD_STATES[state][0](), tmp_path / "m.pt")
+    model = make(seed=3)
+    model.pretrained_cfg = {"source": "timm", "mean": (0.1, 0.2, 0.3)}
+    before, parameters, cfg, config = bits(model), list(model.parameters()), model.pretrained_cfg, model.config
+    classes = 5 if state == "half a head" else 9
+    with pytest.raises(vit.CheckpointError):
+        vit.load_pretrained(model, tmp_path / "m.pt", num_classes=classes, norm_eps=1e-3, act_layer="quick_gelu")
+    assert bits(model) == before and model.pretrained_cfg == cfg and model.config is config
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert model.norm.eps == 1e-6 and {b.mlp.activation for b in model.blocks} == {"gelu"}
+
+
+def test_a_live_model_that_was_changed(tmp_path):
+    """Another shape, a part that is gone; a head that is replaced anyway does not count, nor do shared parameters."""
+    path = save(make(), tmp_path / "m.pt")
+    model = make(seed=1)
+    model.head = torch.nn.Linear(32, 6)
+    with pytest.raises(vit.CheckpointError, match=r"changed after it was made: head\.(weight|bias) is not as its conf"):
+        vit.load_pretrained(model, path)
+    assert load(model, path, num_classes=3).head.weight.shape == (3, 32)
+    model = make(seed=1)
+    model.norm = torch.nn.Identity()
+    with pytest.raises(vit.CheckpointError, match=r"changed after it was made: norm\.(weight|bias) is not as its conf"):
+        vit.load_pretrained(model, path)
+    shared = make(seed=1)
+    shared.blocks[1].norm1 = shared.blocks[0].norm1
+    load(shared, path)
+    assert shared.blocks[1].norm1 is shared.blocks[0].norm1
+    assert torch.equal(shared.blocks[0].norm1.weight, make().blocks[1].norm1.weight)
+
+
+def test_numerics_reach_the_norms_of_every_part(tmp_path):
+    fields = {"pre_norm": True, "qk_norm": True, "global_pool": "avg", "act_layer": "quick_gelu", "init_values": 0.1}
+    path = save(make(**fields, norm_eps=3e-4), tmp_path / "m.pt")
+    for fc_norm in (True, False):
+        path = save(make(**fields, norm_eps=3e-4, fc_norm=fc_norm), tmp_path / "m.pt")
+        live = load(make(**fields | {"act_layer": "gelu"}, norm_eps=1e-2, fc_norm=fc_norm), path)
+        norms = [m.eps for m in live.modules() if isinstance(m, torch.nn.LayerNorm)]
+        assert len(norms) == 2 + 2 * 4 and set(norms) == {3e-4}
+
+
+def test_a_new_model_is_made_where_it_is_asked_for(tmp_path):
+    """On the default device, or on the one that is passed; in the dtype that is passed."""
+    path = save(make(num_classes=0), tmp_path / "m.pt")
+    for args, options in (([], {}), (["vit_tiny_patch16_224"], sizes())):
+        asked = load(*args, path, device="meta", dtype=torch.bfloat16, **options)
+        assert {(p.device.type, p.dtype) for p in asked.parameters()} == {("meta", torch.bfloat16)}
+        with torch.device("meta"):
+            assert {p.device.type for p in load(*args, path, **options).parameters()} == {"meta"}
+            there = load(*args, path, device="cpu", **options)
+        assert bits(there) == bits(make(num_classes=0))
+
+
+def test_a_mask_token_that_is_missing_is_said(tmp_path):
+    path = save(make(num_classes=0), tmp_path / "m.pt")
+    model = make(num_classes=0, use_mask_token=True)
+    with pytest.warns(UserWarning, match="it has no mask token: the model's is zero now"):
+        vit.load_pretrained(model, path)
+    assert not model.mask_token.any()
+    with warnings.catch_warnings():  # one too many is no matter
+        warnings.simplefilter("error")
+        vit.load_pretrained(make(num_classes=0), save(make(num_classes=0, use_mask_token=True), tmp_path / "n.pt"))
+
+
+@pytest.mark.parametrize("form", ["note", "timm", "timm top", "hf", "hf and timm", "preprocessor"])
+def test_where_mean_and_names_come_from(form, tmp_path):
+    """config.json of timm or transformers, preprocessor_config.json, and before both our own note."""
+    timm = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "label_names": list("abcde")}
+    labels = {"id2label": {str(i): name for i, name in enumerate("vwxyz")}}
+    config = {
+        "note": {"pretrained_cfg": timm | {"mean": [9, 9, 9]}},
+        "timm": {"pretrained_cfg": timm} | labels,
+        "timm top": {"pretrained_cfg": timm | {"label_names": list("ABCDE")}, "label_names": list("abcde")},
+        "hf": labels,
+        "hf and timm": labels | {"label_names": list("abcde")},
+        "preprocessor": {},
+    }[form]
+    note = {"pretrained_cfg": {"source": "google"} | timm} if form == "note" else {}
+    vit.weights.files.write(tmp_path / "pytorch_model.bin", dict(make().state_dict()), note)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if form in ("preprocessor", "timm"):
+        own = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]} if form == "preprocessor" else {}
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(own or {"image_mean": [7, 7, 7]}))
+    found = load(make(seed=1), tmp_path).pretrained_cfg
+    assert found["source"] == ("google" if form == "note" else "timm")
+    want = {} if form.startswith("hf") else {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    assert {k: v for k, v in found.items() if k in ("mean", "std")} == want
+    assert "".join(found.get("label_names", "")) == {"hf": "vwxyz", "preprocessor": ""}.get(form, "abcde")

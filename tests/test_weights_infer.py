@@ -271,3 +271,125 @@ def test_timms_config_says_height_and_width(size, patch, tmp_path):
     assert found.config.img_size == size
     image = torch.randn(2, 3, *size)
     assert torch.equal(found(image), model(image))
+
+
+FOREIGN = {  # parts that a file of others shows by its tensors: the fields of the model, and what else is found in them
+    "registers": ({"reg_tokens": 3}, {}),
+    "registers without rows": ({"reg_tokens": 2, "no_embed_class": True}, {}),
+    "LayerScale": ({"init_values": 0.3}, {"init_values": 1e-5}),
+    "no bias of q, k, v": ({"qkv_bias": False}, {}),
+    "qk_norm": ({"qk_norm": True}, {}),
+    "pre_norm": ({"pre_norm": True, "norm_eps": 1e-5}, {}),
+    "mask token": ({"use_mask_token": True}, {}),
+    "hidden layer": ({"representation_size": 24}, {}),
+    "no class token": (GAP, {}),
+    "norm after pooling": ({"class_token": False, "global_pool": "avg"}, {"fc_norm": True}),
+    "norm after pooling, class token": ({"global_pool": "avg"}, {"fc_norm": True}),
+    "no final norm": ({"final_norm": False}, {"final_norm": False}),
+    "no head": ({"num_classes": 0}, {}),
+    "two channels": ({"in_chans": 2}, {}),
+    "deep and odd": ({"depth": 3, "mlp_ratio": 0.6875}, {}),
+    "patch that is not square": ({"patch_size": (8, 4), "img_size": (16, 8)}, {}),
+}
+
+
+@pytest.mark.parametrize("by_name", [False, True], ids=["alone", "named"])
+@pytest.mark.parametrize("part", FOREIGN)
+def test_parts_that_a_file_of_others_shows(part, by_name, tmp_path):
+    """The whole configuration by hand, and the output of the model that wrote it."""
+    fields, found_by = FOREIGN[part]
+    model = make(**fields)
+    path = foreign(model, tmp_path / "m.pt")
+    asked = {"num_heads": 3} | ({"act_layer": "gelu"} if part == "pre_norm" else {})
+    if by_name:
+        args = ["vit_tiny_patch16_224"]
+        asked |= SIZES | {k: v for k, v in fields.items() if k in ("depth", "mlp_ratio", "patch_size", "img_size")}
+        asked |= {"norm_eps": 1e-5} if part == "pre_norm" else {}
+        asked |= {"in_chans": 2} if part == "two channels" else {}
+    else:
+        args = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = vit.load_pretrained(*args, path, **asked).eval()
+    want = {"fc_norm": False, "interpolation": "bicubic_antialias"} | found_by
+    assert vars(found.config) == vars(model.config) | want
+    image = torch.randn(2, model.config.in_chans, *model.config.img_size)
+    with torch.no_grad():
+        assert torch.equal(found(image), model(image))
+
+
+@pytest.mark.parametrize(("width", "size", "heads"), [(192, "tiny", 3), (384, "small", 6), (512, "medium", 8),
+    (768, "base", 12), (1024, "large", 16), (1152, "so400m", 16), (1280, "huge", 16), (1408, "giant", 16)])  # fmt: skip
+def test_heads_that_a_width_usually_has(width, size, heads, tmp_path):
+    config = vit.ViTConfig(
+        img_size=8, patch_size=8, embed_dim=width, depth=1, num_heads=1, num_classes=0, mlp_ratio=0.01
+    )
+    torch.save(dict(vit.VisionTransformer(config, seed=0).state_dict()), tmp_path / "m.pt")
+    with pytest.warns(
+        UserWarning, match=f"it does not say how many heads it has: {heads} are assumed, as vit_{size} has"
+    ):
+        assert vit.load_pretrained(tmp_path / "m.pt").config.num_heads == heads
+
+
+@pytest.mark.parametrize("patch", [[8, 4], [4, 8], 8])
+@pytest.mark.parametrize("image", [[16, 32], [32, 16], 32])
+def test_config_json_of_hugging_face_says_heights_before_widths(image, patch, tmp_path):
+    size, sides = (tuple(x) if isinstance(x, list) else (x, x) for x in (image, patch))
+    model = make(img_size=size, patch_size=sides)
+    torch.save(hf_names(model, tmp_path), tmp_path / "pytorch_model.bin")
+    told = {"image_size": image, "patch_size": patch, "num_attention_heads": 3, "hidden_dropout_prob": 0.25}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    found = vit.load_pretrained(tmp_path, norm_eps=1e-6).eval()
+    assert (found.config.img_size, found.config.patch_size) == (size, sides)
+    assert (found.config.pos_drop_rate, found.config.proj_drop_rate, found.config.attn_drop_rate) == (0.25, 0.25, 0.0)
+    image = torch.randn(2, 3, *size)
+    assert torch.equal(found(image), model(image))
+    smaller = make(img_size=sides, patch_size=sides)  # resized to one patch, from the grid that is told
+    vit.load_pretrained(smaller, tmp_path)
+    grid = (size[0] // sides[0], size[1] // sides[1])
+    want = vit.reference.interpolate_pos_embed(model.pos_embed, grid, (1, 1), "bicubic")
+    torch.testing.assert_close(smaller.pos_embed, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [3, 12])
+def test_config_json_without_heads_means_twelve(heads, tmp_path):
+    """As in transformers; 224 pixels and patches of 16 likewise."""
+    model = make(num_heads=heads, img_size=224, patch_size=16, depth=1)
+    torch.save(hf_names(model, tmp_path), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text('{"hidden_size": 192}')
+    target = make(num_heads=heads, img_size=224, patch_size=16, depth=1)
+    if heads == 12:
+        assert torch.equal(vit.load_pretrained(target, tmp_path).pos_embed, model.pos_embed)
+    else:
+        with pytest.raises(vit.CheckpointError, match="says num_attention_heads=12, the model has num_heads=3"):
+            vit.load_pretrained(target, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "pos_embed"])
+def test_what_an_architecture_cannot_be_told_without(name, tmp_path):
+    state = dict(make().state_dict())
+    del state[name]
+    torch.save(state, tmp_path / "m.pt")
+    told = "no ViT in a known dialect|dialect 'timm' it has no patch projection, MLP or position embedding"
+    with pytest.raises(vit.CheckpointError, match=told):
+        vit.load_pretrained(tmp_path / "m.pt", dialect=None if "proj" in name else "timm")
+
+
+@pytest.mark.parametrize(("told", "want"), [("avg", "avg"), ("token", "token"), ("map", "token"), ("", "token")])
+def test_pooling_that_timms_config_says(told, want, tmp_path):
+    torch.save(dict(make().state_dict()), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps({"global_pool": told, "model_args": {"num_heads": 6}}))
+    config = vit.load_pretrained(tmp_path).config
+    assert (config.global_pool, config.num_heads, config.use_fc_norm) == (want, 6, False)
+    assert vit.load_pretrained(tmp_path, num_heads=3, global_pool="").config.global_pool == ""
+    assert vit.load_pretrained(tmp_path, num_heads=3).config.num_heads == 3
+
+
+def test_a_new_head_is_made_where_the_model_is_whatever_the_default_device(tmp_path):
+    path = saved(make(), tmp_path / "model.pt", "timm")
+    live = make()
+    with torch.device("meta"):
+        named = vit.load_pretrained(path, num_heads=3, device="cpu", num_classes=9)
+        vit.load_pretrained(live, path, num_classes=9)
+    for model in (named, live):
+        assert model.head.weight.device.type == "cpu" and not model.head.weight.any() and model.head.out_features == 9

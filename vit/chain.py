@@ -38,6 +38,6 @@ def chain(
     """
     y = None
     yield x, y
-    for link, next_norm in zip(links, [*(link.norm for link in links[1:]), last_norm], strict=True):
+    for link, next_norm in zip(links, [*(link.norm for link in links[1:]), last_norm], strict=bool(links)):
         x, y = link.run(x, y, next_norm)
         yield x, y

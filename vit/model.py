@@ -322,7 +322,7 @@ class VisionTransformer(nn.Module):
             changed |= {"global_pool": global_pool, "fc_norm": self.config.use_fc_norm}
         self.config = config = dataclasses.replace(self.config, **changed)
         like = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
-        self.pre_logits = nn.Identity()
+        self.pre_logits = nn.Identity().train(self.training)
         self.head = Linear(config, config.embed_dim, num_classes, **like) if num_classes else nn.Identity()
         self.head.train(self.training)
         for param in self.head.parameters():

@@ -49,11 +49,11 @@ def register_attention(name: str = "vit_kernels", impl: str = "auto") -> str:
     ) -> tuple[Tensor, Tensor | None]:
         """query, key, value [B, HEADS, N, HEAD_DIM] -> ([B, N, HEADS, HEAD_DIM], weights or None)."""
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        options = parts.draw(dropout, query)
-        if attention_mask is not None or causal or options is None or key.shape[1] != query.shape[1]:
+        if attention_mask is not None or causal or dropout >= 1.0 or key.shape[1] != query.shape[1]:
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
             )
+        options = parts.draw(dropout, query)  # only here, so that the library's draws stay what they are
         q, k, v = (t.transpose(1, 2) for t in (query, key, value))
         config = getattr(module, "config", None)
         wanted = kwargs.get("output_attentions", getattr(config, "output_attentions", False))

@@ -29,9 +29,10 @@ def layer_norm(base: type, impl: str):
     def forward(self, x: Tensor) -> Tensor:
         low = getattr(self, "_fast_norm", False)  # timm's flag: return autocast's dtype
         weight, bias = self.weight, self.bias
-        if any(t is not None and t.dtype is not x.dtype for t in (weight, bias)):
+        cast = autocast_dtype(x.device) is not None
+        if any(t is not None and t.dtype is not x.dtype for t in (weight, bias)) or (cast and x.dtype is torch.float64):
             return original(self, x)
-        if low or autocast_dtype(x.device) is None:
+        if low or not cast:
             return kernels.layer_norm(x, weight, bias, self.eps, impl=impl)
         if x.is_cuda:  # CUDA's autocast computes LayerNorm in fp32
             x, weight, bias = (None if t is None else t.float() for t in (x, weight, bias))

@@ -62,7 +62,7 @@ class Plan:
         rows, grid, notes = self.layout()
         self.notes += notes
         fitted = fit_tokens(self.ours, self.config, rows, grid, self.resize)
-        return self.ours | fitted | {name: torch.zeros(shapes[name]) for name in zeros}
+        return self.ours | fitted | {name: torch.zeros(shapes[name], device="cpu") for name in zeros}
 
 
 # A named model takes these fields from its name, and all others from the checkpoint.
