@@ -44,7 +44,7 @@ def dropout_scale(seed: Tensor, offset: int, shape: torch.Size, p: float) -> Ten
     rows = torch.arange(math.prod(shape[:-1]), device=seed.device)[:, None]
     columns = torch.arange(shape[-1], device=seed.device)[None, :]
     word = philox(seed.reshape(()), (columns, rows & 0xFFFFFFFF, rows >> 32, offset))
-    return torch.where(word >= int(p * 2**32), 1.0 / (1.0 - p), 0.0).to(torch.float64).reshape(shape)
+    return (word >= int(p * 2**32)).to(torch.float64).reshape(shape) / (1.0 - p)
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None = None, offset: int = 0) -> Tensor:

@@ -138,3 +138,76 @@ def test_the_loss_of_16_bit_models_is_not_summed_in_16_bits(dtype, size):
     want = (image.double() - drawn.double()).abs()[hidden].mean()
     assert loss.dtype is torch.float32
     torch.testing.assert_close(loss.double(), want, rtol=3e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_classes": 7, "representation_size": 20},
+        {"global_pool": "avg", "class_token": False},
+        {"fc_norm": True},
+        {"global_pool": "avg", "fc_norm": True, "use_mask_token": True},
+    ],
+    ids=str,
+)
+def test_the_encoder_has_no_head_and_its_norm_before_pooling(fields):
+    config = dataclasses.replace(SMALL, **fields)
+    before = dataclasses.replace(config)
+    model = vit.MaskedImageModel(config, seed=0)
+    names = {name.split(".")[1] for name in model.state_dict() if name.startswith("encoder.")}
+    assert {"mask_token", "norm", "pos_embed", "patch_embed", "blocks"} <= names
+    assert not names & {"head", "fc_norm", "pre_logits"} and config == before
+    encoder = model.encoder.config
+    assert (encoder.num_classes, encoder.global_pool, encoder.use_mask_token) == (0, "", True)
+    changed = ("num_classes", "global_pool", "use_mask_token", "fc_norm", "representation_size")
+    assert dataclasses.replace(encoder, **{name: getattr(config, name) for name in changed}) == config
+
+
+def test_initial_decoder():
+    config = vit.ViTConfig(img_size=32, patch_size=(16, 8), embed_dim=64, depth=1, num_heads=2, in_chans=2)
+    decoder = vit.MaskedImageModel(config, seed=0).decoder
+    assert decoder.weight.shape == (16 * 8 * 2, 64) and not decoder.bias.any()
+    assert decoder.weight.std().item() == pytest.approx(0.02, rel=0.03) and abs(decoder.weight.mean()) < 1e-3
+    assert all(p.requires_grad for p in decoder.parameters())
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
+def test_another_size_only_where_it_was_asked_for(dynamic):
+    model = vit.MaskedImageModel(dataclasses.replace(SMALL, dynamic_img_size=dynamic), seed=0)
+    image, mask = torch.randn(2, 2, 8, 40), hidden(2, 10)
+    assert model(image, mask, True)[1].shape == model(image, None, True)[1].shape == image.shape
+    for refused in (False, None)[: 1 if dynamic else 2]:
+        with pytest.raises(ValueError, match=r"\(8\*40\) doesn't match model \(16\*24\)"):
+            model(image, mask, interpolate_pos_encoding=refused)
+    if dynamic:
+        assert all(map(torch.equal, model(image, mask), model(image, mask, True)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_loss_is_the_mean_over_hidden_pixels_of_the_whole_batch(dtype):
+    """Not a mean of each image's mean; visible pixels have no part in it; all hidden is the mean of all."""
+    model = vit.MaskedImageModel(dataclasses.replace(SMALL, depth=1), seed=0, dtype=dtype)
+    image = torch.randn(3, 2, 16, 24, dtype=dtype)
+    mask = torch.zeros(3, 12, dtype=torch.bool)
+    mask[0, 4] = mask[1, 7:11] = True  # patches of 8 * 4 pixels in 2 rows of 6; none of the third image
+    loss, drawn = model(image, mask)
+    off = (image - drawn).abs()
+    shown = [off[0, :, 0:8, 16:20], off[1, :, 8:16, 4:20]]
+    want = sum(part.sum() for part in shown) / sum(part.numel() for part in shown)
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
+    assert loss.dtype is dtype and loss.shape == ()
+    whole, drawn = model(image, torch.ones_like(mask))
+    torch.testing.assert_close(whole, (image - drawn).abs().mean(), rtol=1e-5, atol=0)
+    first, drawn = model(image[:1], mask[:1])
+    torch.testing.assert_close(first, (image[:1] - drawn).abs()[0, :, 0:8, 16:20].mean(), rtol=1e-5, atol=0)
+
+
+def test_the_loss_under_autocast_is_fp32():
+    model = vit.MaskedImageModel(SMALL, seed=0)
+    image, mask = torch.randn(2, 2, 16, 24), hidden(2, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, drawn = model(image, mask)
+    assert loss.dtype is torch.float32 and drawn.dtype is torch.bfloat16
+    torch.testing.assert_close(loss, model(image, mask)[0], rtol=0.02, atol=0)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())

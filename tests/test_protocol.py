@@ -1,7 +1,9 @@
 """The model under PyTorch's own tools and in code that was written for timm's models."""
 
 import copy
+import pickle
 
+import numpy as np
 import pytest
 import torch
 from peers import assert_same, import_timm, outputs_and_gradients, randomise
@@ -196,7 +198,12 @@ ATTRIBUTES = [
 
 @pytest.mark.peers
 @pytest.mark.parametrize(
-    "change", [{}, {"global_pool": "avg", "class_token": False}, {"reg_tokens": 3, "num_classes": 0}]
+    "change",
+    [
+        {},
+        {"global_pool": "avg", "class_token": False, "patch_size": (8, 4)},
+        {"reg_tokens": 3, "num_classes": 0, "patch_size": (4, 8)},
+    ],
 )
 def test_attributes_are_timms(change):
     import_timm()
@@ -225,3 +232,209 @@ def test_timm_prepares_images_for_the_model():
     model.reset_classifier(7)
     assert model.pretrained_cfg["num_classes"] == model.num_classes == 7
     assert copy.deepcopy(model).pretrained_cfg == model.pretrained_cfg
+
+
+def test_what_the_model_says_of_its_images_and_its_head():
+    model, _ = make(in_chans=2, img_size=(24, 16), representation_size=20)
+    said = {
+        "input_size": (2, 24, 16),
+        "fixed_input_size": True,
+        "interpolation": "bicubic",
+        "num_classes": 5,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
+    assert model.pretrained_cfg == said
+    assert (model.head_hidden_size, model.num_features, model.embed_dim) == (20, 48, 48)
+    assert make(dynamic_img_size=True)[0].pretrained_cfg["fixed_input_size"] is False
+    # What the configuration says is not taken from others, and one description takes the place of another.
+    own = {"source": "timm", "std": (0.2,), "label_names": ["a"]}
+    model.pretrained_cfg = {"source": "hf", "mean": (0.1,)}
+    model.pretrained_cfg = own | {"num_classes": 1000, "input_size": (3, 7, 7), "classifier": "fc", "first_conv": "x"}
+    assert model.pretrained_cfg == said | own
+    model.pretrained_cfg["source"] = model.pretrained_cfg["mean"] = "another"
+    assert model.pretrained_cfg == said | own == pickle.loads(pickle.dumps(model)).pretrained_cfg
+    assert own == {"source": "timm", "std": (0.2,), "label_names": ["a"]}
+
+
+def test_what_the_model_says_to_optimisers_is_a_copy():
+    model, _ = make()
+    tokens = {"cls_token", "reg_token", "mask_token", "pos_embed"}
+    assert model.no_weight_decay() == tokens
+    model.no_weight_decay().clear()
+    matcher = model.group_matcher()
+    assert list(matcher) == ["stem", "blocks"] and model.group_matcher(coarse=True) == matcher
+    model.group_matcher().clear()
+    assert model.no_weight_decay() == make()[0].no_weight_decay() == tokens
+    assert model.group_matcher() == make()[0].group_matcher() == matcher
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["asked for", "dynamic_img_size"])
+@pytest.mark.parametrize("fields", [{}, {"reg_tokens": 2, "no_embed_class": True, "patch_size": (8, 4)}], ids=str)
+def test_every_way_through_the_model_takes_another_size(fields, dynamic):
+    """Beside what hooks find in the reference: streams as maps of the image's own grid, attention, logits."""
+    model, _ = make(dynamic_img_size=dynamic, **fields)
+    config, image = model.config, torch.randn(2, 3, 16, 40)
+    options = {} if dynamic else {"interpolate_pos_encoding": True}
+    reference = vit.reference.VisionTransformer(config)
+    reference.load_state_dict(model.state_dict())
+    streams, qkvs = [], []
+    for block in reference.blocks:
+        block.register_forward_hook(lambda module, args, out: streams.append(out))
+        block.attn.qkv.register_forward_hook(lambda module, args, out: qkvs.append(out))
+    logits = reference(image, **options)
+    features = reference.norm(streams[2])
+    prefix, grid = config.num_prefix_tokens, (2, 40 // config.patch_size[1])
+    maps = [x[:, prefix:].mT.reshape(2, 48, *grid) for x in streams]
+
+    same = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(model(image, **options), logits, **same)
+    torch.testing.assert_close(model.forward_features(image, **options), features, **same)
+    found, kept = model.forward_intermediates(image, **options)
+    torch.testing.assert_close([found, *kept], [features, *maps], **same)
+    assert all(t.is_contiguous() for t in kept)
+    found, probs = model.attention_maps(image, **options)
+    torch.testing.assert_close(found, logits, **same)
+    for i, qkv in enumerate(qkvs):
+        q, k, _ = qkv.reshape(2, -1, 3, 3, 16).permute(2, 0, 3, 1, 4)
+        torch.testing.assert_close(probs[i], (q @ k.mT / 4).softmax(-1), **same)
+    if dynamic:
+        torch.testing.assert_close(model.get_intermediate_layers(image, 2, reshape=True), maps[1:], **same)
+
+    refused = {"interpolate_pos_encoding": False} if dynamic else {}
+    for call in (model, model.forward_features, model.forward_intermediates, model.attention_maps):
+        with pytest.raises(ValueError, match=r"\(16\*40\) doesn't match model \(24\*16\)"):
+            call(image, **refused)
+
+
+@pytest.mark.parametrize("size", [(24, 16), (16, 40)])
+@pytest.mark.parametrize("patch", [(8, 4), (4, 8)])
+def test_a_watched_projection_hides_rectangular_patches(patch, size):
+    """NaN in hidden pixels reaches neither the output nor a gradient; the grid is the image's."""
+    model, _ = make(patch_size=patch, use_mask_token=True)
+    grid = size[0] // patch[0], size[1] // patch[1]
+    image = torch.randn(2, 3, *size)
+    mask = torch.rand(2, grid[0] * grid[1], generator=torch.Generator().manual_seed(2)) < 0.5
+    pixels = torch.from_numpy(np.kron(mask.reshape(2, *grid).numpy(), np.ones(patch))).bool()
+    reference = vit.reference.VisionTransformer(model.config)
+    reference.load_state_dict(model.state_dict())
+    want = outputs_and_gradients(reference, lambda x: reference(x, mask, True), image)
+    model.patch_embed.proj.register_forward_hook(lambda *_: None)
+    nan = image.masked_fill(pixels[:, None], torch.nan)
+    found = outputs_and_gradients(model, lambda x: model(x, mask, True), nan)
+    assert_same(found, want, 2e-5)
+    hidden = pixels[:, None].expand_as(image)
+    assert not found["image"][hidden].any() and found["image"][~hidden].any()
+
+
+IMPLS = {
+    "plain": ({}, []),
+    "options": ({"qk_norm": True, "pre_norm": True, "representation_size": 20, "init_values": 0.5}, []),
+    "pooled": ({"global_pool": "avg", "reg_tokens": 2}, []),
+    "dropout": (DROPS, []),
+    "dropout, called": (DROPS | {"init_values": 0.5}, ["blocks.0.mlp.fc1", "blocks.1.norm2", "blocks.2.attn.qkv"]),
+    "one part called": ({}, ["blocks.1.mlp.fc2", "blocks.0.attn.proj", "blocks.2"]),
+    "the row called": ({"qk_norm": True}, ["blocks", "norm"]),
+}
+
+
+@pytest.mark.parametrize("case", IMPLS)
+def test_impl_reaches_every_op(case):
+    """No op on any path decides for itself."""
+    fields, watched = IMPLS[case]
+    model, image = make(**fields, impl="reference")
+    for name in watched:
+        model.get_submodule(name).register_forward_hook(lambda *_: None)
+    rows = vit.explain(model, image)
+    assert {row.reason for row in rows} == {"asked for with impl='reference'"}, str(rows)
+    ops = {"patch_embed", "layer_norm", "residual_layer_norm", "linear", "mlp"}
+    ops.add("attention" if "qk_norm" in fields else "attention_qkvpacked")
+    assert {row.op for row in rows} == ops | ({"dropout"} if "drop" in case else set())
+    assert {row.reason for row in vit.explain(make(**fields)[0], image)} == {
+        "auto: a cpu tensor runs the eager reference"
+    }
+
+
+def test_impl_reaches_every_op_of_a_masked_image_model():
+    config = vit.ViTConfig(**FIELDS, impl="reference")
+    image, mask = torch.randn(2, 3, 24, 16), torch.rand(2, 6) < 0.5
+    rows = vit.explain(vit.MaskedImageModel(config, seed=0), image, mask)
+    assert {row.reason for row in rows} == {"asked for with impl='reference'"}, str(rows)
+    assert sum(row.calls for row in rows if row.op == "linear") == 2 * 3 + 1  # qkv and proj of three blocks, decoder
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_dtypes_of_a_models_results(dtype):
+    model, image = make(qk_norm=True, init_values=0.5, representation_size=20, **DROPS)
+    model.to(dtype)
+    for training in (True, False):
+        model.train(training)
+        logits, maps = model.attention_maps(image.to(dtype), [1])
+        features, kept = model.forward_intermediates(image.to(dtype), norm=True)
+        assert {t.dtype for t in (logits, features, *kept, model(image.to(dtype)))} == {dtype}
+        assert maps[1].dtype is torch.promote_types(dtype, torch.float32)
+        torch.testing.assert_close(maps[1].double().sum(-1), torch.ones(2, 3, 7, dtype=torch.float64))
+
+
+def test_a_new_head_is_like_the_model():
+    """Zero, learning, in the model's dtype, mode and place; what it replaces goes, and no other module changes."""
+    for training in (True, False):
+        model, image = make(representation_size=20)
+        model.to(torch.float64).train(training)
+        model.blocks[1].train(not training)
+        modes = {name: module.training for name, module in model.named_modules() if name.startswith("blocks")}
+        body = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith(("head", "pre_logits"))}
+        model.reset_classifier(7)
+        assert model.head.training is training and model.head.weight.dtype is torch.float64
+        assert model.head.weight.shape == (7, 48) and all(p.requires_grad for p in model.head.parameters())
+        assert {name: module.training for name, module in model.named_modules() if name in modes} == modes
+        assert torch.equal(model(image.double()), torch.zeros(2, 7, dtype=torch.float64))
+        assert model.state_dict().keys() == body.keys() | {"head.weight", "head.bias"}
+        assert all(torch.equal(model.state_dict()[k], v) for k, v in body.items())
+        assert (model.config.num_classes, model.config.representation_size) == (7, None)
+    meta = vit.VisionTransformer(model.config, device="meta")
+    meta.reset_classifier(3)
+    assert meta.head.weight.is_meta and meta.head.weight.shape == (3, 48)
+
+
+@pytest.mark.parametrize("fc_norm", [None, False, True])
+@pytest.mark.parametrize("change", ["token to avg", "avg to token", "token to ", "avg to ", "avg to None"])
+def test_a_new_head_pools_as_asked_and_moves_no_norm(change, fc_norm):
+    old, new = (None if word == "None" else word for word in change.split(" to "))
+    model, image = make(global_pool=old, fc_norm=fc_norm)
+    norms = {k: v.clone() for k, v in model.state_dict().items() if k.startswith(("norm.", "fc_norm."))}
+    features = model.forward_features(image)
+    model.reset_classifier(4, new)
+    assert model.global_pool == model.config.global_pool == (old if new is None else new)
+    assert {k for k in model.state_dict() if k.startswith(("norm.", "fc_norm."))} == norms.keys()
+    assert vit.VisionTransformer(model.config).state_dict().keys() == model.state_dict().keys()
+    pooled = {"token": features[:, 0], "avg": features[:, 1:].mean(1), "": features}[model.global_pool]
+    torch.testing.assert_close(model.forward_head(features, pre_logits=True), model.fc_norm(pooled))
+    assert model(image).shape == ((2, 7, 4) if new == "" else (2, 4))
+
+
+@pytest.mark.parametrize("indices", [[0, 3], [0, -4], [1, 0, 7], 0, 4, -1])
+def test_pruning_that_is_refused_changes_nothing(indices):
+    model, image = make()
+    want, config = model(image), model.config
+    with pytest.raises(ValueError, match=r"out of range|cannot be taken"):
+        model.prune_intermediate_layers(indices)
+    assert model.config == config and torch.equal(model(image), want)
+
+
+@pytest.mark.parametrize(
+    ("indices", "want"), [(2, [1, 2]), (1, [2]), ([0], [0]), ([1, 0], [0, 1]), ([-2], [1]), (None, [0, 1, 2])], ids=str
+)
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_pruned_model_gives_the_same_intermediates(norm, indices, want):
+    model, image = make(reg_tokens=1)
+    words = {"output_fmt": "NLC", "intermediates_only": True, "norm": norm}
+    before = model.forward_intermediates(image, indices, **words)
+    pruned = copy.deepcopy(model)
+    taken = pruned.prune_intermediate_layers(indices)
+    assert taken == want
+    found = pruned.forward_intermediates(image, taken, **words)
+    assert len(found) == len(before) and all(map(torch.equal, found, before))
+    assert len(pruned.blocks) == pruned.config.depth == len(pruned.feature_info) == max(taken) + 1
+    assert pruned.num_classes == 0 and pruned.global_pool == "" and len(model.blocks) == 3
+    assert vit.VisionTransformer(pruned.config).state_dict().keys() == pruned.state_dict().keys()

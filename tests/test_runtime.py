@@ -21,11 +21,13 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import vit
+from vit import cuda_graph
 from vit.commands import cli, warmup
 from vit.cuda_graph import Graph, check
 from vit.init import init_weights
 from vit.kernels import runtime
 from vit.layers import DropPath, LayerNorm, LayerScale, add_norm
+from vit.unchanged import unchanged
 
 SMALL = vit.ViTConfig(
     img_size=(8, 16), patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5, init_values=0.5, mlp_ratio=2.0
@@ -199,6 +201,161 @@ def test_graph_refuses(case):
     call, error, message = bad_graphs()[case]
     with pytest.raises(error, match=message):
         call()
+
+
+class Pair(torch.nn.Module):
+    """Two inputs, an option, a parameter, buffers, and results in all kinds of containers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))
+        self.register_buffer("table", torch.ones(3))
+        self.inside = torch.nn.BatchNorm1d(2)
+        self.states = []
+
+    def forward(self, a, b, power=1):
+        cache = torch.is_autocast_cache_enabled() and torch.is_autocast_enabled("cpu")
+        self.states.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled(), cache))
+        total = a * self.first + self.table
+        return total, [total @ b**power, {"b": b * 2, "both": (a.sum(), 2.5)}], None, True, 3, "name"
+
+
+def pair():
+    return Pair().eval(), torch.arange(6.0).reshape(2, 3), torch.arange(12.0).reshape(3, 4)
+
+
+def test_graph_copies_every_tensor_of_nested_results():
+    model, a, b = pair()
+    run = captured(model, torch.zeros(2, 3), torch.zeros(3, 4), power=2)
+
+    def want(a, b):
+        total = a + 1
+        return total, [total @ b**2, {"b": b * 2, "both": (a.sum(), 2.5)}], None, True, 3, "name"
+
+    first = run(a, b)
+    second = run(a + 1, b + 2)
+    torch.testing.assert_close(first[:2], want(a, b)[:2])
+    torch.testing.assert_close(second[:2], want(a + 1, b + 2)[:2])
+    assert first[2:] == second[2:] == (None, True, 3, "name")
+
+
+def test_graph_leaves_its_example_and_its_inputs_alone():
+    model, a, b = pair()
+    run = captured(model, a, b)
+    other = run(a + 1, b + 1)[0].clone()
+    assert torch.equal(a, torch.arange(6.0).reshape(2, 3)) and torch.equal(b, torch.arange(12.0).reshape(3, 4))
+    a.fill_(torch.nan)  # nor does it read them
+    inputs = torch.arange(6.0).reshape(2, 3) + 1, torch.arange(12.0).reshape(3, 4) + 1
+    copies = [x.clone() for x in inputs]
+    assert torch.equal(run(*inputs)[0], other) and all(map(torch.equal, inputs, copies))
+    assert torch.equal(run(inputs[0].mT.contiguous().mT, inputs[1])[0], other)  # any strides
+
+
+def bad_second_arguments():
+    model, a, b = pair()
+    run = captured(model, a, b)
+    return {
+        "shape": (lambda: run(a, b[:, :3]), ValueError, r"captured for torch.float32 \[3, 4\] on cpu, got .*\[3, 3\]"),
+        "fewer dimensions": (lambda: run(a, b[:, 0]), ValueError, r"got torch.float32 \[3\] on cpu"),
+        "more": (lambda: run(a, b[None]), ValueError, r"got torch.float32 \[1, 3, 4\] on cpu"),
+        "exchanged": (lambda: run(b, a), ValueError, r"captured for torch.float32 \[2, 3\] on cpu, got .*\[3, 4\]"),
+        "turned": (lambda: run(a, b.mT), ValueError, r"\[3, 4\] on cpu, got torch.float32 \[4, 3\]"),
+        "dtype": (lambda: run(a, b.double()), ValueError, "got torch.float64"),
+        "integers": (lambda: run(a, b.int()), ValueError, "got torch.int32"),
+        "device": (lambda: run(a, b.to("meta")), ValueError, "on meta"),
+        "no tensor": (lambda: run(a, None), TypeError, r"captured for 2 tensor\(s\), got \(Tensor, NoneType\)"),
+        "one": (lambda: run(a), TypeError, r"captured for 2 tensor\(s\), got \(Tensor\)"),
+        "none": (lambda: run(), TypeError, r"captured for 2 tensor\(s\), got \(\)"),
+        "example": (lambda: vit.graph(model, (a, 1.0)), TypeError, r"got \['Tensor', 'float'\]"),
+        "example elsewhere": (lambda: vit.graph(model, (a, b.to("meta"))), ValueError, r"cpu and meta \(input 1\)"),
+        "option": (lambda: vit.graph(model, (a, b), power=2, mask=b), TypeError, "mask is a tensor"),
+    }
+
+
+@pytest.mark.parametrize("case", bad_second_arguments())
+def test_graph_refuses_a_second_argument(case):
+    call, error, message = bad_second_arguments()[case]
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize("part", ["first", "last", "table", "inside.weight", "inside.running_var", "everything"])
+def test_graph_refuses_when_any_tensor_was_moved(part):
+    model, a, b = pair()
+    run = captured(model, a, b)
+    for name, t in [*model.named_parameters(), *model.named_buffers()]:
+        if name == part or part == "everything":
+            t.data = t.data.clone()
+    with pytest.raises(RuntimeError, match="moved or cast after it was captured; capture it again"):
+        run(a, b)
+
+
+@pytest.mark.parametrize(("dtype", "enabled"), [(torch.float16, True), (torch.bfloat16, True), (torch.bfloat16, False)])
+def test_graph_is_captured_without_gradients_and_in_the_autocast_around_it(dtype, enabled):
+    model, a, b = pair()
+    with torch.autocast("cpu", dtype, enabled), torch.inference_mode():
+        run = captured(model, a.clone(), b.clone())
+    assert model.states and set(model.states) == {(False, False, False)}  # no cache: it would outlive the graph
+    out = run(a, b)
+    assert out[1][0].dtype is (dtype if enabled else torch.float32) and not out[0].requires_grad
+    assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and torch.is_autocast_cache_enabled()
+
+
+def fake_cuda(monkeypatch, fails=False):
+    """The calls of `torch.cuda` that a capture makes, in order, without a GPU."""
+    events = []
+
+    def said(name):
+        @contextlib.contextmanager
+        def context(*args):
+            events.append(f"enter {name}")
+            yield
+            events.append(f"leave {name}")
+
+        return context
+
+    class Stream:
+        def __init__(self, name="side"):
+            self.name = name
+
+        def wait_stream(self, other):
+            events.append(f"{self.name} waits for {other.name}")
+
+    class CUDAGraph:
+        def replay(self):
+            events.append("replay")
+
+    monkeypatch.setattr(torch.cuda, "device", said("device"))
+    monkeypatch.setattr(torch.cuda, "stream", said("side"))
+    monkeypatch.setattr(torch.cuda, "graph", said("graph"))
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", CUDAGraph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream("current"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("synchronize"))
+
+    def run():
+        events.append("run")
+        if fails and "enter graph" in events:
+            raise RuntimeError("a wait")
+        return events.count("run")
+
+    return events, run
+
+
+def test_a_capture_warms_up_on_a_side_stream_and_replays_the_last_run(monkeypatch):
+    events, run = fake_cuda(monkeypatch)
+    replay = cuda_graph.capture(run, torch.device("cuda:1"))
+    before = ["enter device", "side waits for current", "enter side", *["run"] * 3, "leave side"]
+    after = ["current waits for side", "synchronize", "enter graph", "run", "leave graph", "leave device"]
+    assert events == before + after
+    events.clear()
+    assert replay() == replay() == 4 and events == ["enter device", "replay", "leave device"] * 2
+
+
+def test_a_forward_that_cannot_be_captured_says_so(monkeypatch):
+    _, run = fake_cuda(monkeypatch, fails=True)
+    with pytest.raises(RuntimeError, match=r"vit\.graph: this forward cannot be captured: a wait"):
+        cuda_graph.capture(run, torch.device("cuda:0"))
 
 
 @pytest.mark.gpu
@@ -437,10 +594,17 @@ FORWARDS = {
 }
 
 
+class Failing(Restless):
+    def forward(self, x):
+        super().forward(x)
+        raise KeyError("this forward fails at its end")
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["", "fails"])
 @pytest.mark.parametrize(("call", "training"), FORWARDS.values(), ids=FORWARDS)
-def test_nothing_changes(call, training):
+def test_nothing_changes(call, training, fails):
     torch.manual_seed(0)
-    model = Restless().train(training)
+    model = (Failing if fails else Restless)().train(training)
     model.norm.eval()
     if call is not captured:
         model.online.train(not training)  # each part has a mode of its own
@@ -449,11 +613,50 @@ def test_nothing_changes(call, training):
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     before = {name: t.detach().clone() for name, t in tensors.items()}
     version, modes, state = model.online.weight._version, [m.training for m in model.modules()], torch.get_rng_state()
-    call(model, torch.randn(3, 4, generator=torch.Generator().manual_seed(1)))
+    with pytest.raises(KeyError, match="fails at its end") if fails else contextlib.nullcontext():
+        call(model, torch.randn(3, 4, generator=torch.Generator().manual_seed(1)))
+    assert runtime._recorder is None and runtime.current_dry_run is None and torch.is_grad_enabled()
     now = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     assert all(now[name] is t for name, t in tensors.items())
     assert all(torch.equal(t, before[name]) for name, t in tensors.items())
     assert all((p.grad == 1).all() for p in model.parameters()) and model.online.weight._version == version
+    assert [m.training for m in model.modules()] == modes and torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["", "fails"])
+@pytest.mark.parametrize(("train", "mode"), [(False, False), (False, True), (True, False)])
+def test_unchanged_restores_objects_values_and_modes(train, mode, fails):
+    """Parameters' values only where training may have changed them; what did not change is not written to."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Dropout()))
+    model.register_buffer("table", torch.arange(4.0))
+    model.register_buffer("nothing", None)
+    model.append(torch.nn.LazyLinear(2)).append(torch.nn.Linear(2, 2, device="meta"))  # have no values
+    model.eval()
+    model[1][1].train(mode)  # a part alone
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    values = {k: t.detach().clone() for k, t in tensors.items() if k[0] not in "23"}
+    versions = {k: tensors[k]._version for k in values}
+    modes, state = [m.training for m in model.modules()], torch.get_rng_state()
+    touched = {"0.running_var", "1.0.bias", "table"}
+    with pytest.raises(KeyError) if fails else contextlib.nullcontext(), unchanged(model, (), train=train):
+        model.train()
+        model[1].eval()
+        model[0].running_mean = torch.full((3,), 9.0)
+        model[0].running_var.mul_(2.0)
+        model[1][0].weight = torch.nn.Parameter(torch.zeros(3, 3))
+        if train or mode:
+            model[1][0].bias.data.add_(1.0)
+        model.table.zero_()
+        model.nothing = torch.ones(1)
+        model[0].num_batches_tracked = None
+        torch.rand(5)
+        if fails:
+            raise KeyError
+    now = dict(model.named_parameters()) | dict(model.named_buffers())
+    assert now.keys() == tensors.keys() and all(now[k] is t for k, t in tensors.items()) and model.nothing is None
+    assert all(torch.equal(now[k], value) for k, value in values.items())
+    assert {k for k, version in versions.items() if now[k]._version != version} <= touched
     assert [m.training for m in model.modules()] == modes and torch.equal(torch.get_rng_state(), state)
 
 

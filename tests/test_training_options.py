@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import vit
 from vit.kernels import dropout_seed
 from vit.kernels.reference import dropout_scale
+from vit.layers import DropPath
 from vit.reference import Drop
 from vit.reference import VisionTransformer as Reference
 from vit.weights.dialects import write
@@ -29,6 +30,9 @@ MODELS = {rate: {rate: value} for rate, value in RATES.items()} | {
     "avg pool": RATES | {"global_pool": "avg"},
     "qk_norm": RATES | {"qk_norm": True},
     "pre-training head": RATES | {"representation_size": 24},
+    "pre_norm": RATES | {"pre_norm": True},
+    "registers": RATES | {"reg_tokens": 2, "no_embed_class": True},
+    "no prefix": RATES | {"class_token": False, "global_pool": "avg"},
 }
 
 
@@ -218,3 +222,144 @@ def test_every_way_through_the_model_drops_alike():
     whole = model(image, dropout_seed=seed)
     parts = model.forward_head(model.forward_features(image, dropout_seed=seed), dropout_seed=seed)
     assert torch.equal(whole, parts)
+
+
+PARTS = ["blocks.1.attn", "blocks.1.mlp", "blocks.1.drop_path1", "blocks.2.drop_path2", "blocks.1", "blocks"]
+
+
+@pytest.mark.parametrize("watched", [None, "blocks.1", "blocks"])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_that_trains_alone_is_recomputed_with_its_own_mask(part, watched):
+    """The model is in evaluation, so there is no seed: the part draws one, and recomputation draws the same."""
+    model = vit.VisionTransformer(dataclasses.replace(SMALL, **RATES), 0).eval()
+    randomise(model)
+    model.get_submodule(part).train()
+    if watched:
+        model.get_submodule(watched).register_forward_hook(lambda *_: None)
+    image = torch.randn(8, 3, 16, 24, generator=torch.Generator().manual_seed(1))
+
+    def run():
+        torch.manual_seed(0)
+        return outputs_and_gradients(model, model, image)
+
+    direct = run()
+    assert not torch.equal(direct["output"], model(image))
+    model.set_grad_checkpointing()
+    again = run()
+    assert all(torch.equal(direct[k], again[k]) for k in direct)
+
+
+class Foreign(torch.nn.Module):
+    """A block of another library, with PyTorch's dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.drop = torch.nn.Linear(32, 32), torch.nn.Dropout(0.5)
+
+    def forward(self, x):
+        return x + self.drop(self.fc(x).relu())
+
+
+@pytest.mark.parametrize("rates", [{}, RATES], ids=["", "drops"])
+def test_a_foreign_block_is_recomputed_with_its_own_mask(rates):
+    model = vit.VisionTransformer(dataclasses.replace(SMALL, **rates), 0)
+    model.blocks[1] = Foreign()
+    randomise(model)
+    image = torch.randn(4, 3, 16, 24)
+
+    def run():
+        torch.manual_seed(0)
+        return outputs_and_gradients(model, model, image)
+
+    direct = run()
+    model.set_grad_checkpointing()
+    again = run()
+    assert all(torch.equal(direct[k], again[k]) for k in direct)
+
+
+@pytest.mark.parametrize("watched", [None, "blocks", "blocks.0", "foreign"])
+def test_checkpointing_saves_memory_in_every_block(watched):
+    """Whether a block, or the row of them, is called or run as a chain: backward recomputes each."""
+    config = vit.ViTConfig(img_size=(64, 32), patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=5)
+    model = vit.VisionTransformer(config, 0)
+    if watched == "foreign":
+        model.blocks[0] = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Tanh()),) * 9)
+        model.blocks[1] = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Tanh()),) * 9)
+    elif watched:
+        model.get_submodule(watched).register_forward_hook(lambda *_: None)
+    image, saved = torch.randn(3, 3, 64, 32), []
+
+    def kept() -> int:
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+            model(image)
+        return sum(saved)
+
+    stream = 3 * 33 * 32  # of each block, its input and no more than a few tensors of that size
+    without = kept()
+    model.set_grad_checkpointing()
+    assert kept() < 10 * stream < without
+    model.set_grad_checkpointing(False)
+    assert kept() == without
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(9, 5), (9, 3, 4), (9, 2, 3, 4)], ids=str)
+def test_stochastic_depth_scales_whole_samples(shape, dtype):
+    x = torch.randn(shape).to(dtype)
+    path = DropPath(SMALL, 0.3, 12).train()
+    scale = dropout_scale(SEED, 12, torch.Size([9, 1]), 0.3)[:, 0]  # fp64
+    assert 0 < scale.count_nonzero() < 9
+    out = path(x, SEED)
+    want = torch.stack([sample * factor.to(dtype) for sample, factor in zip(x, scale, strict=True)])
+    assert out.dtype is dtype and torch.equal(out, want)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert path.scale(x, SEED).dtype is wide
+    torch.testing.assert_close(path.scale(x, SEED).double(), (scale > 0).double() / 0.7, rtol=1e-7, atol=0)
+    assert DropPath(SMALL, 0.0, 12).train()(x, SEED) is x and path.eval()(x, SEED) is x
+    assert path.scale(x, SEED) is None
+
+
+GROUPED = {
+    "": {},
+    "pooled": {"global_pool": "avg", "pre_norm": True, "init_values": 0.1},
+    "pre-training": {"representation_size": 8, "reg_tokens": 2, "use_mask_token": True, "qk_norm": True},
+    "no head": {"num_classes": 0, "reg_tokens": 1, "class_token": False, "global_pool": ""},
+}
+
+
+@pytest.mark.parametrize("cls", [vit.VisionTransformer, Reference], ids=["fast", "reference"])
+@pytest.mark.parametrize("options", GROUPED)
+def test_parameter_groups_by_hand(options, cls):
+    """More than ten blocks, all defaults, and every parameter once, in the order of the model."""
+    config = vit.ViTConfig(
+        img_size=(16, 8), patch_size=8, embed_dim=16, depth=12, num_heads=1, **{"num_classes": 3} | GROUPED[options]
+    )
+    model = cls(config, 0)
+    stem = ("cls_token", "reg_token", "mask_token", "pos_embed", "patch_embed", "norm_pre")
+
+    def want(name, param):
+        first, *rest = name.split(".")
+        layer = 0 if first in stem else int(rest[0]) + 1 if first == "blocks" else 12 if first == "norm" else 13
+        top = 12 if options == "no head" else 13
+        plain = param.ndim == 1 or name in ("cls_token", "reg_token", "mask_token", "pos_embed")
+        return round(0.75 ** (top - layer), 12), 0.0 if plain else 0.05
+
+    groups = vit.param_groups_layer_decay(model)
+    found = [(id(p), (round(g["lr_scale"], 12), g["weight_decay"])) for g in groups for p in g["params"]]
+    wanted = {id(p): want(name, p) for name, p in model.named_parameters()}
+    assert len(found) == len(wanted) and dict(found) == wanted
+    assert len({(g["lr_scale"], g["weight_decay"]) for g in groups}) == len(groups)
+    place = {id(p): i for i, p in enumerate(model.parameters())}
+    for group in groups:
+        assert [place[id(p)] for p in group["params"]] == sorted(place[id(p)] for p in group["params"])
+    assert [place[id(g["params"][0])] for g in groups] == sorted(place[id(g["params"][0])] for g in groups)
+
+
+@pytest.mark.parametrize("decay", [0, 0.0, -0.5, 1.0001, 2, float("nan"), float("inf")])
+def test_layer_decay_outside_its_range(decay):
+    model = vit.VisionTransformer(SMALL, 0)
+    with pytest.raises(ValueError, match=f"layer_decay={decay} must be above 0 and at most 1"):
+        vit.param_groups_layer_decay(model, layer_decay=decay)
+    for taken in (1, 1.0, 1e-6):
+        vit.param_groups_layer_decay(model, layer_decay=taken)

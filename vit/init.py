@@ -31,7 +31,7 @@ def init_weights(model: nn.Module, seed: int | None = None) -> None:
     Raises:
         ValueError: no rule covers the name of a parameter.
     """
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
     config = model.config
     jax = config.weight_init.startswith("jax")
     head_bias = -math.log(config.num_classes) if config.weight_init == "jax_nlhb" and config.num_classes else 0.0
@@ -40,7 +40,7 @@ def init_weights(model: nn.Module, seed: int | None = None) -> None:
     for name, param in model.named_parameters():
         if param.is_meta:
             continue
-        value = param if generator is None else torch.empty(param.shape)
+        value = param if generator is None else torch.empty(param.shape, device="cpu", dtype=torch.float32)
         module, _, leaf = name.rpartition(".")
         if module == "patch_embed.proj" and not jax:
             nn.init.uniform_(value, -patch_bound, patch_bound, generator=generator)

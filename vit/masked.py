@@ -35,8 +35,10 @@ class MaskedImageModel(nn.Module):
         config = dataclasses.replace(config, use_mask_token=True, **headless)
         self.encoder = VisionTransformer(config, seed, device=device, dtype=dtype)
         pixels = config.patch_size[0] * config.patch_size[1] * config.in_chans
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        weight = nn.init.trunc_normal_(torch.empty(pixels, config.embed_dim), std=0.02, generator=generator)
+        generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
+        where = self.encoder.pos_embed.device if seed is None else torch.device("cpu")
+        weight = torch.empty(pixels, config.embed_dim, device=where, dtype=torch.float32)
+        nn.init.trunc_normal_(weight, std=0.02, generator=generator)
         self.decoder = nn.Linear(config.embed_dim, pixels, device="meta").to_empty(device=self.encoder.pos_embed.device)
         with torch.no_grad():
             self.decoder.weight.copy_(weight)
