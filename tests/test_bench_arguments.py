@@ -1,5 +1,6 @@
 """Wrong arguments of every command of `benchmarks/`: one line that says what is wrong, exit status 2, nothing run."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from benchmarks import arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 UNWRITABLE = "setup.py/x"
@@ -74,3 +77,52 @@ def said():
 def test_wrong_argument(said, command):
     code, out, last = said[command]
     assert code == 2 and not out and "error:" in last[0] and WRONG[command] in last[0], said[command]
+
+
+# ---- what an argument becomes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("text", "want"), [("0.5", 0.5), ("1e-9", 1e-9), ("600", 600.0)])
+def test_positive_numbers(text, want):
+    assert arguments.positive(text) == want
+
+
+@pytest.mark.parametrize("text", ["0", "-0.1", "inf", "nan", "-inf", "x", ""])
+def test_numbers_that_are_not_positive(text):
+    with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+        arguments.positive(text)
+
+
+def test_counts():
+    assert arguments.count("1") == 1 and arguments.count("12") == 12
+    for text in ("0", "-1", "1.5", "x"):
+        with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+            arguments.count(text)
+
+
+def test_shapes():
+    shape = arguments.shape("vit_base_patch16_224@64/b7")
+    assert (shape.model, shape.batch, shape.img_size) == ("vit_base_patch16_224", 7, 64)
+    assert (shape.tokens, shape.rows, shape.width, shape.hidden, shape.heads, shape.head_dim) == (
+        17,
+        119,
+        768,
+        3072,
+        12,
+        64,
+    )
+    for text in ("vit_base_patch16_224@64/b0", "vit_base_patch16_224/7", "vit_base_patch16_224@65/b7"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            arguments.shape(text)
+
+
+def test_folders_are_made_and_files_are_not(tmp_path):
+    assert arguments.folder(str(tmp_path / "a/b")) == tmp_path / "a/b" and (tmp_path / "a/b").is_dir()
+    assert arguments.folder(str(tmp_path / "a")) == tmp_path / "a"  # which is there
+    found = arguments.file(str(tmp_path / "c/d.json"))
+    assert found == tmp_path / "c/d.json" and found.parent.is_dir() and not found.exists()
+    found.write_text("old")
+    assert arguments.file(str(found)) == found and found.read_text() == "old"
+    for kind, path in ((arguments.file, tmp_path / "a"), (arguments.folder, found), (arguments.file, found / "x")):
+        with pytest.raises(argparse.ArgumentTypeError, match="cannot write to "):
+            kind(str(path))

@@ -266,3 +266,91 @@ def test_rates_are_assumed_until_they_are_measured(tmp_path):
     (folder / "bench_vit.json").write_text('{"about": ')
     with pytest.raises(ResultError, match="is not whole JSON"):
         devices.ceilings(h100, tmp_path)
+
+
+# ---- more of the counts ----------------------------------------------------------------------------------------------
+
+
+def test_limits_of_the_cards():
+    """Shared memory of a multiprocessor is that of a program and 1 KiB; warps as in NVIDIA's table."""
+    found = {
+        arch: (c.name, c.num_sms, c.max_warps, c.max_blocks, c.shared, c.registers)
+        for arch, c in devices.DEVICES.items()
+    }
+    assert found == {
+        80: ("A100", 108, 64, 32, 164 * 1024, 2**16),
+        89: ("RTX 4090", 128, 48, 24, 100 * 1024, 2**16),
+        90: ("H100", 132, 64, 32, 228 * 1024, 2**16),
+        100: ("B200", 148, 64, 32, 228 * 1024, 2**16),
+    }
+    rates = {arch: (c.assumed.tflops, c.assumed.gbps) for arch, c in devices.DEVICES.items()}
+    assert rates == {80: (312, 2039), 89: (165.2, 1008), 90: (798, 3000), 100: (2250, 8000)}
+
+
+def test_rates_of_another_card_are_not_taken(tmp_path):
+    """By its name, whatever the case; both rates must be there; of several cards each its own."""
+    for gpu, (tflops, gbps) in {"NVIDIA a100-SXM4": (250.0, 1700.0), "NVIDIA H100": (700.0, None)}.items():
+        folder = tmp_path / gpu[-4:]
+        folder.mkdir()
+        common = {"bench": "ceiling", "ok": True, "dtype": "bfloat16"}
+        found = [
+            common | {"op": "matmul", "tflops": tflops},
+            *([common | {"op": "copy", "gbps": gbps}] if gbps else []),
+        ]
+        (folder / "bench_x.json").write_text(json.dumps({"about": {"gpu": gpu, "utc": "2026-01-01"}, "records": found}))
+    assert devices.ceilings(devices.DEVICES[80], tmp_path) == (Ceilings(250.0, 1700.0), "measured 2026-01-01")
+    assert devices.ceilings(devices.DEVICES[90], tmp_path) == (devices.DEVICES[90].assumed, "assumed, seen on one card")
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "name"),
+    [
+        ({}, torch.bfloat16, "_scaled_dot_product_flash_attention"),
+        ({}, torch.float16, "_scaled_dot_product_flash_attention"),
+        ({}, torch.float32, "_scaled_dot_product_efficient_attention"),
+        ({"attn_mask": True}, torch.bfloat16, "_scaled_dot_product_efficient_attention"),
+    ],
+)
+def test_which_attention_pytorch_would_take(options, dtype, name):
+    q, k = meta(2, 4, 33, 64, dtype=dtype), meta(2, 4, 7, 64, dtype=dtype)
+    if options:
+        options = {"attn_mask": meta(2, 4, 33, 7, dtype=dtype)}
+    launches = trace.trace(lambda q, k: torch.nn.functional.scaled_dot_product_attention(q, k, k, **options), q, k)
+    (launch,) = [launch for launch in launches if launch.flops]
+    assert launch.name == name and launch.flops == 4 * 2 * 4 * 33 * 7 * 64
+
+
+@pytest.mark.parametrize("size", [(32, 48), (48, 32)])
+def test_flops_of_patches_by_hand(size):
+    """Forward and weight and image one product each; batch, channels, height, width and features all different."""
+    image, weight = meta(5, 2, *size).requires_grad_(), meta(24, 2, 16, 16).requires_grad_()
+    pos, prefix = meta(1, 7, 24), meta(1, 1, 24)
+    call = lambda image, weight: kernels.patch_embed(image, weight, None, pos, prefix)  # noqa: E731
+    launches = trace.trace(call, image, weight, train=True)
+    product = 2 * 5 * 6 * (2 * 16 * 16) * 24
+    assert total(launches, "flops", "fwd") == product and total(launches, "flops", "bwd") == 2 * product
+
+
+def test_a_step_walks_back_to_what_requires_a_gradient():
+    """Without training nothing is kept; nothing is left in .grad; parameters come before inputs."""
+    model, x = nn.Linear(4, 3), torch.randn(2, 4, requires_grad=True)
+    model.bias.requires_grad_(False)
+    assert trace.step(model, x, train=False).requires_grad is False
+    out, grads = trace.step(model, x, train=True)
+    assert out.requires_grad and [g.shape for g in grads] == [(3, 4), (2, 4)]
+    assert model.weight.grad is None and x.grad is None
+    launches = trace.trace(nn.Linear(4, 3, device="meta"), meta(2, 4, dtype=torch.float32))
+    assert {launch.phase for launch in launches} == {"fwd"}
+
+
+def test_a_launch_names_its_shapes_grid_and_phase():
+    x, w, b = meta(4, 6, 64).requires_grad_(), meta(32, 64).requires_grad_(), meta(32)
+    launches = trace.trace(lambda x: kernels.linear(x, w, b, impl="triton"), x, train=True)
+    assert [launch.phase for launch in launches] == sorted((launch.phase for launch in launches), reverse=True)
+    first = launches[0]
+    assert (
+        first.name == "_gemm_kernel" and first.flops == 2 * 24 * 32 * 64 and (24, 64) in [s[-2:] for s in first.shapes]
+    )
+    assert first.grid and first.args["M"] == 24 and first.options["num_warps"] >= 1
+    (eager,) = trace.trace(lambda x: torch.nn.functional.gelu(x), meta(4, 6, 64))
+    assert (eager.name, eager.grid, eager.kernel, eager.args, eager.shapes) == ("gelu", None, None, None, ((4, 6, 64),))

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import time
 import weakref
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -14,10 +15,11 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import bench_layer_norm, bench_vit, harness, plan
+from benchmarks import log as record
 from benchmarks.harness import Ceilings, Gate, Point, Work, measure, tensors_of
 from benchmarks.log import Log
 from benchmarks.shapes import MODELS, SMALL, Shape, parse
-from vit.commands.parity import library
+from vit.commands.parity import CannotStart, library
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -334,3 +336,265 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(cuda):
     with pytest.raises(RuntimeError, match="not permitted"):
         harness.ready(harness.Run(fails, [], []), lambda outs: [], "fwd", CPU, True)
     cuda.set_stream.assert_called_once_with(cuda.current_stream())
+
+
+# ---- figures of a record ---------------------------------------------------------------------------------------------
+
+
+def test_rates_are_those_of_the_time():
+    ceilings, work = Ceilings(tflops=100.0, gbps=2000.0), Work(3e12, 8e9)
+    assert work.rates(60.0, ceilings) == pytest.approx({"tflops": 50.0, "gbps": 8e9 / 0.06 / 1e9, "sol_fraction": 0.5})
+    assert Work(0, 8e9).rates(8.0, ceilings) == pytest.approx({"gbps": 1000.0, "sol_fraction": 0.5})
+    assert Work(1, 2) + Work(30, 40) == Work(31, 42)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", OPS)
+def test_the_whole_is_forward_and_backward(op, dtype):
+    work, whole = OPS[op].work(SMALL, dtype.itemsize), OPS[op].total(SMALL, dtype)
+    assert whole.keys() == {"fwd", "bwd", "full"} and whole["fwd"] == work["fwd"] and whole["bwd"] == work["bwd"]
+    assert whole["full"].flops == work["fwd"].flops + work["bwd"].flops
+    assert whole["full"].bytes == work["fwd"].bytes + work["bwd"].bytes
+
+
+def test_percentiles_of_one_time_and_of_unsorted_ones():
+    assert harness.percentiles([7.0]) == {"ms_p20": 7.0, "ms_p50": 7.0, "ms_p80": 7.0}
+    times = [float(t) for t in (10, 0, 30, 20, 50, 40)]
+    assert harness.percentiles(times) == pytest.approx({"ms_p20": 10.0, "ms_p50": 25.0, "ms_p80": 40.0})
+
+
+def test_times_are_milliseconds():
+    (times,) = harness.milliseconds({"a": lambda: time.sleep(0.02)}, CPU, rounds=2).values()
+    assert len(times) == 2 and all(20 <= t < 2000 for t in times)
+
+
+def test_the_cards_own_rates_by_hand(tmp_path, monkeypatch):
+    """Two FLOPs per multiply-add of 256^3; 2^20 numbers of four bytes read and written."""
+    ms, asked = {"matmul": 0.5, "copy": 2.0}, []
+
+    def milliseconds(fns, device, **how):
+        results = {name: fn() for name, fn in fns.items()}
+        asked.append((results["matmul"].shape, results["matmul"].dtype, results["copy"].nbytes))
+        return {name: [ms[name]] for name in fns}
+
+    monkeypatch.setattr(harness, "milliseconds", milliseconds)
+    log = Log(tmp_path / "x.json", {"gpu": "none"})
+    found = harness.measure_ceilings(log, CPU, torch.bfloat16)
+    assert asked == [((256, 256), torch.bfloat16, 2**22)]
+    assert found == Ceilings(pytest.approx(2 * 256**3 / 0.5e-3 / 1e12), pytest.approx(2 * 2**22 / 2e-3 / 1e9))
+    matmul, copy = log.records
+    assert (matmul["op"], matmul["tflops"], matmul["dtype"], matmul["ms_p50"]) == (
+        "matmul",
+        found.tflops,
+        "bfloat16",
+        0.5,
+    )
+    assert (copy["op"], copy["gbps"], copy["ms_p50"]) == ("copy", found.gbps, 2.0)
+    assert {r["bench"] for r in log.records} == {"ceiling"} and log.ok and "gbps" not in matmul and "tflops" not in copy
+
+
+def test_records_of_a_point_by_hand(tmp_path, monkeypatch):
+    """In turn by mode, then provider; the error is each one's own; images a second of whole models alone."""
+    monkeypatch.setattr(
+        harness, "milliseconds", lambda fns, device, **_: {name: [2.0 + i] for i, name in enumerate(fns)}
+    )
+    log = Log(tmp_path / "x.json", {"gpu": "none"})
+    exact = lambda x, weight, bias: bench_layer_norm.eager(x.double(), weight.double(), bias.double()).float()  # noqa: E731
+    bench = dataclasses.replace(BENCH, providers={"ours": exact, "eager": bench_layer_norm.eager}, compiles=None)
+    measure(Point(bench, SMALL, torch.float32, ("bwd", "fwd")), log, Ceilings(1.0, 10.0), CPU)
+    measure(Point(bench_vit.BENCHES[0], SMALL, torch.float32, ("fwd",), ("reference",)), log, Ceilings(1.0, 10.0), CPU)
+    *ops, model = log.records
+    assert [(r["mode"], r["provider"], r["ms_p50"]) for r in ops] == [
+        ("bwd", "ours", 2.0), ("bwd", "eager", 3.0), ("fwd", "ours", 2.0), ("fwd", "eager", 3.0),
+    ]  # fmt: skip
+    for r in ops:
+        work = bench_layer_norm.work(SMALL, 4)[r["mode"]]
+        assert r["gbps"] == pytest.approx(work.bytes / r["ms_p50"] / 1e6) and "tflops" not in r and "img_s" not in r
+        assert r["sol_fraction"] == pytest.approx(work.bytes / 10e6 / r["ms_p50"]) and r["timed"] == "launches"
+        assert (r["bench"], r["op"], r["shape"], r["dtype"]) == ("layer_norm", "layer_norm", str(SMALL), "float32")
+    assert ops[0]["error_rms"] == ops[2]["error_rms"] < ops[1]["error_rms"] == ops[3]["error_rms"] < 1e-5
+    assert model["img_s"] == pytest.approx(2 / 2e-3) and model["op"] == "vit"
+    assert model["tflops"] == pytest.approx(bench_vit.work(SMALL, 4)["fwd"].flops / 2e9)
+
+
+def test_how_long_is_timed(tmp_path, monkeypatch):
+    """Ops three times for 60 ms; what is not replayed, whole models, twice for 400 ms."""
+    asked = []
+    monkeypatch.setattr(
+        harness, "milliseconds", lambda fns, device, **how: asked.append(how) or {n: [1.0] for n in fns}
+    )
+    log = Log(tmp_path / "x.json", {"gpu": "none"})
+    for replay in (True, False):
+        bench = dataclasses.replace(BENCH, replay=replay)
+        measure(Point(bench, SMALL, torch.float32, ("fwd",), ("eager",)), log, Ceilings(1, 10), CPU)
+    assert asked == [{"rounds": 3, "rep_ms": 60}, {"rounds": 2, "rep_ms": 400}]
+
+
+# ---- more of the gate ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_gate_is_twice_eagers_error_and_a_rounding(dtype):
+    """Of each result alone: the first and the last, relative to its own size."""
+    tensors = tensors_of(BENCH, SMALL, dtype, CPU)
+    gate = Gate(BENCH, SMALL, tensors)
+    rounding = {torch.float32: 1e-6, torch.bfloat16: 2**-9, torch.float16: 2**-12}[dtype]
+    right = gate.right
+    assert len(right) == 4 and all(t.dtype is torch.float64 for t in right)  # the output and three gradients
+    gate.eager = [0.25 * rounding * (i + 1) for i in range(4)]
+    for i in range(4):
+        for factor, passes in ((0.98, True), (1.02, False)):
+            found = list(right)
+            found[i] = right[i] * (1 + factor * (2 * gate.eager[i] + rounding))
+            gate.results = lambda run, found=found: found
+            error, wrong = gate.error(None)
+            assert (wrong is None) is passes and error == pytest.approx(factor * (2 * gate.eager[i] + rounding))
+            assert passes or wrong.startswith(f"parity: result {i} has rms error {error:.2e}, eager PyTorch ")
+
+
+def test_every_sample_has_the_same_cotangent_and_every_output_its_own():
+    gate = Gate(BENCH, SMALL, tensors_of(BENCH, SMALL, torch.float32, CPU))
+    gate.per_sample.clear()
+    few, other = gate.cotangents([torch.empty(2, 3, 4), torch.empty(2, 3, 4, dtype=torch.bfloat16)])
+    assert torch.equal(few[0], few[1]) and not torch.allclose(few, other.float(), atol=0.1)
+    assert other.dtype is torch.bfloat16 and few.std() > 0.3
+    many, _ = gate.cotangents([torch.empty(5, 3, 4), torch.empty(5, 3, 4)])
+    assert many.shape == (5, 3, 4) and all(torch.equal(row, few[0]) for row in many)
+    many.zero_()  # as `Gate.results` does with the samples that it leaves out
+    assert torch.equal(gate.cotangents([torch.empty(1, 3, 4)] * 2)[0][0], few[0])
+
+
+def test_inputs_are_the_same_every_time_and_rounded_from_fp32():
+    bench = OPS["mlp"]
+    wide, again, narrow = (tensors_of(bench, SMALL, d, CPU) for d in (torch.float32, torch.float32, torch.bfloat16))
+    assert all(torch.equal(t, again[name]) and torch.equal(t.bfloat16(), narrow[name]) for name, t in wide.items())
+    assert wide["fc1_weight"].std().item() == pytest.approx(SMALL.width**-0.5, rel=0.05)
+    assert not torch.equal(wide["fc1_bias"][: SMALL.width], wide["fc2_bias"])
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "device", "ok", "said"),
+    [
+        ("ours", RuntimeError("no"), "cpu", False, "RuntimeError: no"),
+        ("triton", RuntimeError("no"), "cuda", False, "RuntimeError: no"),
+        ("triton", RuntimeError("no"), "cpu", True, "does not run: RuntimeError: no"),
+        ("eager", RuntimeError("no"), "cuda", True, "does not run: RuntimeError: no"),
+        ("ours", torch.OutOfMemoryError("5 GiB"), "cuda", True, "memory: 5 GiB"),
+        ("ours", ImportError("no x"), "cuda", True, "not installed: no x"),
+        ("ours", CannotStart("x is missing; pip install x"), "cuda", True, "x is missing; pip install x"),
+        ("eager", ValueError("x" * 900), "cpu", True, "does not run: " + ("ValueError: " + "x" * 900)[:600]),
+    ],
+)
+def test_which_failures_are_ours(name, error, device, ok, said):
+    found = harness.failure(name, error, torch.device(device))
+    assert found == {"ok": ok, ("skipped" if ok else "error"): said}
+
+
+@pytest.mark.parametrize("name", ["ours", "triton", "eager"])
+def test_only_our_own_wrong_results_are_failures(name):
+    tensors = tensors_of(BENCH, SMALL, torch.float32, CPU)
+    bench = dataclasses.replace(BENCH, providers={name: PROVIDERS["nan"]})
+    said, run = harness.admit(bench, name, SMALL, tensors, Gate(bench, SMALL, tensors))
+    assert run is None and said["error_rms"] is None and said["ok"] is (name == "eager")
+    assert said["skipped" if name == "eager" else "error"].startswith("parity: result 0 has rms error nan")
+
+
+def test_providers_that_compile_come_last_and_only_where_there_is_one_to_compile(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda fn, **how: asked.append((fn, how)) or fn)
+    assert BENCH.names == [*PROVIDERS, "compile", "compile-max"]
+    assert dataclasses.replace(BENCH, compiles=None).names == [*PROVIDERS]
+    for name in ("eager", "compile", "compile-max"):
+        assert BENCH.provider(name) is PROVIDERS["eager"]
+    assert asked == [
+        (PROVIDERS["eager"], {"mode": mode, "dynamic": False}) for mode in ("default", "max-autotune-no-cudagraphs")
+    ]
+
+
+def test_outputs_without_a_gradient_are_left_out():
+    """The logsumexp of attention, in fp32 beside 16 bits."""
+    out, lse = torch.ones(2, dtype=torch.bfloat16), torch.ones(3)
+    assert harness.as_tuple(out) == (out,) and harness.as_tuple((out, lse)) == (out,)
+    assert len(harness.as_tuple((out, out.clone()))) == 2
+
+
+def test_memory_of_a_call_by_hand(monkeypatch):
+    """The peak that a call adds and the inputs, each storage once; what a forward keeps is on top of what was there."""
+    now, peak = iter([1000 * 2**20, 1030 * 2**20]), 1100 * 2**20
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(now))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak)
+    told = []
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: told.append(name))
+    x, y = torch.zeros(2**18), torch.zeros(2**19)  # 1 and 2 MiB
+    run = harness.Run(lambda: told.append("forward"), [x], [])
+    found = harness.memory(run, lambda: told.append("call"), {"x": x, "again": x[:5], "y": y}, CPU)
+    assert found == {"peak_mem_mb": 103.0, "saved_mem_mb": 30.0}
+    assert told == ["synchronize", "reset_peak_memory_stats", "call", "forward"]
+
+
+# ---- the log ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_log_is_ok_if_it_has_records_and_all_are(tmp_path, capsys):
+    log = Log(tmp_path / "x.json", {"gpu": "none"}, deadline=time.monotonic() + 50)
+    assert not log.ok and json.loads(log.path.read_text())["records"] == [] and 40 < log.seconds_left <= 50
+    log.add(ok=True, bench="x", ms=1.23456789, tensors=["not shown"])
+    assert log.ok and "rehearsal" not in log.records[0]
+    log.add(ok=True, bench="x", skipped="budget")
+    assert log.ok
+    log.add(ok=False, bench="x", error="no")
+    log.add(ok=True, bench="x")
+    assert not log.ok
+    shown = capsys.readouterr().out.splitlines()
+    assert shown == [
+        "ok     bench=x ms=1.235",
+        "skip   bench=x skipped=budget",
+        "FAILED bench=x error=no",
+        "ok     bench=x",
+    ]
+    assert Log(tmp_path / "y.json", {}).seconds_left == float("inf")
+
+
+def test_an_attempt_is_a_record_whatever_happens(tmp_path, monkeypatch):
+    monkeypatch.setattr(record.gc, "collect", lambda: 0)  # which takes its time
+    log = Log(tmp_path / "x.json", {"gpu": "none"})
+
+    def fails(error):
+        raise error
+
+    log.attempt(lambda: time.sleep(0.01) or {"ok": True, "ms": 3.0}, bench="a")
+    log.attempt(lambda: {"ok": False, "ms": 3.0}, bench="b")
+    log.attempt(lambda: fails(torch.OutOfMemoryError("5 GiB")), bench="c")
+    log.attempt(lambda: fails(KeyError("k" * 3000)), bench="d")
+    a, b, c, d = log.records
+    assert a.pop("seconds") >= 0.01 and a == {"ok": True, "bench": "a", "ms": 3.0}
+    assert not b["ok"] and c["ok"] and c["skipped"] == "memory: 5 GiB" and "error" not in c
+    assert not d["ok"] and d["error"].startswith("KeyError: 'kkk") and len(d["error"]) == 2000 and "seconds" in d
+    assert len(json.loads(log.path.read_text())["records"]) == 4
+
+
+def test_a_record_is_added_to_a_file_that_nobody_writes_any_more(tmp_path):
+    log = Log(tmp_path / "x.json", {"gpu": "none"})
+    log.add(ok=True, bench="x")
+    before = json.loads(log.path.read_text())
+    record.amend(log.path, {"ok": False, "error": "stopped"})
+    found = json.loads(log.path.read_text())
+    assert found == {"about": before["about"], "records": [*before["records"], {"ok": False, "error": "stopped"}]}
+    record.amend(tmp_path / "new.json", {"ok": False})
+    found = json.loads((tmp_path / "new.json").read_text())
+    assert found["records"] == [{"ok": False}] and found["about"].keys() == {"utc"}
+
+
+def test_tables_are_aligned_and_folders_named():
+    rows = [["a", 1.23456, None], ["long", 10, "x"], ["b", 123456.0, 0]]
+    assert record.table(["name", "n", ""], rows) == (
+        "name          n\na         1.235\nlong         10  x\nb     1.235e+05  0"
+    )
+    assert record.table(["name", "n", ""], rows[:1], markdown=True).splitlines() == [
+        "| name | n |  |", "| --- | ---: | ---: |", "| a | 1.235 |  |",
+    ]  # fmt: skip
+    assert record.folder_of("NVIDIA H100 80GB  HBM3") == ROOT / "benchmarks/results/nvidia-h100-80gb-hbm3"
+    assert record.folder_of("A B", "build/bench") == ROOT / "build/bench/a-b"
+    assert record.folder_of("rehearsal") == record.folder_of("rehearsal", "build/bench") == ROOT / "build/rehearsal"
+    assert [record.name_of(d) for d in (torch.bfloat16, torch.float32)] == ["bfloat16", "float32"]

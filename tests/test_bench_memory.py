@@ -1,6 +1,7 @@
 """Memory counted on meta tensors, against what PyTorch's profiler sees allocated on the CPU, and by hand."""
 
 import dataclasses
+import functools
 import gc
 import json
 
@@ -152,3 +153,125 @@ def test_command(tmp_path, capsys):
     at_least = step["parameters_mb"] + step["gradients_mb"] + step["images_mb"]
     assert at_least < step["peak_mem_mb"] and forward["peak_mem_mb"] < step["peak_mem_mb"]
     assert 12 * step["saved_by_a_block_mb"] < step["saved_mb"] and forward["saved_mb"] == 0
+
+
+# ---- more of the counts ----------------------------------------------------------------------------------------------
+
+
+class Frozen(nn.Module):
+    """A layer that learns, one that does not, and a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 32, device="meta"), nn.Linear(32, 16, device="meta")
+        self.second.requires_grad_(False)
+        self.register_buffer("table", torch.empty(100, device="meta"))
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+def test_memory_of_a_step_by_hand():
+    """Gradients of what learns alone; buffers count as parameters; the input of a layer that learns is the image."""
+    x, parameters = torch.empty(8, 64, device="meta"), 4 * (64 * 32 + 32 + 32 * 16 + 16 + 100)
+    step = memory.count(Frozen(), x, True)
+    assert (step.parameters, step.images, step.gradients) == (parameters, 8 * 64 * 4, 4 * (64 * 32 + 32))
+    assert step.saved == 0  # the image is not counted again, and the second layer needs its weight alone
+    forward = memory.count(Frozen(), x, False)
+    assert (forward.gradients, forward.saved) == (0, 0) and forward.parameters == parameters
+    assert forward.peak == parameters + x.nbytes + 4 * (8 * 32 + 8 * 16)
+    assert step.peak >= parameters + x.nbytes + step.gradients + 4 * 8 * 16
+
+
+def test_a_tensor_that_is_saved_twice_counts_once():
+    class Twice(nn.Module):
+        def forward(self, x):
+            y = x * 2
+            return y * y + y.exp().sin()
+
+    x = torch.empty(1000, device="meta", requires_grad=True)
+    found = memory.count(Twice(), x, True)
+    assert found.saved == 2 * 4000 and found.parameters == 0  # y, and exp(y), which both exp and sin keep
+    grown = memory.count(Twice(), torch.empty(3000, device="meta", requires_grad=True), True)
+    assert grown.saved == 3 * found.saved and grown.images == 3 * found.images
+
+
+def bent(bend, batch):
+    """A peak that is a line but for a corner."""
+    return 1000 + 10 * batch + (bend if batch > 48 else 0)
+
+
+@pytest.mark.parametrize("fit", [0, 1, 31, 32, 33, 63, 64, 65, 200])
+def test_the_largest_batch_from_any_peak(fit, monkeypatch):
+    """However the peak bends: a corner where the guess, a straight line, is wrong on either side."""
+    for bend in (-30, 0, 30):
+        peak = functools.partial(bent, bend)
+        monkeypatch.setattr(memory, "count", lambda batch, train, p=peak: memory.Memory(0, 0, 0, 0, p(batch)))
+        limit = peak(fit)
+        most = max(batch for batch in range(300) if all(peak(b) <= limit for b in range(1, batch + 1)))
+        found = memory.largest_batch(lambda batch: (batch,), limit, True)
+        assert peak(found) <= limit < peak(found + 1) and (bend < 0 or found == most)
+
+
+def test_models_are_made_in_any_batch_and_dtype():
+    shape = dataclasses.replace(SMALL, batch=7)
+    for dtype in (torch.bfloat16, torch.float32):
+        for provider in ("ours", "reference"):
+            model, image = memory.factory(provider, shape, dtype)(3)
+            assert image.shape == (3, 3, 64, 64) and image.dtype is dtype and image.is_meta
+            assert all(p.dtype is dtype and p.is_meta and p.requires_grad for p in model.parameters())
+    assert memory.factory("ours", shape)(1)[1].dtype is torch.bfloat16
+
+
+def test_command_says_what_is_not_installed_and_the_largest_batches(tmp_path, monkeypatch, capsys):
+    """Limits in GiB; a table of several shapes; the columns are the records in MiB."""
+    asked = []
+    real = memory.records
+
+    def records(shape, provider, gib):
+        asked.append((str(shape), provider, gib))
+        if provider == "timm":
+            raise memory.CannotStart("timm is missing; pip install timm\nmore")
+        return real(shape, provider, None)
+
+    monkeypatch.setattr(memory, "records", records)
+    out = tmp_path / "memory.json"
+    words = [
+        "--shape",
+        str(SMALL),
+        "--provider",
+        "reference",
+        "--provider",
+        "timm",
+        "--largest",
+        "1.5",
+        "--out",
+        str(out),
+    ]
+    assert memory.main(words) == 0
+    assert asked == [(str(SMALL), "reference", 1.5), (str(SMALL), "timm", 1.5)]
+    said = capsys.readouterr().out
+    assert "timm: timm is missing; pip install timm\n" in said and "more" not in said
+    step, forward, skipped = json.loads(out.read_text())["records"]
+    assert skipped["skipped"] == "timm is missing; pip install timm" and skipped["provider"] == "timm" and skipped["ok"]
+    (row,) = [line.split() for line in said.splitlines() if line.startswith("reference")]
+    keys = ("parameters_mb", "gradients_mb", "saved_mb", "saved_by_a_block_mb", "peak_mem_mb")
+    u = 2 * 2 * 17 * 192 / 2**20
+    assert row[1:] == [
+        *(f"{step[key]:.0f}" for key in keys), f"{forward['peak_mem_mb']:.0f}",
+        f"{step['saved_by_a_block_mb'] / u:.2f}",
+    ]  # fmt: skip
+    assert f"u = {u:.1f} MiB, one token matrix" in said
+
+
+def test_records_of_largest_batches(monkeypatch):
+    """Of the step first; in GiB of 2^30 bytes."""
+    asked = []
+    monkeypatch.setattr(memory, "largest_batch", lambda make, size, train: asked.append((size, train)) or 7 + train)
+    found = memory.records(SMALL, "ours", 1.5)
+    assert asked == [(1.5 * 2**30, True), (1.5 * 2**30, False)]
+    assert [(r["op"], r["mode"], r.get("largest_batch")) for r in found] == [
+        ("vit", "full", None), ("largest_batch", "full", 8), ("vit", "fwd", None), ("largest_batch", "fwd", 7),
+    ]  # fmt: skip
+    assert all(r["counted"] and r["bench"] == "memory" and r["shape"] == str(SMALL) for r in found)
+    assert [r["gib"] for r in found if "gib" in r] == [1.5, 1.5]

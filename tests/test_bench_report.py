@@ -347,3 +347,228 @@ def test_without_matplotlib(folder, monkeypatch, capsys):
     assert made(folder, plots=True) == TABLE
     assert "Plots left out: no matplotlib here; pip install" in capsys.readouterr().out
     assert not list((folder / "results/sample").glob("*.png"))
+
+
+# ---- more of the table, the records and the comparison ---------------------------------------------------------------
+
+
+def recorded(*found, **about):
+    """Checked records of whole models, from what is told of each."""
+    common = {"ok": True, "bench": "vit", "op": "vit", "shape": "vit_base_patch16_224/b256", "dtype": "bfloat16"}
+    about = {"gpu": "SAMPLE"} | about
+    return records.parse({"about": about, "records": [common | {"img_s": 1.0} | r for r in found]}, NONE)
+
+
+def cells(of):
+    """The cells of the one row of the table."""
+    *_, row = report.table(of).splitlines()
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+@pytest.mark.parametrize("provider", ["triton", "graph", "accelerated"])
+def test_our_kernels_in_another_form_are_no_peer(provider):
+    """Neither the fastest nor the one that needs least memory."""
+    of = recorded(
+        *(
+            {"mode": m, "provider": "ours", "ms_p50": 2.0, "img_s": 500.0, "peak_mem_mb": 2048.0}
+            for m in ("fwd", "full")
+        ),
+        *(
+            {"mode": m, "provider": provider, "ms_p50": 1.0, "img_s": 900.0, "peak_mem_mb": 1.0}
+            for m in ("fwd", "full")
+        ),
+        *(
+            {"mode": m, "provider": "timm", "ms_p50": 5.0, "img_s": 200.0, "peak_mem_mb": 4096.0}
+            for m in ("fwd", "full")
+        ),
+        *(
+            {"mode": m, "provider": "hf", "ms_p50": 10.0, "img_s": 100.0, "peak_mem_mb": 8192.0}
+            for m in ("fwd", "full")
+        ),
+    )
+    name, *speed, memory = cells(of)
+    assert name == "B/16, batch 256, bf16" and speed == ["500", "–", "timm 200: 2.50×"] * 2
+    assert memory == "2.00; timm 4.00: 0.500×"
+
+
+def test_memory_is_that_of_the_step_alone():
+    """A forward's is another; without ours only the peer is told, without a ratio."""
+    of = recorded(
+        {"mode": "fwd", "provider": "ours", "ms_p50": 1.0, "peak_mem_mb": 1024.0},
+        {"mode": "full", "provider": "timm", "ms_p50": 1.0, "peak_mem_mb": 3072.0},
+        {"mode": "fwd", "provider": "timm", "ms_p50": 1.0, "peak_mem_mb": 512.0},
+    )
+    assert cells(of)[-1] == "–; timm 3.00" and cells(of)[4:7] == ["–", "–", "timm 1.00"]
+    assert cells(of[:1])[-1] == "–"
+
+
+def test_share_and_ratio_need_a_time_of_ours():
+    of = recorded(
+        {"mode": "fwd", "provider": "ours", "skipped": "memory: 9 GiB more. Of 80"},
+        {"mode": "fwd", "provider": "timm", "ms_p50": 1.0, "img_s": 1000.0, "sol_fraction": 0.5},
+        {"mode": "full", "provider": "ours", "ms_p50": 1.0, "img_s": 1234.0, "sol_fraction": 0.666},
+    )
+    assert cells(of)[1:7] == ["skipped: memory", "–", "timm 1,000", "1,230", "67 %", "–"]
+
+
+def test_models_come_in_the_order_of_the_table_and_dtypes_bf16_first():
+    shapes = ["vit_small_patch16_224/b256", "vit_base_patch16_224@64/b64", "vit_tiny_patch16_224/b9"]
+    shapes += ["vit_base_patch16_224/b1", "vit_base_patch16_384/b64", "vit_base_patch16_224/b256"]
+    of = recorded(*({"shape": s, "mode": "fwd", "provider": "ours", "ms_p50": 1.0} for s in shapes))
+    rows = [line.split(",")[:2] for line in report.table(of).splitlines()[2:]]
+    assert rows == [
+        ["| B/16", " batch 256"], ["| B/16@384", " batch 64"], ["| S/16", " batch 256"], ["| B/16", " batch 1"],
+        ["| vit_tiny_patch16_224", " batch 9"],
+    ]  # fmt: skip
+    of += recorded(*({"dtype": d, "provider": "ours", "ms_p50": 1.0} for d in ("float32", "float16")))
+    assert records.dtypes_of(of) == ["bfloat16", "float16", "float32"]
+    of = recorded({"bench": "ceiling", "op": "copy", "gbps": 1.0, "dtype": "int32"})
+    assert records.dtypes_of(of) == [] and records.label("vit_base_patch16_224@64/b64") == "B/16@64, batch 64"
+    assert records.label("vit_large_patch16_224/b8") == "L/16, batch 8"
+
+
+def test_the_cards_rates_are_the_last_ones_of_the_dtype():
+    about = {"bench": "ceiling", "provider": "card"}
+    of = recorded(
+        about | {"op": "matmul", "dtype": "bfloat16", "tflops": 700.0, "shape": "1"},
+        about | {"op": "matmul", "dtype": "bfloat16", "tflops": 800.0},
+        about | {"op": "matmul", "dtype": "float32", "tflops": 50.0},
+        about | {"op": "copy", "dtype": "int32", "gbps": 3000.0},
+        about | {"op": "copy", "dtype": "int32", "gbps": 2.0, "shape": "1", "ok": False},
+    )
+    assert records.ceilings(of, "bfloat16") == (800.0, 3000.0) and records.ceilings(of, "float32") == (50.0, 3000.0)
+    assert records.ceilings(of, "float16") == (None, 3000.0) and records.ceilings(of[:3], "float32") == (50.0, None)
+
+
+@pytest.mark.parametrize(
+    ("found", "missing"),
+    [
+        ({"ok": False, "error": "Parity: result 0 has rms error 1"}, "failed parity"),
+        ({"ok": False, "error": "Traceback\n  line 3\nKeyError: 'x' is missing\n"}, "failed: KeyError"),
+        ({"ok": False}, "failed parity"),
+        ({"ok": False, "error": "no", "skipped": "yes"}, "failed: no"),
+        ({"skipped": "out of memory (9 GiB)"}, "skipped: out of memory"),
+        ({"skipped": "not installed. At all"}, "skipped: not installed"),
+        ({"skipped": "x" * 90}, "skipped: " + "x" * 60),
+        ({"skipped": ""}, None),
+        ({"ms_p50": 1.0}, None),
+    ],
+)
+def test_why_a_time_is_missing(found, missing):
+    if found == {"skipped": ""}:  # no reason at all
+        with pytest.raises(records.ResultError, match="nor a reason"):
+            recorded(found | {"provider": "ours"})
+        return
+    (record,) = recorded(found | {"provider": "ours"})
+    assert record.missing == missing and record.timed is (missing is None)
+
+
+@pytest.mark.parametrize("key", ["ms_p50", "img_s", "tflops", "gbps", "sol_fraction", "peak_mem_mb", "largest_batch"])
+@pytest.mark.parametrize("value", [0, -1.0, True, float("inf"), "1", [1]])
+def test_every_figure_is_a_positive_number(key, value):
+    with pytest.raises(records.ResultError, match=f"record 2: {key} is .* not a positive number"):
+        recorded({"ms_p50": 1.0}, {"ms_p50": 1.0, key: value})
+    assert recorded({"ms_p50": 1.0, "error_rms": value})  # which is no figure of the report
+
+
+def test_times_are_in_order_each_beside_each():
+    for times in ({"ms_p20": 2.0}, {"ms_p80": 0.5}, {"ms_p20": 0.9, "ms_p80": 0.95}):
+        with pytest.raises(records.ResultError, match="not in order"):
+            recorded({"ms_p50": 1.0} | times)
+    assert recorded({"ms_p50": 1.0, "ms_p20": 1.0, "ms_p80": 1.0})[0].ms_p80 == 1.0
+
+
+def test_a_record_overrules_its_file_and_a_prediction_is_no_card():
+    first, second = recorded({"ms_p50": 1.0, "torch": "other"}, {"ms_p50": 1.0}, torch="2", commit="c")
+    assert (first.about["torch"], second.about["torch"], first.about["commit"]) == ("other", "2", "c")
+    assert first.about.keys() == {"gpu", "driver", "torch", "triton", "commit", "command", "utc"}
+    assert first.about["driver"] is None and first.path == NONE
+    for kind in ("rehearsal", "predicted"):
+        assert recorded({"ms_p50": 1.0, kind: True})[0].about["gpu"] == kind
+        assert recorded({"ms_p50": 1.0, kind: False})[0].about["gpu"] == "SAMPLE"
+
+
+@pytest.mark.parametrize("gpu", ["rehearsal", "predicted", "CPU"])
+def test_what_was_not_measured_on_a_gpu_is_no_report(gpu, folder):
+    for path in (folder / "results/sample").iterdir():
+        edit(path, lambda found: found["about"].update(gpu=gpu))
+    with pytest.raises(records.ResultError, match=r"was not measured on a GPU"):
+        made(folder)
+
+
+def test_the_newer_of_two_times_is_by_date_and_then_by_place(tmp_path):
+    """Not by the files' names; a file without a date is the oldest."""
+    point = {"bench": "linear", "op": "qkv", "provider": "ours"}
+    for name, utc, times in (("a", "2026-01-02", (1.0, 2.0)), ("b", "2026-01-01", (3.0,)), ("c", None, (4.0,))):
+        found = {"about": {"gpu": "SAMPLE", "utc": utc}, "records": [point | {"ms_p50": t} for t in times]}
+        (tmp_path / f"bench_{name}.json").write_text(json.dumps(found))
+    (tmp_path / "tune_x.json").write_text("no result")
+    assert [r.ms_p50 for r in records.load(tmp_path)] == [2.0]
+    (tmp_path / "bench_a.json").unlink()
+    assert [r.ms_p50 for r in records.load(tmp_path)] == [3.0]
+    assert [r.ms_p50 for r in records.load(tmp_path / "bench_c.json")] == [4.0]
+
+
+def test_not_timed_groups_by_provider_and_reason():
+    of = recorded(
+        {"provider": "timm", "mode": "fwd", "skipped": "memory: a"},
+        {"provider": "timm", "mode": "full", "skipped": "memory: b"},
+        {"provider": "timm", "mode": "fwd", "op": "latency", "skipped": "memory: a"},
+        {"provider": "hf", "mode": "fwd", "skipped": "budget"},
+        {"provider": "hf", "mode": "full", "ms_p50": 1.0},
+    )
+    place = "vit_base_patch16_224/b256 bfloat16"
+    assert records.not_timed(of) == [
+        f"timm skipped: memory: vit {place} fwd/full, latency {place} fwd", f"hf skipped: budget: vit {place} fwd",
+    ]  # fmt: skip
+    assert records.not_timed(of, full=True)[:2] == [
+        f"timm skipped: memory (memory: a): vit {place} fwd, latency {place} fwd",
+        f"timm skipped: memory (memory: b): vit {place} full",
+    ]
+
+
+def test_number_of_nothing_and_of_less():
+    assert [records.number(x) for x in (0, -1234.0, -0.01234)] == ["0", "-1,230", "-0.0123"]
+
+
+def test_latencies_are_sorted_by_time_and_of_their_dtype():
+    one = {"op": "latency", "shape": "vit_base_patch16_224/b1", "mode": "fwd"}
+    of = recorded(
+        *(one | {"provider": p, "ms_p50": ms} for p, ms in (("a", 10.0), ("b", 9.0), ("c", 0.5))),
+        one | {"provider": "d", "ms_p50": 0.1, "dtype": "float16"},
+        one | {"provider": "e", "skipped": "budget"},
+    )
+    assert report._latency(of, "bfloat16") == "Forward of B/16, batch 1, bf16: c 0.500 ms, b 9.00 ms, a 10.0 ms."
+    assert report._latency(of, "float32") == ""
+
+
+def test_compare_lists_the_slowest_first_and_failures_before_what_was_left_out(tmp_path):
+    """Slower ones first; a largest batch that shrank counts as slower, too."""
+    common = {"bench": "linear", "op": "qkv", "dtype": "bfloat16"}
+    old = [common | {"provider": p, "ms_p50": 10.0} for p in "abcdefg"] + [
+        common | {"provider": "n", "largest_batch": 100}
+    ]
+    new = [common | {"provider": p, "ms_p50": ms} for p, ms in (("a", 11.0), ("b", 30.0), ("c", 5.0), ("d", 10.1))]
+    new += [common | {"provider": "e", "ok": True, "skipped": "budget"}, common | {"provider": "f", "ok": False}]
+    new += [common | {"provider": "h", "ms_p50": 1.0}, common | {"provider": "n", "largest_batch": 50}]
+    for name, found in (("a", old), ("b", new)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"about": {"gpu": "SAMPLE"}, "records": found}))
+    text, code = compare.compare(tmp_path / "a.json", tmp_path / "b.json")
+    assert code == 1 and text.splitlines()[2:] == [
+        "slower 3.000×  qkv bfloat16 b  10.00 → 30.00 ms",
+        "smaller 2.000×  qkv bfloat16 n  100.0 → 50.00 images",
+        "slower 1.100×  qkv bfloat16 a  10.00 → 11.00 ms",
+        "faster 0.500×  qkv bfloat16 c  10.00 → 5.000 ms",
+        "failed parity in B  qkv bfloat16 f",
+        "skipped: budget in B  qkv bfloat16 e",
+        "5 points compared, 4 changed (3 slower), 3 only in A, 1 only in B",
+    ]
+    text, code = compare.compare(tmp_path / "b.json", tmp_path / "a.json")
+    assert code == 1 and "slower 2.000×  qkv bfloat16 c  5.000 → 10.00 ms" in text and "larger 0.500×" in text
+
+
+def test_a_missing_folder_is_refused_and_check_writes_nothing(folder, capsys):
+    assert "does not exist" in refused(capsys, report.main, "--results", folder / "nowhere", "--check")
+    assert "does not exist" in refused(capsys, report.main, "--readme", folder / "NO.md", "--check")
+    assert report.report(folder / "results", folder / "README.md", check=True, plots=True, samples=True) == 1
+    assert not list((folder / "results/sample").glob("*.png"))

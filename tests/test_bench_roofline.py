@@ -1,17 +1,21 @@
 """`make roofline` in a process of its own, because the tests' process may interpret."""
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
 
+import benchmarks
 from benchmarks import bench_vit, memory
 from benchmarks.harness import Ceilings
 from benchmarks.shapes import parse
+from benchmarks.trace import Launch
 
 ROOT = Path(__file__).parent.parent
 LOCK = ROOT / "tests" / "lock" / f"triton-{triton.__version__}.json"
@@ -93,3 +97,136 @@ def test_compiled_figures_are_those_of_the_lock(done):
     per_warp = -(-locked["registers"] // 8) * 8 * 32
     assert found["warps_per_sm"] == 65_536 // per_warp // 4 * 4
     assert found["programs"] == 64 * 197 / 4 and found["waves"] == pytest.approx(3152 / 132 / found["blocks_per_sm"])
+
+
+# ---- the parts, in this process, beside a stand-in for the compiler --------------------------------------------------
+
+
+@pytest.fixture
+def roofline(monkeypatch):
+    """The module; importing `benchmarks.compiled` would refuse, because the tests' process interprets."""
+    stand_in = SimpleNamespace(compile_kernel=lambda *args: stand_in.result, figures=lambda result: result)
+    monkeypatch.setitem(sys.modules, "benchmarks.compiled", stand_in)
+    monkeypatch.setattr(benchmarks, "compiled", stand_in, raising=False)
+    monkeypatch.delitem(sys.modules, "benchmarks.roofline", raising=False)
+    monkeypatch.delattr(benchmarks, "roofline", raising=False)
+    module = importlib.import_module("benchmarks.roofline")
+    module.stand_in = stand_in
+    yield module
+    sys.modules.pop("benchmarks.roofline", None)
+    vars(benchmarks).pop("roofline", None)
+
+
+def launch(name="_gemm_kernel", phase="fwd", grid=(3, 44), flops=4, args=None, **options):
+    args = {"BLOCK_M": 128, "x_ptr": 0, "BLOCK_N": 64} | (args or {})
+    return Launch(
+        name, phase, flops, 3000, ((2, 3), (4, 5), (6, 7)), grid, "kernel", args, {"num_warps": 4, "num_stages": 3}
+    )
+
+
+def test_labels_and_tiles(roofline):
+    assert roofline.label(launch()) == "gemm" and roofline.tile(launch()) == "128x64 w4 s3"
+    for args, name in (
+        ({"ACTIVATION": "gelu", "preact_ptr": None}, "gemm gelu"),
+        ({"ACTIVATION": "gelu", "preact_ptr": 1}, "gemm dgelu"),
+        ({"ACTIVATION": None, "preact_ptr": 1}, "gemm"),
+        ({"branch_ptr": 1}, "gemm + residual"),
+        ({"branch_ptr": None}, "gemm"),
+    ):
+        assert roofline.label(launch(args=args)) == name
+    theirs = Launch("addmm", "fwd", 1, 2, ((2, 3), (4, 5), (6, 7)))
+    assert roofline.label(theirs) == "addmm 2x3 4x5" and roofline.tile(theirs) == ""
+    assert roofline.label(Launch("sum", "fwd", 0, 2, ())) == "sum"
+
+
+def test_launches_that_differ_in_anything_are_lines_of_their_own(roofline):
+    """In the order of the first of each kind, with how often it comes."""
+    a, b, c, d, e = launch(), launch(phase="bwd"), launch(grid=(1,)), launch(flops=5), launch(args={"BLOCK_N": 32})
+    assert roofline.alike([c, a, b, a, d, e, c, a]) == [(c, 2), (a, 3), (b, 1), (d, 1), (e, 1)]
+
+
+def test_a_line_by_hand(roofline):
+    """33 registers round to 40 a thread: 51 warps, in fours 48, so 12 programs of 4 on a multiprocessor."""
+    rates = Ceilings(tflops=1.0, gbps=1000.0)
+    roofline.stand_in.result = {"registers": 33, "spill": 8, "shared": 0, "warps": 4}
+    found = roofline.line(launch(flops=7000, grid=(44, 3, 18)), 5, 90, rates, True)
+    assert found["count"] == 5 and found["floor_us"] == pytest.approx(0.007) and found["kernel"] == "gemm"
+    assert (found["bytes"], found["flops"], found["phase"], found["tile"]) == (3000, 7000, "fwd", "128x64 w4 s3")
+    assert (found["registers"], found["spill"], found["shared"]) == (33, 8, 0)
+    assert (found["blocks_per_sm"], found["warps_per_sm"], found["programs"]) == (12, 48, 44 * 3 * 18)
+    assert found["waves"] == pytest.approx(2376 / (132 * 12)) and found["last_wave"] == pytest.approx(0.5)
+    assert roofline.line(launch(), 1, 90, rates, True)["floor_us"] == pytest.approx(0.003)  # by its bytes
+    assert "registers" not in roofline.line(launch(), 1, 90, rates, False)
+    assert "registers" not in roofline.line(Launch("addmm", "fwd", 1, 2, ()), 1, 90, rates, True)
+    roofline.stand_in.result = {"registers": 32, "spill": 0, "shared": 233_000, "warps": 4}
+    found = roofline.line(launch(), 1, 90, rates, True)
+    assert found["error"] == "does not fit on a multiprocessor" and "waves" not in found and found["shared"] == 233_000
+    roofline.stand_in.result = ValueError("why " * 200)
+    found = roofline.line(launch(), 1, 90, rates, True)
+    assert found["error"].startswith("does not compile: ") and len(found["error"]) == 300 + len("does not compile: ")
+
+
+def entry(mode, kernel, us, count=1, tile="", **more):
+    about = {"phase": "fwd", "bytes": 2e6, "flops": 3e9, "floor_us": us, "tile": tile}
+    return {"mode": mode, "kernel": kernel, "count": count} | about | more
+
+
+def result(**more):
+    whole = {"img_s": 1234.5, "sol_fraction": 0.5, "peak_mem_mb": 2048.0, "predicted": True}
+    models = [
+        {"mode": m, "provider": p, "ms": ms} | whole
+        for m, p, ms in (
+            ("fwd", "ours", 2.0),
+            ("fwd", "reference", 3.0),
+            ("full", "ours", 8.0),
+            ("full", "reference", 10.0),
+        )
+    ]
+    about = {"shape": "s/b2", "arch": 90, "card": "H100", "rates": "assumed", "tflops": 798.0, "gbps": 3000.0}
+    return about | {"kernels": [], "models": models} | more
+
+
+def test_small_operations_share_a_line_and_ours_beside_eager(roofline):
+    """Below half a per cent of the mode's time, all launches of a kind together; our own kernels always have a line."""
+    fit = {"registers": 9, "spill": 8, "shared": 7, "blocks_per_sm": 6, "warps_per_sm": 5}
+    fit |= {"waves": 1.25, "last_wave": 0.25}
+    kernels = [
+        entry("fwd", "big", 990.0), entry("fwd", "small", 1.0, 4), entry("fwd", "other", 1.0),
+        entry("fwd", "six", 1.0, 6),
+        entry("fwd", "ours", 1.0, tile="4x4", **fit),
+        entry("full", "wrong", 1.0, error="does not compile: no"),
+    ]  # fmt: skip
+    said = roofline.show(result(kernels=kernels))
+    forward, full = said.split("forward + backward\n", 1)
+    assert "5 smaller operations, 5.0 us together" in forward and "smaller operations" not in full
+    names = [line.split()[1] for line in forward.splitlines() if line.startswith("fwd ")]
+    assert names == ["big", "six", "ours"] and "wrong: does not compile: no" in full
+    (row,) = [line.split() for line in forward.splitlines() if line.startswith("fwd ours")]
+    assert row[2:] == ["1", "2.0", "3.0", "1.0", "4x4", "9", "8", "7", "6", "5", "1.25", "(last", "25%)"]
+    rows = [line.split()[-5:] for line in full.splitlines() if line.startswith(("ours, ", "eager, "))]
+    assert rows == [
+        ["1,234", "50%", f"{ratio:.2f}x", f"{ms:.2f}", "2.00"] for ratio, ms in ((1.5, 2), (1, 3), (1.25, 8), (1, 10))
+    ]
+    assert [line.split(",")[0] for line in full.splitlines()[-4:]] == ["ours", "eager"] * 2
+
+
+@pytest.mark.parametrize("error", [False, True])
+def test_the_command_asks_for_every_shape_on_every_card(error, roofline, monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def analyses(tasks, compiles):
+        asked.append(([(str(shape), arch) for shape, arch in tasks], compiles))
+        yield result()
+        yield result(kernels=[entry("fwd", "x", 1.0, **({"error": "does not compile: no"} if error else {}))])
+
+    monkeypatch.setattr(roofline, "analyses", analyses)
+    a, b = "vit_base_patch16_224/b2", "vit_base_patch16_224/b3"
+    out = tmp_path / "out.json"
+    assert roofline.main(["--shape", a, "--shape", b, "--arch", "80,100", "--out", str(out)]) == int(error)
+    assert asked == [([(a, 80), (a, 100), (b, 80), (b, 100)], True)]
+    assert [r["models"] for r in json.loads(out.read_text())["records"]] == [result()["models"]] * 2
+    assert roofline.main(["--shape", a, "--no-compile"]) == int(error)
+    assert asked[1] == ([(a, 80), (a, 89), (a, 90), (a, 100)], False)
+    said, progress = capsys.readouterr()
+    assert said.count("PREDICTION from counted bytes") == 4 and progress.splitlines()[0].startswith("1 of 4, ")
+    assert roofline._archs("90,80") == [90, 80]

@@ -221,3 +221,206 @@ def test_command_without_a_gpu(tmp_path):
     assert " dropped: spills " in said["block_m=8, block_n=1024, num_warps=1"]
     assert " dropped: does not compile" in said["block_m=4, block_n=1024, num_warps=3"]
     assert last == "4 of 4 candidates compiled in time, 2 of them dropped"
+
+
+# ---- more of the candidates ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_no_candidate_is_beyond_what_a_program_can_have(arch, dtype):
+    """Worked out anew: powers of two; accumulators and elements of a thread; shared memory of all stages."""
+    size = 2 if dtype is torch.bfloat16 else 4
+    for name, found in all_candidates(arch, dtype).items():
+        target = tune.TARGETS[name]
+        for c in found[1:]:
+            threads = 32 * c.num_warps
+            assert c.num_warps in (1, 2, 4, 8, 16), name
+            for block in (c.block_m, c.block_n, c.block_k):
+                assert block & (block - 1) == 0, name
+            if target.function == "gemm":
+                groups = 2 if c.warp_specialize else 1
+                assert c.block_m * c.block_n / (threads * groups) <= 128
+                assert c.num_stages * (c.block_m + c.block_n) * c.block_k * size <= 227 * 1024
+                assert c in FORMS or (c.block_k * size in (64, 128) and c.group_m in (8, 16))
+                assert not c.warp_specialize or (arch == 90 and c.num_warps == 4) or c in FORMS
+            elif target.function in ("layer_norm", "elementwise"):
+                assert 4 <= c.block_m * c.block_n / threads <= 64
+                assert c.block_n == 1024 if target.function == "layer_norm" else c.block_n <= 1024
+            elif target.function == "patch_embed":
+                m, n, k = c.block_m, c.block_n, c.block_k
+                rows, cols, inner = {"fwd": (m, n, k), "dw": (n, k, m), "dimage": (m, k, n)}[target.role]
+                assert rows * cols / threads <= 128 and c.num_stages * (rows + cols) * inner * size <= 227 * 1024
+
+
+def test_forms_that_are_new_come_before_all_others_but_the_pinned_one():
+    """And what differs in more fields comes later, in every target."""
+    for name, found in all_candidates(90).items():
+        first = dataclasses.astuple(found[0])
+        differs = [
+            0 if c in FORMS else sum(a != b for a, b in zip(dataclasses.astuple(c), first, strict=True)) for c in found
+        ]
+        assert differs == sorted(differs), name
+
+
+def test_fc1_is_tried_with_both_gelus_side_by_side():
+    target = tune.TARGETS["gemm_fc1"]
+    found = tune.of_target(target, 90, B, torch.bfloat16)
+    assert [c.cheap for c in found] == [found[0].cheap, False] * (len(found) // 2)
+    assert all(dataclasses.replace(a, cheap=False) == b for a, b in zip(found[::2], found[1::2], strict=True))
+    other = tune.TARGETS["gemm_fc2"]
+    assert tune.of_target(other, 90, B, torch.bfloat16) == candidates("gemm", 90, B, torch.bfloat16)
+
+
+def test_what_each_target_times():
+    """The mode, the role and the path that show how good a configuration is."""
+    found = {name: (t.function, t.bench.op, t.mode, t.role, t.impl) for name, t in tune.TARGETS.items()}
+    assert found == {
+        "mlp": ("gemm", "mlp", "full", None, "auto"),
+        "linear": ("gemm", "qkv", "full", None, "triton"),
+        "gemm_fc1": ("gemm", "fc1", "fwd", None, "triton"),
+        "gemm_fc2": ("gemm", "fc2", "fwd", None, "triton"),
+        "gemm_qkv": ("gemm", "qkv", "fwd", None, "triton"),
+        "gemm_proj": ("gemm", "proj", "fwd", None, "triton"),
+        "attention_fwd": ("attention_fwd", "attention", "fwd", None, "triton"),
+        "attention_bwd": ("attention_bwd", "attention", "bwd", None, "triton"),
+        "layer_norm": ("layer_norm", "residual_layer_norm", "full", None, "triton"),
+        "patch_embed_fwd": ("patch_embed", "patch_embed", "fwd", "fwd", "triton"),
+        "patch_embed_dw": ("patch_embed", "patch_embed", "bwd", "dw", "triton"),
+        "patch_embed_dimage": ("patch_embed", "patch_embed", "bwd", "dimage", "triton"),
+        "elementwise": ("elementwise", "dropout", "full", None, "triton"),
+    }
+
+
+# ---- more of the choice, by a clock that is told ---------------------------------------------------------------------
+
+
+def fake_trial(configs_now):
+    """A trial that is right and takes no time: a call says which configuration it is of."""
+    trial = tune.Trial.__new__(tune.Trial)
+    inputs = lambda s, rand: {"x": rand(1)}  # noqa: E731
+    work = lambda s, e: {"fwd": Work(6e9, 1), "bwd": Work(0, 1)}  # noqa: E731
+    bench = Bench("layer_norm", "layer_norm", inputs, work, None, {"ours": None}, compiles=None)
+    trial.target, trial.shape = tune.Target("layer_norm", "_layer_norm", bench, "fwd"), SMALL
+    trial.dtype, trial.device = torch.float32, torch.device("cpu")
+    trial.wrong = lambda config: configs_now.get(config, (1e-7, None))
+    trial.ready = lambda config: lambda: config
+    return trial
+
+
+def clock(monkeypatch, ms):
+    """``ms``: of each configuration in the first round, or (first, final)."""
+    asked = []
+
+    def milliseconds(fns, device, **how):
+        asked.append((len(fns), how))
+        final = how["rounds"] == 5
+        found = {name: ms[fn()] for name, fn in fns.items()}
+        return {name: [t[final] if isinstance(t, tuple) else t] * 3 for name, t in found.items()}
+
+    monkeypatch.setattr(tune, "milliseconds", milliseconds)
+    monkeypatch.setattr(tune, "release", lambda device: None)  # which takes its time
+    return asked
+
+
+SEVERAL = [Config(block_m=m, block_n=256, num_warps=4) for m in (1, 2, 4, 8, 16, 32)]
+
+
+def test_the_best_three_are_timed_once_more_beside_the_pinned_one(monkeypatch, tmp_path, capsys):
+    """The end decides, and not the short first round."""
+    first, second, third, fourth, fifth, sixth = SEVERAL
+    ms = {first: 4.0, second: 5.0, third: (2.0, 3.0), fourth: (1.0, 3.5), fifth: (3.0, 2.5), sixth: (3.9, 0.1)}
+    asked, log = clock(monkeypatch, ms), log_of(tmp_path / "tune.json")
+    winner, best, before = tune.tune("layer_norm", fake_trial({}), SEVERAL, {}, log)
+    assert (winner, best, before) == (fifth, 2.5, 4.0)
+    assert asked == [(2, {"rounds": 2, "rep_ms": 15})] * 6 + [(4, {"rounds": 5})]
+    short, final = log.records[:6], log.records[6:]
+    assert [r["ratio"] for r in short] == pytest.approx([1, 0.8, 2, 4, 4 / 3, 4 / 3.9])
+    assert [r["pinned"] for r in short] == [True] + [False] * 5 and not any("final" in r for r in short)
+    texts = [tune.text_of(c) for c in (first, fourth, third, fifth)]
+    assert [r["config"] for r in final] == texts and [r["chosen"] for r in final] == [False, False, False, True]
+    assert [r["ratio"] for r in final] == pytest.approx([1, 4 / 3.5, 4 / 3, 1.6]) and all(r["final"] for r in final)
+    assert {(r["bench"], r["op"], r["shape"], r["mode"]) for r in log.records} == {
+        ("tune", "layer_norm", str(SMALL), "fwd")
+    }
+    last = capsys.readouterr().out.splitlines()[-1].split()
+    assert last[-3:] == ["2.5", "2.4", "1.600x"]  # ms, TFLOP/s, beside the pinned one
+
+
+@pytest.mark.parametrize(("ms", "stays"), [(1.0 / 1.019, True), (1.0 / 1.021, False), (1.0, True), (1.5, True)])
+def test_two_per_cent_are_worth_a_change(ms, stays, monkeypatch, tmp_path):
+    clock(monkeypatch, {FIRST: 1.0, OTHER: ms})
+    winner, best, before = tune.tune("layer_norm", fake_trial({}), [FIRST, OTHER], {}, log_of(tmp_path / "t.json"))
+    assert (winner == FIRST) is stays and before == 1.0 and best == pytest.approx(1.0 if stays else ms)
+
+
+def test_an_error_of_a_candidate_or_the_end_of_the_time_leaves_the_rest(monkeypatch, tmp_path):
+    clock(monkeypatch, {FIRST: 1.0, OTHER: 0.5, THIRD: 0.4})
+    trial = fake_trial({THIRD: (float("nan"), "parity: nan")})
+
+    def ready(config, right=trial.ready):
+        if config == OTHER:
+            raise Exception("out of resource")  # Triton's own errors are no RuntimeErrors
+        return right(config)
+
+    trial.ready, log = ready, log_of(tmp_path / "t.json")
+    compiled = {THIRD: [{"registers": 7, "spill": 0, "shared": 5, "wgmma": 0, "tma": 0}]}
+    assert tune.tune("layer_norm", trial, [FIRST, OTHER, THIRD], compiled, log)[0] == FIRST
+    first, other, third, _ = log.records
+    assert first["ok"] and other["error"] == "Exception: out of resource: not timed" and not other["ok"]
+    assert third["error"] == "parity: nan: not timed" and third["error_rms"] is None and third["registers"] == 7
+    assert "registers" not in first and first["error_rms"] == 1e-7
+    late = log_of(tmp_path / "late.json")
+    late.deadline = 0.0
+    assert (
+        tune.tune("layer_norm", fake_trial({}), [FIRST, OTHER], {}, late)[0] == FIRST
+    )  # the pinned one always is timed
+    assert [r.get("skipped") for r in late.records] == [None, "budget", None] and late.ok
+
+
+# ---- the command, without its compiler -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """`python -m benchmarks.tune` where kernels are not interpreted and there is no GPU: what would be compiled."""
+    asked = []
+
+    def compiles(name, shape, dtype, found, arch, jobs, seconds):
+        asked.append((name, str(shape), dtype, len(found), arch, jobs, seconds))
+        return {}
+
+    monkeypatch.setattr(tune.runtime, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(tune, "compile_candidates", compiles)
+
+    def call(*words):
+        monkeypatch.setattr("sys.argv", ["tune", *words])
+        assert tune.main() == 0
+        return asked
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("op", "names"),
+    [
+        ("attention", ["attention_fwd", "attention_bwd"]),
+        ("gemm", ["gemm_fc1", "gemm_fc2", "gemm_qkv", "gemm_proj"]),
+        ("patch_embed", ["patch_embed_fwd", "patch_embed_dw", "patch_embed_dimage"]),
+        ("mlp", ["mlp"]),
+        ("layer_norm", ["layer_norm"]),
+        ("gemm_fc2", ["gemm_fc2"]),
+    ],
+)
+def test_an_op_stands_for_all_its_targets(op, names, command):
+    asked = command(op, "--jobs", "3", "--limit", "5")
+    assert [name for name, *_ in asked] == names
+    assert {rest[1:] for rest in asked} == {(str(B), torch.bfloat16, 5, 90, 3, 60)}
+
+
+def test_options_of_tuning_reach_the_compiler(command):
+    words = "linear --shape vit_tiny_patch16_224/b3 --dtype float16 --budget 7 --arch 80 --jobs 2"
+    ((name, shape, dtype, count, *rest),) = command(*words.split())
+    assert (name, shape, dtype) == ("linear", "vit_tiny_patch16_224/b3", torch.float16) and rest == [80, 2, 7]
+    assert count == len(candidates("gemm", 80, Shape("vit_tiny_patch16_224", 3), torch.float16))

@@ -146,3 +146,157 @@ def test_wrong_arguments(args, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(args)
     assert stop.value.code == 2 and "usage: vit" in capsys.readouterr().err
+
+
+# ---- the parts of the demo -------------------------------------------------------------------------------------------
+
+
+def test_pictures_become_tensors_from_minus_one_to_one():
+    """[B, 3, H, W] of pictures that are wider than high, in fp32."""
+    red, grey = Image.new("RGB", (5, 3), (255, 0, 51)), Image.new("RGB", (5, 3), (102, 102, 102))
+    red.putpixel((4, 1), (0, 255, 0))
+    found = demo.to_tensor([red, grey])
+    assert found.shape == (2, 3, 3, 5) and found.dtype is torch.float32
+    assert found[0, :, 0, 0].tolist() == pytest.approx([1, -1, -0.6]) and found[0, :, 1, 4].tolist() == [-1, 1, -1]
+    assert torch.allclose(found[1], torch.tensor(-0.2))
+
+
+def test_a_batch_is_crops_that_are_mirrored_and_zoom_in():
+    from PIL import ImageOps
+
+    found, photo = demo.load_batch(40, 5), demo.load_photo()
+    assert found.shape == (5, 3, 40, 40)
+    for i in range(5):
+        crop = ImageOps.fit(photo, (40, 40), bleed=0.02 * (i // 2))
+        want = demo.to_tensor([crop])[0]
+        assert torch.equal(found[i], want.flip(2) if i % 2 else want)
+    left, upper, right, lower = demo.EYE
+    assert (lower - upper, right - left) == demo.SMALL.img_size  # the interpreted model's (height, width)
+
+
+def test_the_interpreted_part_is_the_eye_and_its_mirror_image(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(demo, "check_model", lambda config, images: asked.append((config, images)) or (None, False))
+    assert demo.demo_interpreted() is False
+    ((config, images),) = asked
+    assert config.impl == "triton" and images.shape == (2, 3, *demo.SMALL.img_size)
+    left, upper, right, lower = demo.EYE
+    whole = demo.to_tensor([demo.load_photo()])[0]
+    assert torch.equal(images[0], whole[:, upper:lower, left:right]) and torch.equal(images[1], images[0].flip(2))
+
+
+@pytest.mark.parametrize(
+    ("available", "cuda", "interpreted", "capability", "why"),
+    [
+        (True, "12.8", False, (8, 0), ""),
+        (True, "12.8", False, (10, 0), ""),
+        (True, "12.8", False, (7, 5), "a card is older than compute capability 8.0"),
+        (True, "12.8", True, (9, 0), "TRITON_INTERPRET is set"),
+        (True, None, False, (9, 0), "No NVIDIA GPU was found"),
+        (False, "12.8", False, (9, 0), "No NVIDIA GPU was found"),
+    ],
+)
+def test_which_gpu_the_demo_takes(available, cuda, interpreted, capability, why, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(demo.runtime, "INTERPRETED", interpreted)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    gpu, said = demo.find_gpu()
+    assert (gpu == torch.device("cuda")) if not why else (gpu is None and said.startswith(why))
+
+
+class Timed(torch.nn.Module):
+    """Says that it was called, and whether with gradients."""
+
+    def __init__(self, name, told):
+        super().__init__()
+        self.name, self.told, self.scale = name, told, torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, images):
+        self.told.append((self.name, torch.is_grad_enabled()))
+        return images.flatten(1)[:, :5] * self.scale
+
+
+def test_times_are_medians_per_image_of_runs_in_turn(monkeypatch, capsys):
+    """Forward without gradients; ours first; eager/ours is how many times faster ours is."""
+    told, seconds = [], {("ours", False): 2, ("eager", False): 3, ("ours", True): 8, ("eager", True): 6}
+    models = demo.Models(Timed("ours", told), Timed("eager", told), None, torch.ones(4, 5))
+    rounds = iter([100.0] * 4 + [1.0] * 76)  # the first round is slow, and no median
+
+    def clock(call, device):
+        call()
+        return 1e-3 * seconds[told[-1]] * next(rounds)
+
+    monkeypatch.setattr(demo, "seconds", clock)
+    demo.show_times(models, torch.ones(4, 3, 4, 4))
+    assert told == [("ours", False), ("eager", False), ("ours", True), ("eager", True)] * 20
+    out = capsys.readouterr().out
+    assert "Time per image in batches of 4, median of 20 rounds (CPU times, eager PyTorch in both columns)" in out
+    rows = [" ".join(line.split()) for line in out.splitlines() if "eager/ours" in line]
+    assert rows[0] == "forward ours 0.50 ms eager 0.75 ms eager/ours 1.50"
+    assert rows[1] == "forward and backward ours 2.00 ms eager 1.50 ms eager/ours 0.75"
+    assert "weights not counted: ours not measured, eager not measured" in out
+
+
+def test_the_picture_is_bright_where_the_class_token_looks(tmp_path, capsys):
+    """Over all blocks and heads, of the class token's row alone, without class and register tokens."""
+    config = ViTConfig(
+        img_size=(32, 64), patch_size=16, num_classes=10, embed_dim=32, depth=2, num_heads=2, reg_tokens=1
+    )
+    assert config.grid_size == (2, 4) and config.num_prefix_tokens == 2
+    maps = torch.zeros(2, 1, 2, 10, 10)
+    maps[0, 0, 1, 0, 2 + 3] = 0.8  # in one head of one block: the upper right patch
+    maps[:, :, :, 0, :2] = 5.0  # prefix tokens
+    maps[:, :, :, 1:, 2 + 4] = 9.0  # other rows, the lower left patch
+
+    class Model:
+        def attention_maps(self, image):
+            assert not torch.is_grad_enabled()
+            return None, {0: maps[0], 1: maps[1]}
+
+    Model.config = config
+    demo.show_attention(Model(), torch.zeros(1, 3, 32, 64), tmp_path / "a.png")
+    said = capsys.readouterr().out
+    assert "a patch gets 0.00 to 2.00 times an equal share" in said  # 0.8 / 4 of 1 / 10
+    picture = torch.frombuffer(bytearray(Image.open(tmp_path / "a.png").tobytes()), dtype=torch.uint8)
+    picture = picture.reshape(448, 904, 3).float()
+    photo, gap, overlay = picture.split([448, 8, 448], dim=1)
+    assert (gap == 255).all()
+    # 0.45 to 0.8 of the colour over the photo: from (10, 6, 40) to (252, 255, 164).
+    dark, bright = (
+        (0.55 * photo + 0.45 * torch.tensor([10.0, 6, 40])),
+        0.2 * photo + 0.8 * torch.tensor([252.0, 255, 164]),
+    )
+    assert (overlay - dark)[300:, :100].abs().max() <= 1.5  # lower left
+    assert (overlay - bright)[:50, 410:].abs().max() <= 8  # the upper right corner
+    assert overlay[:224, 336:].mean() > 1.3 * overlay[:224, :112].mean()
+
+
+def test_model_that_fails_is_told_and_takes_one_draw_on_a_cpu(monkeypatch, capsys):
+    from vit.testing import Report
+
+    asked, good = [], Report("logits", *[0.0] * 8)
+    reports = [good, Report("head.weight", 1.0, *[0.0] * 7)]
+    monkeypatch.setattr(demo, "parity", lambda *args, **kw: asked.append(kw["draws"]) or reports)
+    images = torch.zeros(1, 3, 32, 32)
+    assert demo.check_model(TINY, images)[1] is False and asked == [1]
+    reports.reverse()
+    assert demo.check_model(TINY, images)[1] is False
+    reports.remove(good), reports.clear(), reports.append(good)
+    models, passed = demo.check_model(TINY, images)
+    assert passed and models.fast.config == TINY and "residual_layer_norm" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_picture_that_is_there_stays_until_the_new_one(there, tmp_path, monkeypatch):
+    """Whether it can be written is tried first; nothing is left behind, and nothing lost."""
+    path, seen = tmp_path / "cat.png", []
+    if there:
+        path.write_bytes(b"old")
+    monkeypatch.setattr(demo, "demo", lambda out: seen.append((out, out.exists() and out.read_bytes())) or False)
+    assert cli.main(["demo", "--out", str(path)]) == 1
+    assert seen == [(path, b"old" if there else False)]
+    monkeypatch.setattr(demo, "demo_interpreted", lambda: True)
+    monkeypatch.setattr("vit.kernels.runtime.INTERPRETED", True)
+    assert cli.main(["demo", "--interpreted"]) == 0 and len(seen) == 1

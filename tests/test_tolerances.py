@@ -1,11 +1,13 @@
 """The tolerance policy: what each factor catches, and that right results pass."""
 
+import math
+
 import pytest
 import torch
 
 import vit
 from vit.reference import VisionTransformer as Reference
-from vit.testing import as_good, check, check_mirror, check_op, measure, pool
+from vit.testing import Report, Tally, as_good, check, check_mirror, check_op, measure, pool, rounding_floor
 
 
 def results(dtype, shape=(64, 96)):
@@ -196,3 +198,186 @@ def test_the_mirrors_error_has_no_floor_in_16_bits(dtype):
     as_good(mirror, mirror, exact)
     with pytest.raises(AssertionError, match="mirror"):
         as_good(ours, mirror, exact)
+
+
+# ---- every limit, worked out anew --------------------------------------------------------------------------------
+
+# (factor of eager's rms, factor of its maximum, least signed bias in eager's rms): the table of CONTRIBUTING.md.
+LIMITS = {
+    ("op", torch.float16): (1.10, 1.5, 0.0),
+    ("op", torch.bfloat16): (1.10, 1.5, 0.0),
+    ("op", torch.float32): (2.0, 4.0, 0.0),
+    ("model", torch.float16): (1.25, 2.0, 0.25),
+    ("model", torch.bfloat16): (1.25, 2.0, 0.25),
+    ("model", torch.float32): (1.5, 2.0, 0.25),
+}
+
+
+def two_roundings(exact, dtype):
+    """What becomes of each value with 0.3 added and taken away again in ``dtype``."""
+    r = exact.to(dtype)
+    there = (r.double() + torch.tensor(0.3, dtype=torch.float64)).to(dtype)
+    return 2 * max(abs(a - b) for a, b in zip((there - 0.3).tolist(), r.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("n", [40, 4000])
+@pytest.mark.parametrize(("scope", "dtype"), LIMITS)
+def test_errors_and_limits_by_hand(scope, dtype, n):
+    """Of few numbers and of many: 5/sqrt(n) is the larger or the smaller of the two least biases."""
+    generator = torch.Generator().manual_seed(0)
+    exact, noise, other = (torch.randn(n, generator=generator, dtype=torch.float64) for _ in range(3))
+    ours, eager = (exact + 0.02 * noise + 0.01 * exact.sign()).to(dtype), (exact - 0.03 * other.abs()).to(dtype)
+    report = measure(ours, eager, exact, scope=scope, name="x")
+    rms_factor, max_factor, least = LIMITS[scope, dtype]
+    errors = [[a - b for a, b in zip(t.tolist(), exact.tolist(), strict=True)] for t in (ours, eager)]
+    rms, rms_eager = (math.sqrt(sum(e * e for e in of) / n) for of in errors)
+    peak, peak_eager = (max(map(abs, of)) for of in errors)
+    signs = [math.copysign(1, x) for x in exact.tolist()]
+    bias, bias_eager = (abs(sum(e * s for e, s in zip(of, signs, strict=True))) / n for of in errors)
+    floor = two_roundings(exact, dtype)
+    want = {
+        "rms": rms, "rms_eager": rms_eager,
+        "rms_limit": rms_factor * rms_eager + (floor if dtype is torch.float32 else 0),
+        "max": peak, "max_eager": peak_eager, "max_limit": max_factor * peak_eager + floor,
+        "bias": bias, "bias_limit": 1.5 * bias_eager + max(least, 5 / math.sqrt(n)) * rms_eager + floor,
+    }  # fmt: skip
+    assert floor > 0 and report.name == "x"
+    assert {key: getattr(report, key) for key in want} == pytest.approx(want, rel=1e-9)
+
+
+@pytest.mark.parametrize("field", ["rms", "max", "bias"])
+def test_a_report_is_ok_up_to_each_limit_and_no_further(field):
+    values = dict.fromkeys(("rms", "rms_eager", "max", "max_eager", "bias"), 1.0)
+    limits = dict.fromkeys(("rms_limit", "max_limit", "bias_limit"), 1.0)
+    assert Report("x", **values | limits).ok and Report("x", **values | limits).share == 1
+    for wrong in (1.5, math.nan, math.inf):
+        report = Report("x", **values | limits | {field: wrong})
+        assert not report.ok and (wrong != 1.5 or report.share == 1.5)
+    tight = dict.fromkeys(("rms", "max", "bias"), 0.0) | {f"{field}_limit": 0.0}
+    assert Report("x", **values | limits | tight).share == 0
+    assert Report("x", **values | limits | tight | {field: 1e-9}).share == math.inf
+
+
+def test_a_report_says_which_figure_is_which():
+    assert str(Report("a.b", 1, 2, 3, 4, 5, 6, 7, 8)) == (
+        "a.b: rms 1.000e+00 (eager 2.000e+00, limit 3.000e+00), max 4.000e+00 (eager 5.000e+00, limit 6.000e+00), "
+        "signed bias 7.000e+00 (limit 8.000e+00)"
+    )
+
+
+def test_what_is_empty_has_no_error(dtype):
+    empty, other = torch.empty(0, 3, dtype=dtype), results(dtype)
+    report = check(empty, empty, empty.double())
+    assert report.ok and report.rms == report.rms_limit == report.max_limit == report.bias_limit == 0
+    check_op(lambda x: x * 2, lambda x: x * 2, {"x": torch.empty(0, 3)}, dtype)
+    one = measure(*other)
+    for order in (("all", "none"), ("none", "all")):
+        tally = Tally("output")
+        for what in order:
+            tally.add(*(other if what == "all" else (empty, empty, empty.double())))
+        assert tally.report() == one
+
+
+def test_a_name_and_a_scope_reach_the_message():
+    ours, eager, exact = results(torch.float32)
+    with pytest.raises(AssertionError, match=r"^fc1: rms"):
+        check(ours * 1.1, eager, exact, name="fc1", scope="model")
+    assert measure(ours, eager, exact).name == "output" and Tally("x").scope == "op"
+    assert measure(ours, eager, exact) == measure(ours, eager, exact, scope="op", name="output")
+    assert measure(ours, eager, exact, scope="model") != measure(ours, eager, exact)
+
+
+@pytest.mark.parametrize("size", [2047, 2048])
+def test_all_computations_start_from_the_same_rounded_numbers(size, dtype):
+    """Inputs and cotangents; of fewer than 2048 numbers there are eight cotangents. None stays None."""
+    x = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    seen, cotangents = [], []
+
+    def op(x, nothing):
+        assert nothing is None
+        y, mine = x * 2, []
+        y.register_hook(mine.append)
+        seen.append(x.detach())
+        cotangents.append(mine)
+        return y
+
+    for checked, dtypes in ((check_op, [dtype, dtype]), (check_mirror, [dtype, dtype])):
+        seen.clear(), cotangents.clear()
+        checked(op, *([op] if checked is check_op else [op, op]), {"x": x, "nothing": None}, dtype)
+        assert [t.dtype for t in seen] == [*dtypes, torch.float64]
+        assert all(torch.equal(t.double(), x.to(dtype).double()) for t in seen)
+        assert [len(mine) for mine in cotangents] == [8 if size < 2048 else 1] * 3
+        for same in zip(*cotangents, strict=True):
+            assert all(torch.equal(c.double(), same[0].double()) for c in same)
+        assert len({tuple(c.tolist()) for c in cotangents[0]}) == len(cotangents[0])
+        first = cotangents[0][0].clone()
+        checked(op, *([op] if checked is check_op else [op, op]), {"x": x, "nothing": None}, dtype, seed=1)
+        assert not torch.equal(first, cotangents[3][0])
+
+
+@pytest.mark.parametrize("what", ["output 0", "output 1", "grad a", "grad b"])
+def test_each_output_and_each_gradient_is_judged_under_its_name(what):
+    """The first and the later ones; all that fail have a line, and no other."""
+    inputs = {k: torch.randn(16, 8, generator=torch.Generator().manual_seed(i)) for i, k in enumerate("ab")}
+
+    def right(a, b):
+        return a * 2, b * 3
+
+    def wrong(**tensors):
+        kind, which = what.split()
+        if kind == "grad":
+            tensors[which] = Spoiled.apply(tensors[which], "large", "gradient")
+        outs = list(right(**tensors))
+        if kind == "output":
+            outs[int(which)] = Spoiled.apply(outs[int(which)], "large", "output")
+        return tuple(outs)
+
+    with pytest.raises(AssertionError) as failure:
+        check_op(wrong, right, inputs, torch.float32)
+    assert [line.split(":")[0] for line in str(failure.value).splitlines()] == [what]
+    with pytest.raises(AssertionError, match=f"^{what}: rms .*, mirror .*, limit "):
+        check_mirror(wrong, right, right, inputs, torch.float32)
+
+
+def test_the_mirrors_factor(dtype):
+    """At most 1.25 times its error; what is zero has no rounding floor in any dtype."""
+    exact = torch.zeros(64, dtype=torch.float64)
+    mirror = torch.ones(64).to(dtype)
+    as_good(mirror * 1.25, mirror, exact)
+    as_good(mirror * 0, mirror, exact)
+    for factor in (1.2578125, -1.2578125):
+        with pytest.raises(AssertionError, match=r"^x: rms 1.258e"):
+            as_good(mirror * factor, mirror, exact, name="x")
+    for wrong in ((mirror[:1], mirror, exact), (mirror, mirror[:1], exact), (mirror, mirror, exact[:1])):
+        with pytest.raises(AssertionError, match="dtype or shape"):
+            as_good(*wrong)
+    with pytest.raises(AssertionError, match="dtype or shape"):
+        as_good(mirror, mirror.double(), exact)
+    with pytest.raises(AssertionError, match="fp64"):
+        as_good(mirror, mirror, exact.float())
+
+
+def test_only_fp32_may_be_a_rounding_worse_than_the_mirror():
+    """A mirror without any error: two roundings of 1 are within the floor of fp32, and nothing is in 16 bits."""
+    for dtype in (torch.float32, *HALF):
+        mirror = torch.linspace(1, 2, 64).to(dtype)
+        exact, ulp = mirror.double(), torch.finfo(dtype).eps
+        as_good(mirror, mirror, exact)
+        if dtype is torch.float32:
+            as_good(mirror + ulp / 2, mirror, exact)
+        else:
+            with pytest.raises(AssertionError, match="rms"):
+                as_good(mirror + ulp, mirror, exact)
+
+
+def test_rounding_floor_by_hand():
+    """In bf16, 1 + 0.3 is 1.296875, and that less 0.3 is 0.99609375: twice 0.00390625. Of nothing it is nothing."""
+    assert rounding_floor(torch.tensor([0.0, 1.0], dtype=torch.float64), torch.bfloat16) == 2 * 0.00390625
+    assert rounding_floor(torch.empty(0, dtype=torch.float64), torch.bfloat16) == 0
+
+
+def test_draws_are_stacked_by_name():
+    a, b = ({"x": torch.full((2, 3), float(i)), "y": torch.full((4,), -float(i))} for i in (1, 2))
+    pooled = pool([a, b])
+    assert pooled.keys() == {"x", "y"} and pooled["x"].shape == (2, 2, 3)
+    assert torch.equal(pooled["y"], torch.tensor([[-1.0] * 4, [-2.0] * 4]))
