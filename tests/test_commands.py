@@ -738,3 +738,10 @@ def test_a_step_says_how_long_it_took_even_if_it_fails(capsys):
         raise KeyError
     assert threading.active_count() == threads
     assert re.fullmatch(r"  one \.\.\. 0\.\d s\n  two \.\.\. 0\.\d s\n", capsys.readouterr().out)
+
+
+def test_copies_of_an_own_model_leave_the_callers_random_numbers():
+    model = vit.VisionTransformer(vit.ViTConfig(img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=2))
+    before = torch.get_rng_state()
+    parity.copies(model, torch.zeros(1, 3, 16, 16))
+    assert torch.equal(torch.get_rng_state(), before)

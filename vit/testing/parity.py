@@ -85,8 +85,10 @@ def copies(model: nn.Module, images: Tensor, impl: str = "auto", **options: Any)
     `vit.reference`.
     """
     if isinstance(model, VisionTransformer):
-        eager = Reference(model.config, seed=0)  # a seed leaves the global generator alone
-        fast = VisionTransformer(dataclasses.replace(model.config, impl=impl), seed=0)
+        # The constructors of PyTorch's layers draw from the global generator, and the caller's numbers stay.
+        with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
+            eager = Reference(model.config, seed=0)
+            fast = VisionTransformer(dataclasses.replace(model.config, impl=impl), seed=0)
         for twin in (eager, fast):
             twin.load_state_dict(model.state_dict())
             twin.eval().to(images.device, images.dtype)
