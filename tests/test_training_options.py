@@ -363,3 +363,40 @@ def test_layer_decay_outside_its_range(decay):
         vit.param_groups_layer_decay(model, layer_decay=decay)
     for taken in (1, 1.0, 1e-6):
         vit.param_groups_layer_decay(model, layer_decay=taken)
+
+
+@pytest.mark.parametrize("rates", [{}, RATES], ids=["", "rates"])
+def test_a_wrapped_layer_that_drops_out_is_recomputed_with_its_own_mask(rates):
+    """As LoRA's dropout beside a layer: PyTorch's generator is put back, whether or not the model has a seed."""
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.drop = inner, torch.nn.Dropout(0.5)
+
+        def forward(self, x):
+            return self.drop(self.inner(x))
+
+    model = vit.VisionTransformer(dataclasses.replace(SMALL, **rates)).train()
+    randomise(model)
+    model.blocks[1].attn.qkv, model.blocks[2].mlp.fc2 = map(
+        Wrapped, (model.blocks[1].attn.qkv, model.blocks[2].mlp.fc2)
+    )
+    image = torch.randn(3, 3, 16, 24)
+
+    def run(recompute):
+        model.set_grad_checkpointing(recompute)
+        torch.manual_seed(6)
+        return torch.autograd.grad(model(image).square().sum(), list(model.parameters()))
+
+    assert all(map(torch.equal, run(True), run(False)))
+
+
+@pytest.mark.parametrize("rates", [{}, RATES], ids=["", "rates"])
+def test_plain_blocks_are_recomputed_without_reading_the_generator(rates, monkeypatch):
+    """A CUDA graph does not allow that."""
+    model = vit.VisionTransformer(dataclasses.replace(SMALL, **rates)).train()
+    model.set_grad_checkpointing()
+    seed = SEED if rates else None
+    monkeypatch.setattr(torch, "get_rng_state", lambda: pytest.fail("the generator was read"))
+    model(torch.randn(3, 3, 16, 24), dropout_seed=seed).sum().backward()

@@ -246,10 +246,19 @@ class Block(nn.Module):
         """The block as a link of a chain. With ``recompute``, backward recomputes its activations."""
         if type(self) is not Block or hooked(self) or replaced(self):
             return _called(self, seed if type(self).forward is Block.forward else None, recompute)
-        # With a seed the block draws no random numbers, so no RNG state needs saving.
-        again = functools.partial(checkpoint, self.step, use_reentrant=False, preserve_rng_state=seed is None)
-        step = again if recompute else self.step
+        step = self.step
+        if recompute:  # reading the RNG state costs time, and a CUDA graph does not allow it
+            step = functools.partial(checkpoint, step, use_reentrant=False, preserve_rng_state=self._draws(seed))
         return Link(lambda x, y, norm: step(x, y, norm, seed), self.norm1 if lendable(self.norm1) else None)
+
+    def _draws(self, seed: Tensor | None) -> bool:
+        """Whether a call may draw random numbers: for a dropout without a seed, or in a part that is not ours."""
+        for part in self.modules():
+            if type(part) not in _OWN or hooked(part):
+                return True
+            if seed is None and part.training and (getattr(part, "drop_rate", 0.0) or getattr(part, "p", 0.0)):
+                return True
+        return False
 
 
 class Blocks(nn.Sequential):
@@ -305,4 +314,5 @@ class PreLogits(nn.Module):
         return torch.tanh(self.fc(x))
 
 
+_OWN = (Block, Attention, Mlp, LayerNorm, LayerScale, DropPath, nn.Linear)
 remember(Block, LayerNorm)
