@@ -1124,3 +1124,26 @@ def test_where_mean_and_names_come_from(form, tmp_path):
     want = {} if form.startswith("hf") else {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
     assert {k: v for k, v in found.items() if k in ("mean", "std")} == want
     assert "".join(found.get("label_names", "")) == {"hf": "vwxyz", "preprocessor": ""}.get(form, "abcde")
+
+
+@pytest.mark.parametrize("where", ["absolute", "below", "above", "itself", "below and back", "folder"])
+def test_a_shard_is_a_file_beside_its_index(where, tmp_path):
+    """Wherever else the index points, and though a good checkpoint lies there, it is not read."""
+    model, folder = make(), tmp_path / "folder"
+    (folder / "below").mkdir(parents=True)
+    for place in (tmp_path, folder, folder / "below"):
+        torch.save(model.state_dict(), place / "shard.bin")
+    named = {
+        "absolute": str(folder / "shard.bin"),
+        "below": "below/shard.bin",
+        "above": "../shard.bin",
+        "itself": "./shard.bin",
+        "below and back": "below/../shard.bin",
+        "folder": "below",
+    }[where]
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(model.state_dict(), named)}))
+    with pytest.raises(vit.CheckpointError, match="is not a file beside it|is not a regular file"):
+        vit.load_pretrained(index)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(model.state_dict(), "shard.bin")}))
+    assert vit.load_pretrained(index, num_heads=model.config.num_heads).config.embed_dim == model.config.embed_dim
