@@ -98,6 +98,9 @@ def test_one_argument_is_a_checkpoint(tmp_path, monkeypatch):
     for told in (True, False):
         with pytest.raises(TypeError, match=r"names no weights; write pretrained=PATH or pretrained='owner/name' "):
             vit.create_model(name, pretrained=told)
+    monkeypatch.chdir(tmp_path.parent)  # "" is this folder, which has no checkpoint, and no wish for random weights
+    with pytest.raises(vit.CheckpointError, match="the folder has none of"):
+        vit.create_model(name, pretrained="")
     made = vit.create_model(name, pretrained=path, dtype=torch.float64, num_classes=5, **SIZES)
     assert made.head.weight.dtype is torch.float64
     named = vit.load_pretrained(name, path, num_classes=5, **SIZES).double()
