@@ -289,7 +289,7 @@ def test_forward_mode_raises_and_auto_is_right(randn):
     qkv, tangent = randn(1, 5, 3, 1, 16), randn(1, 5, 3, 1, 16)
     with pytest.raises(RuntimeError, match="forward-mode"):
         torch.func.jvp(ours_packed, (qkv,), (tangent,))
-    _, by_auto = torch.func.jvp(attention, (qkv,), (tangent,))
+    _, by_auto = torch.func.jvp(attention_qkvpacked, (qkv,), (tangent,))
     _, by_reference = torch.func.jvp(reference_packed, (qkv,), (tangent,))
     torch.testing.assert_close(by_auto, by_reference)
 

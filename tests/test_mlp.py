@@ -200,8 +200,8 @@ def test_saves_one_tensor_of_hidden_width(randn, monkeypatch):
     """The pre-activation; the activation is recomputed. Without gradients not even that is written."""
     written = []
 
-    def spy(*args):
-        outputs = mlp_fwd(*args)
+    def spy(*args, **kwargs):
+        outputs = mlp_fwd(*args, **kwargs)
         written.append(outputs[1].numel() > 0)
         return outputs
 
