@@ -675,3 +675,25 @@ def test_dropout_is_contiguous_whatever_its_input(impl, device):
     x = torch.ones(2, 5, 24, device=device).movedim(1, -1)
     y = kernels.dropout(x, 0.4, DROP["seed"].to(device), impl=impl)
     assert not x.is_contiguous() and y.is_contiguous()
+
+
+@pytest.mark.parametrize("shape", [(8,), (1, 8), (1, 1, 8), (1, 3, 8), (3, 1)], ids=str)
+@pytest.mark.parametrize("op", ["layer_norm", "residual_layer_norm", "dropout", "linear", "mlp"])
+def test_a_row_or_column_alone_with_strides(op, shape, device):
+    """A matrix of one row, or of one column, has a stride that counts and one that does not."""
+    width = shape[-1]
+    x = torch.randn(*shape[:-1], 2 * width, generator=torch.Generator().manual_seed(0)).to(device)[..., ::2]
+    weight = torch.randn(5, width, generator=torch.Generator().manual_seed(1)).to(device)
+    rest = {
+        "layer_norm": (),
+        "residual_layer_norm": (x,),
+        "dropout": (0.4, DROP["seed"].to(device)),
+        "linear": (weight,),
+        "mlp": (weight, None, weight.mT.contiguous(), None),
+    }[op]
+    strided, dense = x.detach().requires_grad_(), x.contiguous().requires_grad_()
+    outs = [tree_leaves(getattr(kernels, op)(given, *rest, impl="triton")) for given in (strided, dense)]
+    for found, want in zip(*outs, strict=True):
+        assert torch.equal(found, want)
+    grads = [torch.autograd.grad(out[-1].square().sum(), x)[0] for out, x in zip(outs, (strided, dense), strict=True)]
+    assert torch.equal(*grads)

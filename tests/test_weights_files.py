@@ -1143,7 +1143,7 @@ def test_a_shard_is_a_file_beside_its_index(where, tmp_path):
     }[where]
     index = folder / "pytorch_model.bin.index.json"
     index.write_text(json.dumps({"weight_map": dict.fromkeys(model.state_dict(), named)}))
-    with pytest.raises(vit.CheckpointError, match="is not a file beside it|is not a regular file"):
+    with pytest.raises(vit.CheckpointError, match=r"is not a file beside it|is not a regular file"):
         vit.load_pretrained(index)
     index.write_text(json.dumps({"weight_map": dict.fromkeys(model.state_dict(), "shard.bin")}))
     assert vit.load_pretrained(index, num_heads=model.config.num_heads).config.embed_dim == model.config.embed_dim
