@@ -491,3 +491,22 @@ def test_a_chain_without_blocks_gives_what_it_got():
     model, _ = twins()
     del model.blocks[1], model.blocks[0]
     torch.testing.assert_close(model.blocks(x), x)
+
+
+def test_what_a_model_keeps_of_an_explained_forward_can_be_trained_with():
+    """Without gradients, but no inference tensor, which autograd refuses to save."""
+
+    class Caches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.kept = vit.VisionTransformer(CONFIG), None
+
+        def forward(self, x):
+            if self.kept is None:
+                self.kept = x.new_ones(5)
+            return self.model(x) * self.kept
+
+    model, image = Caches(), torch.ones(1, 3, 24, 16)
+    vit.explain(model, image)
+    assert not model.kept.is_inference() and not model.kept.requires_grad
+    model(image).sum().backward()
