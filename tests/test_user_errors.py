@@ -164,6 +164,9 @@ def test_each_rate_alone_drops_in_training_and_only_there(rate, cls):
         assert torch.equal(model(image), still)
         torch.manual_seed(0)
         drops = [model.train()(image) for _ in range(2)]
+        if cls is vit.VisionTransformer and rate != "patch_drop_rate":  # patches are drawn from PyTorch's generator
+            first, second, other = (model(image, dropout_seed=torch.tensor([s])) for s in (3, 3, 4))
+            assert torch.equal(first, second) and not torch.equal(first, other)
     assert not any(torch.allclose(drop, still, rtol=1e-3) for drop in drops) and not torch.equal(*drops)
     for wrong in (1.0, 1.5, -0.1):
         with pytest.raises(ValueError, match=rate):
