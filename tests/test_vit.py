@@ -24,6 +24,7 @@ VARIANTS = {
     "no pool": {"global_pool": ""},
     "no class token": {"class_token": False, "global_pool": "avg"},
     "registers": {"reg_tokens": 4},
+    "registers, avg pool": {"reg_tokens": 4, "global_pool": "avg"},
     "registers, patches embedded only": {"reg_tokens": 4, "no_embed_class": True},
     "LayerScale": {"init_values": 0.1},
     "LayerScale, avg pool": {"init_values": 0.1, "global_pool": "avg"},
