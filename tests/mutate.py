@@ -451,8 +451,8 @@ MUTANTS = [
     Mutant(
         "model: norm1 of the block before",
         "vit/chain.py",
-        "for link in links[1:]",
-        "for link in links[:-1]",
+        "zip(links, norms[1:], strict=True)",
+        "zip(links, norms[:-1], strict=True)",
         (f"{VIT}::test_cpu_path[plain]",),
     ),
     Mutant(

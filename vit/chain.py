@@ -38,6 +38,7 @@ def chain(
     """
     y = None
     yield x, y
-    for link, next_norm in zip(links, [*(link.norm for link in links[1:]), last_norm], strict=bool(links)):
+    norms = [*(link.norm for link in links), last_norm]
+    for link, next_norm in zip(links, norms[1:], strict=True):
         x, y = link.run(x, y, next_norm)
         yield x, y

@@ -13,19 +13,6 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = [
-    "FACTORS",
-    "Report",
-    "Tally",
-    "as_good",
-    "check",
-    "check_mirror",
-    "check_op",
-    "measure",
-    "pool",
-    "rounding_floor",
-]
-
 # (rms factor, max factor): the limits as multiples of eager's errors.
 FACTORS = {
     ("op", torch.float16): (1.10, 1.5),
