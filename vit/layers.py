@@ -19,6 +19,7 @@ from vit.chain import Link, called, chain
 from vit.config import ViTConfig
 from vit.kernels import reference
 from vit.plain import hooked, is_linear, linear, plain, remember, replaced
+from vit.tokens import pixel_mask
 
 # The dropouts of a model. The offset of a mask is 8 · block + one of these; POS and HEAD belong to no block.
 ATTN, PROJ, ACT, FC2, PATH1, PATH2, POS, HEAD = range(8)
@@ -93,10 +94,7 @@ class PatchEmbed(nn.Module):
             return kernels.patch_embed(image, *params, pos_embed, prefix, **mask, impl=self.impl)
         if bool_masked_pos is not None:  # hidden pixels may be NaN, and 0 · NaN would reach the weight's gradient
             grid = [size // patch for size, patch in zip(image.shape[2:], self.patch_size, strict=True)]
-            hidden = bool_masked_pos.unflatten(1, grid)
-            for dim, patch in zip((1, 2), self.patch_size, strict=True):
-                hidden = hidden.repeat_interleave(patch, dim)
-            image = image.masked_fill(hidden.unsqueeze(1), 0.0)
+            image = image.masked_fill(pixel_mask(bool_masked_pos, grid, self.patch_size), 0.0)
         tokens = self.proj(image).flatten(2).transpose(1, 2)  # [B, N, D]
         return reference.assemble_tokens(tokens, pos_embed, prefix, **mask)
 

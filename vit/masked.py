@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vit.config import ViTConfig
 from vit.model import VisionTransformer
 from vit.plain import linear
+from vit.tokens import pixel_mask
 
 
 class MaskedImageModel(nn.Module):
@@ -73,8 +74,7 @@ class MaskedImageModel(nn.Module):
         drawn = pixels.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # [B, C, H, W]
         if bool_masked_pos is None:
             return None, drawn
-        mask = bool_masked_pos.unflatten(1, grid).repeat_interleave(config.patch_size[0], 1)
-        mask = mask.repeat_interleave(config.patch_size[1], 2).unsqueeze(1)  # [B, 1, H, W]
+        mask = pixel_mask(bool_masked_pos, grid, config.patch_size)
         # If no patch of the batch is hidden, the loss is 0, not NaN, as in transformers.
         error = F.l1_loss(image.to(drawn.dtype), drawn, reduction="none").masked_fill(~mask, 0.0)
         error = error.sum(dtype=torch.promote_types(error.dtype, torch.float32))

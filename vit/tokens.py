@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,12 @@ def _bicubic_matrix(old: int, new: int, interpolation: str, like: Tensor) -> Ten
     target = {"scale_factor": ((new + 0.1) / old, 1.0)} if offset else {"size": (new, old)}
     smooth = interpolation == "bicubic_antialias"
     return F.interpolate(basis, mode="bicubic", align_corners=False, antialias=smooth, **target)[0, 0]
+
+
+def pixel_mask(mask: Tensor, grid: Sequence[int], patch_size: tuple[int, int]) -> Tensor:
+    """A mask of patches [B, N] as one of pixels [B, 1, H, W]."""
+    rows = mask.unflatten(1, grid).repeat_interleave(patch_size[0], 1)
+    return rows.repeat_interleave(patch_size[1], 2).unsqueeze(1)
 
 
 class PatchDrop(nn.Module):
