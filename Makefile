@@ -80,7 +80,7 @@ bench-smoke: $(READY)
 	$(PY) -m benchmarks.tune gemm_fc1 --limit 2
 	$(PY) -m benchmarks.profile --top 10
 	$(PY) -m benchmarks.report --check
-	$(PY) -m pytest tests/test_bench_report.py -q -k "plots or bars"
+	$(PY) -m pytest tests/benchmarks/test_bench_report.py -q -k "plots or bars"
 
 lock: $(READY)
 	$(PY) tests/lock.py --update

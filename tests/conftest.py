@@ -24,71 +24,6 @@ from vit.kernels import runtime
 
 torch.backends.cudnn.allow_tf32 = False  # on by default: eager's patch convolution in fp32 would be a lax standard
 
-# Which layer of verification a file belongs to, for the summary.
-LAYERS = {
-    "test_strict": "strict interpreter",
-    "test_tolerances": "tolerance policy",
-    "test_kernel_lint": "kernel lint",
-    "test_contract": "kernels",
-    "test_patch_embed": "kernels",
-    "test_layer_norm": "kernels",
-    "test_dropout": "kernels",
-    "test_linear": "kernels",
-    "test_gelu": "kernels",
-    "test_mlp": "kernels",
-    "test_mlp_mirror": "kernels",
-    "test_mlp_offsets": "kernels",
-    "test_attention": "kernels",
-    "test_attention_dropout": "kernels",
-    "test_attention_maps": "kernels",
-    "test_attention_mirror": "kernels",
-    "test_lock": "compile-only lock",
-    "test_reference_model": "reference model",
-    "test_vit": "model",
-    "test_peers": "model",
-    "test_model_api": "model",
-    "test_masking": "model",
-    "test_masked": "model",
-    "test_model_autocast": "model",
-    "test_training_options": "model",
-    "test_weights": "checkpoints",
-    "test_weights_files": "checkpoints",
-    "test_weights_peers": "checkpoints",
-    "test_weights_infer": "checkpoints",
-    "test_weights_fuzz": "checkpoints",
-    "test_weights_layouts": "checkpoints",
-    "test_runtime": "runtime",
-    "test_flops": "runtime",
-    "test_distributed": "runtime",
-    "test_accelerate": "accelerate",
-    "test_accelerate_semantics": "accelerate",
-    "test_accelerate_interfaces": "accelerate",
-    "test_bad_inputs": "bad inputs",
-    "test_transforms": "bad inputs",
-    "test_user_errors": "bad inputs",
-    "test_plain": "model",
-    "test_protocol": "model",
-    "test_hf_backend": "accelerate",
-    "test_accelerate_parts": "accelerate",
-    "test_properties": "properties",
-    "test_packaging": "packaging",
-    "test_bench_harness": "benchmarks",
-    "test_bench_counts": "benchmarks",
-    "test_bench_plan": "benchmarks",
-    "test_bench_report": "benchmarks",
-    "test_bench_tune": "benchmarks",
-    "test_bench_arguments": "benchmarks",
-    "test_bench_roofline": "benchmarks",
-    "test_bench_memory": "benchmarks",
-    "test_bench_profile": "benchmarks",
-    "test_demo": "demo",
-    "test_parity_command": "commands",
-    "test_commands": "commands",
-    "test_preprocess": "commands",
-    "test_readme": "commands",
-    "test_gpu_script": "GPU script, rehearsed",
-    "test_mutants": "seeded bugs",
-}
 _started = time.time()
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -150,8 +85,7 @@ def pytest_terminal_summary(terminalreporter):
     for outcome, reports in terminalreporter.stats.items():
         for report in reports:
             if hasattr(report, "duration"):
-                stem = report.nodeid.split("::")[0].rsplit("/", 1)[-1].removesuffix(".py")
-                row = rows[LAYERS.get(stem, stem)]
+                row = rows[report.nodeid.split("::")[0].split("/")[-2]]  # the folder
                 row[outcome] += 1
                 row["seconds"] += report.duration
     if not rows:

@@ -46,13 +46,14 @@ class Mutant:
     tests: tuple[str, ...]
 
 
-LN, LINEAR, MLP = "tests/test_layer_norm.py", "tests/test_linear.py", "tests/test_mlp.py"
-DROPOUT, MIRROR = "tests/test_attention_dropout.py", "tests/test_attention_mirror.py"
-ATTENTION, PATCH, VIT = "tests/test_attention.py", "tests/test_patch_embed.py", "tests/test_vit.py"
-WEIGHTS, FILES = "tests/test_weights.py", "tests/test_weights_files.py"
-CONTRACT, RUNTIME = "tests/test_contract.py", "tests/test_runtime.py"
-PROTOCOL = "tests/test_protocol.py"
-HARNESS, COUNTS = "tests/test_bench_harness.py", "tests/test_bench_counts.py"
+LN, LINEAR, MLP = "tests/kernels/test_layer_norm.py", "tests/kernels/test_linear.py", "tests/kernels/test_mlp.py"
+DROPOUT, MIRROR = "tests/kernels/test_attention_dropout.py", "tests/kernels/test_attention_mirror.py"
+ATTENTION, PATCH = "tests/kernels/test_attention.py", "tests/kernels/test_patch_embed.py"
+VIT = "tests/model/test_vit.py"
+WEIGHTS, FILES = "tests/weights/test_weights.py", "tests/weights/test_weights_files.py"
+CONTRACT, RUNTIME = "tests/kernels/test_contract.py", "tests/kernels/test_runtime.py"
+PROTOCOL = "tests/model/test_protocol.py"
+HARNESS, COUNTS = "tests/benchmarks/test_bench_harness.py", "tests/benchmarks/test_bench_counts.py"
 
 MUTANTS = [
     Mutant(
@@ -327,14 +328,14 @@ MUTANTS = [
         "kernels/tile.py",
         "0.21406444881780076 * square",
         "0.07135481627260025 * square",
-        ("tests/test_gelu.py::test_gelu_and_grad",),
+        ("tests/kernels/test_gelu.py::test_gelu_and_grad",),
     ),
     Mutant(
         "gemm: the cheap erf in fp32",
         "kernels/linear.py",
         "primitive_bitwidth == 16",
         "primitive_bitwidth <= 32",
-        ("tests/test_gelu.py::test_only_16_bit_results_take_the_cheap_form",),
+        ("tests/kernels/test_gelu.py::test_only_16_bit_results_take_the_cheap_form",),
     ),
     Mutant(
         "gemm: a ragged group of tiles is taken for a whole one",
@@ -432,21 +433,21 @@ MUTANTS = [
         "kernels/tile.py",
         "(row >> 32).to(tl.int32), offset)",
         "(row >> 32).to(tl.int32), offset * 0)",
-        ("tests/test_dropout.py::test_kernel_draws_the_mask_of_the_reference",),
+        ("tests/kernels/test_dropout.py::test_kernel_draws_the_mask_of_the_reference",),
     ),
     Mutant(
         "dropout: the backward of residual_layer_norm does not drop",
         "kernels/layer_norm.py",
         "            ds *= tile.dropout_scale(",
         "            ds *= 1.0 + 0.0 * tile.dropout_scale(",
-        ("tests/test_dropout.py::test_residual_layer_norm",),
+        ("tests/kernels/test_dropout.py::test_residual_layer_norm",),
     ),
     Mutant(
         "model: the MLP's stochastic depth draws that of the attention",
         "vit/layers.py",
         "offset + PATH2",
         "offset + PATH1",
-        ("tests/test_training_options.py::test_fast_model_drops_where_the_reference_does",),
+        ("tests/model/test_training_options.py::test_fast_model_drops_where_the_reference_does",),
     ),
     Mutant(
         "model: norm1 of the block before",
@@ -460,28 +461,28 @@ MUTANTS = [
         "vit/plain.py",
         "not (hooked(module) or replaced",
         "not (replaced",
-        ("tests/test_plain.py::test_counts",),
+        ("tests/model/test_plain.py::test_counts",),
     ),
     Mutant(
         "model: a wrapped part is read, not called",
         "vit/plain.py",
         "type(module) in (nn.Linear, NonDynamicallyQuantizableLinear)",
         "True",
-        ("tests/test_plain.py::test_counts",),
+        ("tests/model/test_plain.py::test_counts",),
     ),
     Mutant(
         "model: a wrapped final norm is left out",
         "vit/model.py",
         "self.norm(stream) if y is None and index == depth else y",
         "stream if y is None and index == depth else y",
-        ("tests/test_runtime.py::test_wrapped_modules",),
+        ("tests/kernels/test_runtime.py::test_wrapped_modules",),
     ),
     Mutant(
         "graph: hands out what the next replay overwrites",
         "vit/cuda_graph.py",
         "return out.clone() if",
         "return out if",
-        ("tests/test_runtime.py::test_graph_returns_the_models_outputs_and_keeps_them",),
+        ("tests/kernels/test_runtime.py::test_graph_returns_the_models_outputs_and_keeps_them",),
     ),
     Mutant(
         "model: gamma is ignored where no norm follows",
@@ -580,7 +581,7 @@ MUTANTS = [
         "KERNEL = Layout(lambda t, h: t[0].mT, lambda t, h: [t.mT])",
         "turned = lambda t: t.mT if len({*t.shape}) > 1 else t\n"
         "KERNEL = Layout(lambda t, h: turned(t[0]), lambda t, h: [turned(t)])",
-        ("tests/test_weights_layouts.py::test_layouts_by_hand",),
+        ("tests/weights/test_weights_layouts.py::test_layouts_by_hand",),
     ),
     Mutant(
         "model: a 16-bit position embedding is resized in 16 bits",
@@ -617,21 +618,21 @@ MUTANTS = [
         "vit/weights/fit.py",
         'if own.num_heads != start.num_heads and "num_heads" not in overrides:',
         "if False:",
-        ("tests/test_weights_infer.py::test_what_a_file_says_is_compared_with_the_model",),
+        ("tests/weights/test_weights_infer.py::test_what_a_file_says_is_compared_with_the_model",),
     ),
     Mutant(
         "weights: a .npz does not say what it holds",
         "vit/weights/files.py",
         "archive.comment = _to_comment(note)",
         "pass",
-        ("tests/test_weights_infer.py::test_every_field_comes_back",),
+        ("tests/weights/test_weights_infer.py::test_every_field_comes_back",),
     ),
     Mutant(
         "preprocess: a photo lies as it was stored",
         "vit/preprocess.py",
         "ImageOps.exif_transpose(photo)",
         "photo",
-        ("tests/test_preprocess.py::test_a_photo_is_turned_the_right_way_up",),
+        ("tests/commands/test_preprocess.py::test_a_photo_is_turned_the_right_way_up",),
     ),
     Mutant(
         "benchmarks: attention's backward without the product that it does again",
@@ -666,14 +667,14 @@ MUTANTS = [
         "benchmarks/report.py",
         "best = max(peers, key=lambda r: r.img_s, default=None)",
         "best = min(peers, key=lambda r: r.img_s, default=None)",
-        ("tests/test_bench_report.py::test_table",),
+        ("tests/benchmarks/test_bench_report.py::test_table",),
     ),
     Mutant(
         "benchmarks: noise is compared with 0.2 %",
         "benchmarks/compare.py",
         "THRESHOLD = 1.02",
         "THRESHOLD = 1.002",
-        ("tests/test_bench_report.py::test_rule_of_noise",),
+        ("tests/benchmarks/test_bench_report.py::test_rule_of_noise",),
     ),
     Mutant(
         "attention: the log-sum-exp without the scale",
@@ -752,7 +753,7 @@ MUTANTS = [
         "vit/testing/parity.py",
         "if any(result[name].any() for result in found):",
         "if all(result[name].any() for result in found):",
-        ("tests/test_parity_command.py::test_a_gradient_that_is_zero_or_missing_on_one_side_fails",),
+        ("tests/commands/test_parity_command.py::test_a_gradient_that_is_zero_or_missing_on_one_side_fails",),
     ),
     Mutant(
         "benchmarks: expanded dimensions are counted in full",
@@ -792,6 +793,7 @@ def sources(mutant: Mutant, folder: Path) -> None:
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "vit", folder / "vit", ignore=ignore)
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", folder)  # else pytest takes the one above and looks for modules there
     if mutant.file.startswith("benchmarks/"):
         shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=ignore)
     path = folder / mutant.file.replace("kernels/", "vit/kernels/", 1)
@@ -809,7 +811,6 @@ def _pytest(folder: Path, tests: tuple[str, ...]) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.chdir(folder)
-    sys.path.insert(0, str(folder))
     for name in [name for name in os.environ if name.startswith("PYTEST_")]:
         del os.environ[name]
     import pytest

@@ -41,7 +41,7 @@ def ops(log: Log, rehearse: bool) -> None:
     """The kernel tests, one file after another; several processes, because most of the time is compilation."""
     workers = ["-n", str(min(os.cpu_count() or 1, 8))] if importlib.util.find_spec("xdist") else []
     for op in OP_TESTS[1:2] if rehearse else OP_TESTS:
-        command = [sys.executable, "-m", "pytest", f"tests/test_{op}.py", "-q", "--tb=short", *workers]
+        command = [sys.executable, "-m", "pytest", f"tests/kernels/test_{op}.py", "-q", "--tb=short", *workers]
         command.append("--basetemp=.pytest-tmp-ops")  # not that of a test run which this is a part of
         if rehearse:
             command += ["-k", "bad_", "-n", "0"] if workers else ["-k", "bad_"]

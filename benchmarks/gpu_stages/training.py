@@ -8,7 +8,7 @@ fp64, and our loss curve may be `FACTOR` times as far from that one as eager's i
 first loss, whichever is more. The factor is 2 for what the policy lets an fp32 op err beside eager, times 2 for chance,
 because rounding errors grow from step to step and each distance is a single draw. Compared are means over windows of
 steps, the root mean square over all windows, because one step's loss is the noise of its batch. What that catches in
-fp32 is small: a LayerScale that learns in the wrong direction (`tests/test_gpu_script.py`).
+fp32 is small: a LayerScale that learns in the wrong direction (`tests/benchmarks/test_gpu_script.py`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Errors are measured against an fp64 reference of the same rounded inputs. The limit depends on the error of eager
 PyTorch in the same dtype on the same device (TOL-A), or on that of the fused algorithm in PyTorch (TOL-B).
-CONTRIBUTING.md explains the policy, and `tests/test_tolerances.py` has the bug that each factor catches.
+CONTRIBUTING.md explains the policy, and `tests/proof/test_tolerances.py` has the bug that each factor catches.
 """
 
 from __future__ import annotations

@@ -12,15 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks.gpu import STAGES
+from benchmarks.gpu_stages import cases, exact, limits, sanitizer, training
+from benchmarks.log import Log
+from vit import ViTConfig
+from vit.reference import VisionTransformer
 
-from benchmarks.gpu import STAGES  # noqa: E402
-from benchmarks.gpu_stages import cases, exact, limits, sanitizer, training  # noqa: E402
-from benchmarks.log import Log  # noqa: E402
-from vit import ViTConfig  # noqa: E402
-from vit.reference import VisionTransformer  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal; with a GPU, make gpu is the real thing")
 OPS = {"patch_embed", "layer_norm", "residual_layer_norm", "linear", "mlp", "attention_qkvpacked", "attention"}
 

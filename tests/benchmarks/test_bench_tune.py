@@ -21,7 +21,7 @@ from vit import kernels
 from vit.kernels import configs, reference
 from vit.kernels.configs import Config
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 B = MODELS["B/16"]
 
 

@@ -17,7 +17,7 @@ from benchmarks.harness import Ceilings
 from benchmarks.shapes import parse
 from benchmarks.trace import Launch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LOCK = ROOT / "tests" / "lock" / f"triton-{triton.__version__}.json"
 FIGURES = ("registers", "spill", "shared")
 

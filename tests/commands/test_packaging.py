@@ -11,7 +11,7 @@ import pytest
 
 from vit.commands import cli
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def python(*args: str, cwd: Path, **env: str) -> str:

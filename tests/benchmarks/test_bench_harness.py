@@ -21,7 +21,7 @@ from benchmarks.log import Log
 from benchmarks.shapes import MODELS, SMALL, Shape, parse
 from vit.commands.parity import CannotStart, library
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 OPS = {b.op: b for name in plan.SECONDS if name != "vit" for b in plan.benches(name)}
 # What the backward of each op reads beside the gradients of its outputs.

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import arguments
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 UNWRITABLE = "setup.py/x"
 WRONG = {
     "benchmarks.__main__ --op nope": "no op 'nope'; there are attention,",

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.peers
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", (TESTS.parent / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
 # What stands in for a torchvision that fits the installed torch, which timm imports.
 RUN = "import sys, runpy, peers; peers._make_torchvision_importable(); runpy.run_path(sys.argv[1], run_name='__main__')"
 
@@ -24,7 +24,7 @@ def run(block: str, folder: Path) -> str:
             pytest.skip(f"{name} is not installed")
     (folder / "block.py").write_text(block, encoding="utf-8")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), env.get("PYTHONPATH")]))
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "tests"), env.get("PYTHONPATH")]))
     command = [sys.executable, "-c", RUN, "block.py"]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr

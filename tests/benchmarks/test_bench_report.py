@@ -1,4 +1,4 @@
-"""`make report` and `--compare`, on samples: made-up records in `tests/samples/`, whose device says so.
+"""`make report` and `--compare`, on samples: made-up records in `tests/benchmarks/samples/`, whose device says so.
 
 What is expected is written out here, worked out by hand from the times in the samples.
 """
@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks import compare, records, report
 
-ROOT = Path(__file__).resolve().parent.parent
-SAMPLES = ROOT / "tests/samples"
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLES = ROOT / "tests/benchmarks/samples"
 NONE = Path("none.json")
 README = "# Title\n\n<!-- speed -->\nold\n<!-- /speed -->\n\nThe end.\n"
 

@@ -15,7 +15,7 @@ from benchmarks.largest_batch import largest
 from benchmarks.log import Log
 from benchmarks.shapes import MODELS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import triton
 
-TESTS = Path(__file__).parent
-REPORT = TESTS.parent / "build" / "lock.json"
+ROOT = Path(__file__).parents[2]
+REPORT = ROOT / "build" / "lock.json"
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def _needs_ptxas():
 
 
 def _python(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *args], cwd=TESTS.parent, capture_output=True, text=True, timeout=1800)
+    return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=1800)
 
 
 def test_every_kernel_compiles_as_locked():
