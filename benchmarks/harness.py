@@ -22,6 +22,7 @@ from torch import Tensor
 from benchmarks.log import Log, name_of
 from benchmarks.shapes import Shape
 from vit.commands.parity import CannotStart
+from vit.testing import relative_error
 
 MODES = ("fwd", "bwd", "full")
 GATE = 2.0
@@ -148,7 +149,7 @@ class Gate:
         self.per_sample: list[Tensor] = []
         self.right = self.results(bench.exact(shape, tensors, torch.float64))
         eager = self.results(bench.exact(shape, tensors, dtype))
-        self.eager = [_rms(a, b) for a, b in zip(eager, self.right, strict=True)]
+        self.eager = [relative_error(a, b) for a, b in zip(eager, self.right, strict=True)]
         self.floor = 1e-6 if dtype is torch.float32 else torch.finfo(dtype).eps / 4  # about one rounding in 16 bits
 
     def cotangents(self, outs: Sequence[Tensor]) -> list[Tensor]:
@@ -173,18 +174,11 @@ class Gate:
         found = self.results(run)
         if len(found) != len(self.right):
             return float("nan"), f"{len(found)} results instead of {len(self.right)}"
-        errors = [_rms(a, b) for a, b in zip(found, self.right, strict=True)]
+        errors = [relative_error(a, b) for a, b in zip(found, self.right, strict=True)]
         for i, (error, eager) in enumerate(zip(errors, self.eager, strict=True)):
             if not error <= GATE * eager + self.floor:  # so that NaN fails
                 return max(errors), f"parity: result {i} has rms error {error:.2e}, eager PyTorch {eager:.2e}"
         return max(errors), None
-
-
-def _rms(a: Tensor, exact: Tensor) -> float:
-    """The rms of a − exact relative to that of exact; NaN where the shapes differ."""
-    if a.shape != exact.shape:
-        return float("nan")
-    return ((a.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
 
 
 # ---- timing ----------------------------------------------------------------------------------------------------------

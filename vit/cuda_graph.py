@@ -52,8 +52,10 @@ class Graph:
     def __init__(
         self, model: nn.Module, example: tuple[Tensor, ...], options: dict[str, Any], capture: Capture
     ) -> None:
-        self._tensors = [*model.parameters(), *model.buffers()]
-        self._places = [t.data_ptr() for t in self._tensors]
+        # A moved parameter is the same object with other memory; a moved buffer is another object under its name.
+        tables = (table for module in model.modules() for table in (module._parameters, module._buffers))
+        self._tensors = [(table, name, t) for table in tables for name, t in table.items() if t is not None]
+        self._places = [t.data_ptr() for _, _, t in self._tensors]
         device = example[0].device
         dtype, enabled = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
         with torch.inference_mode(False), torch.no_grad():  # later calls cannot write to inference tensors
@@ -79,7 +81,8 @@ class Graph:
             got, captured = ((*t.shape, t.dtype, t.device) for t in (x, place))
             if got != captured:
                 raise ValueError(f"vit.graph: captured for {_say(place)}, got {_say(x)}; capture another graph for it")
-        if any(t.data_ptr() != place for t, place in zip(self._tensors, self._places, strict=True)):
+        now = (table.get(name) for table, name, _ in self._tensors)
+        if any(t is None or t.data_ptr() != place for t, place in zip(now, self._places, strict=True)):
             raise RuntimeError("vit.graph: the model was moved or cast after it was captured; capture it again")
         for x, place in zip(inputs, self._inputs, strict=True):
             place.copy_(x)

@@ -342,12 +342,12 @@ class VisionTransformer(nn.Module):
             The indices, ascending and not negative.
         """
         taken = sorted(take_indices(self.config.depth, indices))
-        self.blocks = self.blocks[: taken[-1] + 1]
+        del self.blocks[taken[-1] + 1 :]
         if prune_head:
-            self.fc_norm = nn.Identity()
+            self.fc_norm = nn.Identity().train(self.training)
             self.reset_classifier(0, "")
         if prune_norm:
-            self.norm = nn.Identity()
+            self.norm = nn.Identity().train(self.training)
         before, after = (not isinstance(norm, nn.Identity) for norm in (self.norm, self.fc_norm))
         changed = {"depth": len(self.blocks), "final_norm": before or after, "fc_norm": after}
         self.config = dataclasses.replace(self.config, **changed)

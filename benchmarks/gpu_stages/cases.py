@@ -114,10 +114,6 @@ def model_results(model: torch.nn.Module, image: Tensor, cotangent: Tensor) -> l
     return [out.detach(), *torch.autograd.grad(out, [image, *model.parameters()], cotangent)]
 
 
-def relative_error(a: Tensor, b: Tensor) -> float:
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
-
-
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

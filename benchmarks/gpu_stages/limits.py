@@ -15,6 +15,7 @@ from benchmarks.gpu_stages import cases
 from benchmarks.gpu_stages.exact import nan_outputs
 from benchmarks.harness import as_tuple
 from benchmarks.log import Log, name_of
+from vit.testing import relative_error
 
 # rms of bf16 results against fp32 ones of the same inputs: a rounding is 0.002, gradients see several, and a sample
 # that was read from or written to another place is off by 1 and more.
@@ -104,7 +105,7 @@ def _check_samples(case: cases.Case, batched: list[str], also: list[int]) -> dic
     exact = cases.outputs_and_grads(case.eager, alone, [c.float() for c in small])
     found = [*map(pick, outs), *(pick(g) if k in batched else g for k, g in grads.items())]
     names = [*(f"output {i}" for i in range(len(outs))), *(f"grad {k}" for k in grads)]
-    errors = {n: cases.relative_error(a, b) for n, a, b in zip(names, found, exact, strict=True)}
+    errors = {n: relative_error(a, b) for n, a, b in zip(names, found, exact, strict=True)}
     whole = not any(o.isnan().any().item() for o in outs)
     for k in batched:
         for i in picks:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from benchmarks.gpu_stages import cases
 from benchmarks.log import Log
 from vit.cuda_graph import Graph, capture, graph
+from vit.testing import relative_error
 
 IMPLS = ("triton", "auto")  # every product by our kernel; plain ones by cuBLAS
 
@@ -129,7 +130,7 @@ def _compiled(device: torch.device, rehearse: bool, backend: str, impl: str) -> 
     model.compile(fullgraph=True, backend=backend)
     found = cases.model_results(model, image, cotangent)
     record = cases.same_bits(expected, [found])
-    error = max(cases.relative_error(a, b) for a, b in zip(found, expected, strict=True))
+    error = max(relative_error(a, b) for a, b in zip(found, expected, strict=True))
     if (backend, impl) == ("inductor", "auto"):
         record["ok"] = record["finite"] and error < 0.03
     return record | {"error_rms": error}

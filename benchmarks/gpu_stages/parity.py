@@ -15,7 +15,7 @@ import torch
 import vit
 from benchmarks.gpu_stages import cases
 from benchmarks.log import ROOT, Log, name_of
-from vit.testing import measure
+from vit.testing import measure, relative_error
 
 OP_TESTS = ("patch_embed", "layer_norm", "linear", "mlp", "attention")
 
@@ -33,7 +33,7 @@ def _once(case: cases.Case, device: torch.device) -> dict[str, Any]:
     ours = case.results()
     cases.synchronize(device)
     seconds = time.perf_counter() - start
-    worst = max(cases.relative_error(a, b) for a, b in zip(ours, case.results(case.eager), strict=True))
+    worst = max(relative_error(a, b) for a, b in zip(ours, case.results(case.eager), strict=True))
     return {"ok": worst < 0.03, "error_rms": worst, "first_call_s": seconds}
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vit
-from vit.testing import measure, pool
+from vit.testing import check_all, pool
 
 pytestmark = pytest.mark.peers
 
@@ -40,10 +40,7 @@ def assert_parity(name: str, original: nn.Module, accelerated: nn.Module, device
         for key, model in (("ours", accelerated), ("eager", original), ("exact", exact)):
             with torch.autocast(image.device.type, torch.bfloat16, enabled=autocast and key != "exact"):
                 found[key].append(joined(zoo.results(name, model, image)))
-    ours, eager, exact = (pool(found[key]) for key in ("ours", "eager", "exact"))
-    assert list(ours) == list(eager) == list(exact)
-    reports = [measure(ours[k], eager[k], exact[k], scope="model", name=k) for k in exact]
-    assert not [str(r) for r in reports if not r.ok]
+    check_all(*map(pool, found.values()), scope="model")
 
 
 @pytest.mark.parametrize("name", zoo.MODELS)

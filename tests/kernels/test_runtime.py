@@ -290,6 +290,16 @@ def test_graph_refuses_when_any_tensor_was_moved(part):
         run(a, b)
 
 
+@pytest.mark.parametrize("change", [lambda norm: norm.double(), lambda norm: delattr(norm, "running_var")])
+def test_graph_refuses_when_a_buffer_is_another_object(change):
+    """A cast changes the memory of a parameter, but puts a new tensor in the place of a buffer."""
+    model, image = torch.nn.BatchNorm2d(4, affine=False).eval(), torch.randn(2, 4, 3, 3)
+    run = captured(model, image)
+    change(model)
+    with pytest.raises(RuntimeError, match="moved or cast after it was captured; capture it again"):
+        run(image)
+
+
 @pytest.mark.parametrize(("dtype", "enabled"), [(torch.float16, True), (torch.bfloat16, True), (torch.bfloat16, False)])
 def test_graph_is_captured_without_gradients_and_in_the_autocast_around_it(dtype, enabled):
     model, a, b = pair()

@@ -218,6 +218,16 @@ def test_prune_intermediate_layers_is_timms(options, pool):
     assert_same(*(outputs_and_gradients(m, m, image) for m in (ours, theirs)), 2e-5)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_pruning_keeps_the_mode_and_the_hooks(training):
+    model, calls = vit.VisionTransformer(SMALL).train(training), []
+    model.blocks.register_forward_hook(lambda *_: calls.append(1))
+    model.prune_intermediate_layers([0], prune_norm=True)
+    assert {name: m.training for name, m in model.named_modules() if m.training is not training} == {}
+    model(torch.randn(1, 3, 16, 24))
+    assert calls == [1]
+
+
 def test_reset_classifier_changes_the_pooling_as_timm():
     ours, theirs = twins(SMALL)
     for model in (ours, theirs):

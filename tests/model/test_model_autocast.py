@@ -9,7 +9,7 @@ from test_vit import SMALL, gradients, three_models
 
 import vit
 from vit.kernels import runtime
-from vit.testing import measure, pool
+from vit.testing import check_all, pool
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
@@ -29,9 +29,7 @@ def test_autocast(impl, options, half, device):
                 found.append(gradients(model, image, cotangent))
     ours, eager, exact = map(pool, results)
     assert ours["logits"].dtype is half
-    reports = [measure(ours[k], eager[k], exact[k], scope="model", name=k) for k in exact]
-    failed = [str(r) for r in reports if not r.ok]
-    assert not failed, "\n".join(failed)
+    check_all(ours, eager, exact, scope="model")
 
 
 @pytest.mark.parametrize("impl", ["auto", "triton"])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import vit
 from vit.kernels import runtime
 from vit.reference import VisionTransformer as Reference
-from vit.testing import measure, pool
+from vit.testing import check_all, pool
 from vit.tokens import PatchDrop, resize_pos_embed
 
 SMALL = vit.ViTConfig(img_size=(32, 48), patch_size=8, num_classes=10, embed_dim=64, depth=2, num_heads=2)
@@ -78,10 +78,7 @@ def assert_parity(config, dtype, device, *, batch=2, size=None, **kwargs):
         cotangent = torch.randn(models[2](image.double(), **kwargs).shape).to(device, dtype)
         for model, found in zip(models, results, strict=True):
             found.append(gradients(model, image, cotangent, **kwargs))
-    ours, eager, exact = map(pool, results)
-    reports = [measure(ours[k], eager[k], exact[k], scope="model", name=k) for k in exact]
-    failed = [str(r) for r in reports if not r.ok]
-    assert not failed, "\n".join(failed)
+    check_all(*map(pool, results), scope="model")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -7,10 +7,13 @@ from vit.testing.policy import (
     Tally,
     as_good,
     check,
+    check_all,
     check_mirror,
     check_op,
     measure,
     pool,
+    relative_error,
+    require,
     rounding_floor,
 )
 
@@ -21,9 +24,12 @@ __all__ = [
     "as_good",
     "assert_parity",
     "check",
+    "check_all",
     "check_mirror",
     "check_op",
     "measure",
     "pool",
+    "relative_error",
+    "require",
     "rounding_floor",
 ]

@@ -23,7 +23,7 @@ from vit.config import ViTConfig
 from vit.kernels.runtime import Impl
 from vit.model import VisionTransformer
 from vit.reference import VisionTransformer as Reference
-from vit.testing.policy import FACTORS, Report, Tally
+from vit.testing.policy import FACTORS, Report, Tally, require
 
 Progress = Callable[[str], contextlib.AbstractContextManager[Any]]
 
@@ -297,8 +297,4 @@ def assert_parity(
     if ("model", image.dtype) not in FACTORS:
         raise ValueError(f"assert_parity: dtype must be float32, float16 or bfloat16, got {image.dtype}")
     models = copies(model, image, impl)
-    reports = parity(models, image, draws=enough_draws(models))
-    failed = [str(report) for report in reports if not report.ok]
-    if failed:
-        raise AssertionError(f"{len(failed)} of {len(reports)} tensors exceed a limit:\n" + "\n".join(failed))
-    return reports
+    return require(parity(models, image, draws=enough_draws(models)))

@@ -123,10 +123,31 @@ def measure(ours: Tensor, eager: Tensor, exact: Tensor, *, scope: str = "op", na
 
 def check(ours: Tensor, eager: Tensor, exact: Tensor, *, scope: str = "op", name: str = "output") -> Report:
     """`measure`, and raises AssertionError unless every limit holds."""
-    report = measure(ours, eager, exact, scope=scope, name=name)
-    if not report.ok:  # not an assert statement, which python -O removes
-        raise AssertionError(str(report))
-    return report
+    return require([measure(ours, eager, exact, scope=scope, name=name)])[0]
+
+
+def relative_error(result: Tensor, exact: Tensor) -> float:
+    """The rms of result − exact as a fraction of the rms of exact; NaN, which passes no limit, if the shapes differ."""
+    if result.shape != exact.shape:
+        return math.nan
+    exact = exact.double()
+    return ((result.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+
+
+def require(reports: list[Report]) -> list[Report]:
+    """Returns ``reports``; raises AssertionError, with a line for each tensor that exceeds a limit, if any does."""
+    failed = [str(report) for report in reports if not report.ok]
+    if failed:
+        raise AssertionError(f"{len(failed)} of {len(reports)} tensors exceed a limit:\n" + "\n".join(failed))
+    return reports
+
+
+def check_all(
+    ours: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor], *, scope: str = "op"
+) -> list[Report]:
+    """`measure` of each tensor by its name, and `require`."""
+    assert ours.keys() == eager.keys() == exact.keys(), f"{[*ours]}, eager {[*eager]}, exact {[*exact]}"
+    return require([measure(ours[k], eager[k], exact[k], scope=scope, name=k) for k in exact])
 
 
 def pool(draws: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -153,11 +174,7 @@ def check_op(ours_fn, reference_fn, inputs: dict[str, Tensor | None], dtype: tor
         AssertionError: a tensor exceeds a limit.
     """
     ours, eager = _run(ours_fn, inputs, dtype, dtype, seed), _run(reference_fn, inputs, dtype, dtype, seed)
-    exact = _run(reference_fn, inputs, dtype, torch.float64, seed)
-    reports = [measure(ours[k], eager[k], exact[k], name=k) for k in exact]
-    failed = [str(r) for r in reports if not r.ok]
-    if failed:
-        raise AssertionError("\n".join(failed))
+    check_all(ours, eager, _run(reference_fn, inputs, dtype, torch.float64, seed))
 
 
 def as_good(ours: Tensor, mirror: Tensor, exact: Tensor, *, name: str = "output") -> None:
