@@ -38,11 +38,18 @@ def inputs(s, rand):
 
 
 def work(s, e):
-    """Products only: 24·N·D² (at mlp_ratio 4) + 4·N²·D per block and image, patches and head; backward twice that."""
+    """Products only: 24·N·D² (at mlp_ratio 4) + 4·N²·D per block and image, patches and head; backward twice that.
+
+    Of the last block, the head needs the class token alone. So the other tokens need only keys and values there.
+    """
     c, n, d = s.config, s.tokens, s.width
     pixels = c.in_chans * c.patch_size[0] * c.patch_size[1]
-    block = 2 * n * (4 * d * d + 2 * d * s.hidden) + 4 * n * n * d
-    flops = s.batch * (c.depth * block + 2 * c.num_patches * pixels * d + 2 * d * c.num_classes)
+
+    def block(rows: int) -> int:
+        return 4 * n * d * d + rows * (4 * d * d + 4 * d * s.hidden + 4 * n * d)
+
+    blocks = (c.depth - 1) * block(n) + block(1 if c.global_pool == "token" else n)
+    flops = s.batch * (blocks + 2 * c.num_patches * pixels * d + 2 * d * c.num_classes)
     image = s.batch * c.in_chans * c.img_size[0] * c.img_size[1] * e
     return {"fwd": Work(flops, image), "bwd": Work(2 * flops, image)}
 

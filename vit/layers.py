@@ -173,6 +173,18 @@ class Attention(nn.Module):
             o = kernels.attention(*self.heads(x), **options)
         return linear(self.proj, o, self.impl)
 
+    def first(self, x: Tensor) -> Tensor:
+        """`forward` of the first token alone, without dropout: [B, N, D] -> [B, 1, D]."""
+        width, bias = x.shape[-1], self.qkv.bias
+        (q_weight, kv_weight), (q_bias, kv_bias) = (
+            (None, None) if p is None else (p[:width], p[width:]) for p in (self.qkv.weight, bias)
+        )
+        q = kernels.linear(x[:, 0], q_weight, q_bias, impl=self.impl).unflatten(1, (1, self.num_heads, -1))
+        kv = kernels.linear(x, kv_weight, kv_bias, impl=self.impl).unflatten(2, (2, self.num_heads, -1))
+        k, v = kv.unbind(2)
+        q, k = (q, k) if self.q_norm is None else (self.q_norm(q), self.k_norm(k))
+        return linear(self.proj, kernels.attention(q, k, v, impl=self.impl), self.impl)
+
     def project(self, x: Tensor) -> Tensor:
         """[B, N, D] -> packed queries, keys and values [B, N, 3·D]."""
         return linear(self.qkv, x, self.impl)
@@ -229,25 +241,38 @@ class Block(nn.Module):
         return self.step(x, None, None, seed)[0]
 
     def step(
-        self, x: Tensor, y: Tensor | None, next_norm: nn.Module | None, seed: Tensor | None = None
+        self, x: Tensor, y: Tensor | None, next_norm: nn.Module | None, seed: Tensor | None = None, first: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """The ``run`` of `vit.chain.Link`: x and y = norm1(x) or None -> the new x and ``next_norm(x)``."""
+        """The ``run`` of `vit.chain.Link`: x and y = norm1(x) or None -> the new x and ``next_norm(x)``.
+
+        With ``first``, both are those of the first token alone, [B, 1, D].
+        """
         y = self.norm1(x) if y is None else y
         drop = dropping(self, seed, self.offset + PROJ)
-        attended = self.attn(y, *seeded(seed))
+        attended = self.attn.first(y) if first else self.attn(y, *seeded(seed))
+        x = x[:, :1] if first else x
         x, y = add_norm(self.norm2, x, attended, self.ls1, self.drop_path1, seed, self.impl, drop)
         drop = dropping(self, seed, self.offset + FC2)
         hidden = self.mlp(y, *seeded(seed))
         return add_norm(next_norm, x, hidden, self.ls2, self.drop_path2, seed, self.impl, drop)
 
-    def link(self, seed: Tensor | None, recompute: bool) -> Link:
+    def separates(self) -> bool:
+        """Whether the first token can be computed without the others, apart from keys and values, to the same result.
+
+        Not if a part is called that could mix tokens or observe them, nor with dropout, whose masks follow the rows.
+        """
+        parts = [*self.modules()]
+        own = all(type(part) in _OWN and plain(part) for part in parts)
+        return own and not any(part.training and getattr(part, "drop_rate", 0.0) for part in parts)
+
+    def link(self, seed: Tensor | None, recompute: bool, first: bool = False) -> Link:
         """The block as a link of a chain. With ``recompute``, backward recomputes its activations."""
         if type(self) is not Block or hooked(self) or replaced(self):
             return _called(self, seed if type(self).forward is Block.forward else None, recompute)
         step = self.step
         if recompute:  # reading the RNG state costs time, and a CUDA graph does not allow it
             step = functools.partial(checkpoint, step, use_reentrant=False, preserve_rng_state=self._draws(seed))
-        return Link(lambda x, y, norm: step(x, y, norm, seed), self.norm1 if lendable(self.norm1) else None)
+        return Link(lambda x, y, norm: step(x, y, norm, seed, first), self.norm1 if lendable(self.norm1) else None)
 
     def _draws(self, seed: Tensor | None) -> bool:
         """Whether a call may draw random numbers: for a dropout without a seed, or in a part that is not ours."""
@@ -275,12 +300,17 @@ def run_blocks(
     last_norm: nn.Module | None = None,
     seed: Tensor | None = None,
     recompute: bool = False,
+    first: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Runs blocks as a `vit.chain.chain`. The last block applies ``last_norm`` if `lendable` allows it."""
-    links = []
-    for block in blocks:
+    """Runs blocks as a `vit.chain.chain`. The last block applies ``last_norm`` if `lendable` allows it.
+
+    With ``first``, the last block, which `Block.separates` must allow, computes the first token alone.
+    """
+    links, blocks = [], [*blocks]
+    for left, block in zip(reversed(range(len(blocks))), blocks, strict=True):
         own = seed if getattr(block, "takes_seed", False) else None
-        links.append(block.link(seed, recompute) if isinstance(block, Block) else _called(block, own, recompute))
+        ours = isinstance(block, Block)
+        links.append(block.link(seed, recompute, first and not left) if ours else _called(block, own, recompute))
     return chain(x, links, last_norm if lendable(last_norm) else None)
 
 
@@ -313,4 +343,4 @@ class PreLogits(nn.Module):
 
 
 _OWN = (Block, Attention, Mlp, LayerNorm, LayerScale, DropPath, nn.Linear)
-remember(Block, LayerNorm)
+remember(*_OWN)

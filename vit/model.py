@@ -16,8 +16,21 @@ import vit.kernels as kernels
 from vit.config import ViTConfig
 from vit.groups import MATCHER, NO_WEIGHT_DECAY
 from vit.init import init_weights
-from vit.layers import HEAD, POS, Block, Blocks, Dropout, LayerNorm, Linear, PatchEmbed, PreLogits, run_blocks, seeded
-from vit.plain import hooked
+from vit.layers import (
+    HEAD,
+    POS,
+    Block,
+    Blocks,
+    Dropout,
+    LayerNorm,
+    Linear,
+    PatchEmbed,
+    PreLogits,
+    lendable,
+    run_blocks,
+    seeded,
+)
+from vit.plain import absent, hooked
 from vit.tokens import PatchDrop, resize_pos_embed, take_indices
 
 
@@ -90,9 +103,12 @@ class VisionTransformer(nn.Module):
             TypeError: the image is not floating point, the mask is not boolean, or the seed is not an int64 tensor.
             ValueError: the image or the mask does not fit the model, or the model has no mask token.
         """
-        seed = self._seed(image, dropout_seed)
-        x = self.forward_features(image, bool_masked_pos, interpolate_pos_encoding, dropout_seed=seed)  # [B, N, D]
-        return self.forward_head(x, dropout_seed=seed)  # [B, num_classes]
+        seed, arguments = self._seed(image, dropout_seed), (image, bool_masked_pos, interpolate_pos_encoding)
+        if self._reads_first_token_alone():
+            *_, (_, y) = self._run(self._embed(*arguments, seed), self.config.depth, seed, first=True)  # [B, 1, D]
+        else:
+            y = self.forward_features(*arguments, dropout_seed=seed)  # [B, N, D]
+        return self.forward_head(y, dropout_seed=seed)  # [B, num_classes]
 
     def forward_features(
         self,
@@ -263,8 +279,8 @@ class VisionTransformer(nn.Module):
             TypeError: as for `forward`.
         """
         taken, seed, maps = take_indices(self.config.depth, layers), self._seed(image), {}
-        x = self._embed(image, bool_masked_pos, interpolate_pos_encoding, seed)
-        for index, (stream, normalised) in enumerate(self._run(x, self.config.depth, seed)):
+        x, first = self._embed(image, bool_masked_pos, interpolate_pos_encoding, seed), self._reads_first_token_alone()
+        for index, (stream, normalised) in enumerate(self._run(x, self.config.depth, seed, first)):
             y = normalised
             if index in taken:
                 y = self.blocks[index].norm1(stream) if y is None else y
@@ -292,15 +308,25 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed(image, pos_embed, self._prefix(), **masked)
         return self.norm_pre(self.patch_drop(self.pos_drop(x, seed)))
 
-    def _run(self, x: Tensor, depth: int, seed: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def _run(
+        self, x: Tensor, depth: int, seed: Tensor | None, first: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Runs the first ``depth`` blocks. Yields (x, y) before the first block and after each block.
 
         x is the residual stream and y its LayerNorm for the next block, or None if the next block computes it itself.
-        After the last block y is ``self.norm(x)``.
+        After the last block y is ``self.norm(x)``. With ``first``, the last block computes the first token alone.
         """
         blocks = list(self.blocks)[:depth]
-        for index, (stream, y) in enumerate(run_blocks(blocks, x, self.norm, seed, self._recompute)):
+        for index, (stream, y) in enumerate(run_blocks(blocks, x, self.norm, seed, self._recompute, first)):
             yield stream, self.norm(stream) if y is None and index == depth else y
+
+    def _reads_first_token_alone(self) -> bool:
+        """Whether the last block may compute the first token alone: `forward` pools it, and nothing sees the others."""
+        names, cls = ("forward_features", "forward_head"), type(self)
+        own = all(getattr(cls, n) is getattr(VisionTransformer, n) and n not in self.__dict__ for n in names)
+        quiet = type(self.blocks) is Blocks and not hooked(self.blocks) and (lendable(self.norm) or absent(self.norm))
+        last = self.blocks[-1] if own and quiet and self.config.global_pool == "token" and len(self.blocks) else None
+        return isinstance(last, Block) and last.separates()
 
     @property
     def _recompute(self) -> bool:

@@ -9,7 +9,16 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import vit
-from benchmarks import bench_attention, bench_layer_norm, bench_linear, bench_mlp, bench_patch_embed, devices, trace
+from benchmarks import (
+    bench_attention,
+    bench_layer_norm,
+    bench_linear,
+    bench_mlp,
+    bench_patch_embed,
+    bench_vit,
+    devices,
+    trace,
+)
 from benchmarks.harness import Ceilings
 from benchmarks.records import ResultError
 from benchmarks.shapes import MODELS
@@ -28,6 +37,13 @@ def model(shape, kind=vit.VisionTransformer):
     with torch.device("meta"):
         made = kind(shape.config).to(torch.bfloat16)
     return made, meta(shape.batch, 3, *shape.config.img_size)
+
+
+class AllTokens(vit.VisionTransformer):
+    """The model without its shortcut, which needs the methods of `vit.VisionTransformer` itself."""
+
+    def forward_features(self, *args, **options):
+        return super().forward_features(*args, **options)
 
 
 def total(launches, field, phase=None):
@@ -71,7 +87,7 @@ def by_hand(shape, units, phase, train=False):
 # ---- FLOPs -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [vit.VisionTransformer, vit.reference.VisionTransformer])
+@pytest.mark.parametrize("kind", [AllTokens, vit.reference.VisionTransformer])
 def test_flops_against_pytorchs_counter(kind):
     """PyTorch's counter sees the model without our tracing, and attention written out: four products backward."""
     shape = dataclasses.replace(B16, batch=2)
@@ -170,7 +186,7 @@ def check(kind, units):
         assert moved == pytest.approx(by_hand(B16, units, phase, train), rel=tolerance), phase
 
 
-@pytest.mark.parametrize(("kind", "units"), [(vit.VisionTransformer, OURS), (vit.reference.VisionTransformer, EAGER)])
+@pytest.mark.parametrize(("kind", "units"), [(AllTokens, OURS), (vit.reference.VisionTransformer, EAGER)])
 def test_models_move_what_is_counted_by_hand(kind, units):
     check(kind, units)
 
@@ -183,7 +199,19 @@ def test_mistakes_are_noticed(mistake, monkeypatch):
     elif mistake == "a tensor counts twice":
         monkeypatch.setattr(trace, "moved", lambda reads, writes=(): sum(t.nbytes for t in [*reads, *writes] * 2))
     with pytest.raises(AssertionError):
-        check(vit.VisionTransformer, OURS | ({"fwd": 26} if "fused" in mistake else {}))  # residual in an epilogue
+        check(AllTokens, OURS | ({"fwd": 26} if "fused" in mistake else {}))  # residual in an epilogue
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_the_floor_of_a_model_counts_the_class_token_of_the_last_block_alone(train):
+    """By hand: of the last block, q, the logits, the values, proj and the MLP of one row instead of 197."""
+    work, pooled = bench_vit.work(B16, 2), dataclasses.replace(B16)
+    found = total(trace.trace(*model(B16), train=train), "flops", "fwd")
+    saved = 256 * 196 * (2 * 768 * (768 + 768 + 2 * 3072) + 2 * 2 * 197 * 768)
+    assert found == work["fwd"].flops == total(trace.trace(*model(B16, AllTokens), train=train), "flops", "fwd") - saved
+    assert work["bwd"].flops == 2 * work["fwd"].flops
+    vars(pooled)["config"] = dataclasses.replace(B16.config, global_pool="avg")
+    assert bench_vit.work(pooled, 2)["fwd"].flops == work["fwd"].flops + saved
 
 
 def test_kernel_without_a_count_is_refused(monkeypatch):

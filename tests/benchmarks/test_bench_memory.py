@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import gc
 import json
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import vit
 from benchmarks import memory, trace
 from benchmarks.shapes import MODELS, SMALL
 from vit.kernels import runtime
+from vit.layers import Block
 
 SHALLOW = vit.get_config("vit_tiny_patch16_224", img_size=64, depth=1)
 CONFIG = vit.get_config("vit_tiny_patch16_224", img_size=64, depth=2)
@@ -105,6 +107,8 @@ def test_other_libraries_models():
     peers.import_transformers()
     shape = dataclasses.replace(MODELS["B/16"], batch=16)
     found = {p: memory.count(*memory.factory(p, shape)(16), train=True) for p in memory.PROVIDERS}
+    with patch.object(Block, "separates", lambda self: False):  # timm's last block computes all tokens
+        found["ours"] = memory.count(*memory.factory("ours", shape)(16), train=True)
     for theirs, same in (("timm", "reference"), ("hf", "reference"), ("accelerated", "ours")):
         assert found[theirs].saved == pytest.approx(found[same].saved, rel=1e-3), theirs
         assert found[theirs].peak == pytest.approx(found[same].peak, rel=0.01), theirs
@@ -152,7 +156,7 @@ def test_command(tmp_path, capsys):
     assert (step["mode"], forward["mode"]) == ("full", "fwd") and step["counted"] and step["provider"] == "ours"
     at_least = step["parameters_mb"] + step["gradients_mb"] + step["images_mb"]
     assert at_least < step["peak_mem_mb"] and forward["peak_mem_mb"] < step["peak_mem_mb"]
-    assert 12 * step["saved_by_a_block_mb"] < step["saved_mb"] and forward["saved_mb"] == 0
+    assert 11 * step["saved_by_a_block_mb"] < step["saved_mb"] and forward["saved_mb"] == 0
 
 
 # ---- more of the counts ----------------------------------------------------------------------------------------------
