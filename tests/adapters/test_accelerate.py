@@ -1,4 +1,4 @@
-"""`vit.accelerate` on models of three libraries: outputs and every gradient within the policy, and the way back."""
+"""`vit.accelerate` on models of three libraries: outputs and gradients within the policy, and `vit.restore`."""
 
 import copy
 import gc
@@ -20,8 +20,8 @@ from vit.testing import check_all, pool
 
 pytestmark = pytest.mark.peers
 
-# Softmax ignores what all keys of a row share, so a key bias has no gradient: computed ones are rounding noise, which
-# is judged beside the biases that have one, in one tensor.
+# Softmax ignores what all keys of a row share, so the gradient of a key bias is only rounding noise. It is judged in
+# one tensor together with other biases.
 JOINT = re.compile(r"\b(?:[qkv]_(?=proj\.(?:base\.)?bias)|[qk]_(?=norm\.bias))")
 
 
@@ -67,8 +67,8 @@ def test_cpu_path_under_autocast(name):
     assert_parity(name, original, vit.accelerate(copy.deepcopy(original)), "cpu", autocast=True)
 
 
-# Of two blocks: the first norm, three pairs of an add and a norm, the last norm. Where blocks are not in a
-# nn.Sequential, the add at a block's end and the norm of the next one stay apart.
+# For two blocks: the first norm, three pairs of an add and a norm, the last norm. Outside a nn.Sequential, the add at a
+# block's end and the norm of the next block stay separate.
 FUSED = {
     "timm": {
         "patch_embed": 1,
@@ -150,7 +150,7 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor],
     for name, want in theirs.items():
         assert ours[name].dtype == want.dtype and ours[name].shape == want.shape, name
         error, scale = (ours[name] - want).abs().max().item(), want.abs().max().item()
-        assert error <= limit * scale, f"{name}: {error:.2e} beside {scale:.2e}"  # fails for NaN, too
+        assert error <= limit * scale, f"{name}: {error:.2e} of {scale:.2e}"  # fails for NaN, too
 
 
 @pytest.mark.parametrize("name", zoo.MODELS)
@@ -184,7 +184,7 @@ def test_accelerate_and_restore_twice(name):
 
 
 @pytest.mark.parametrize("feature", ["attention", "mlp", "norm", "patch_embed"])
-@pytest.mark.parametrize("name", [name for name in LIBRARIES if "qk_norm" not in name])  # there, attention has norms
+@pytest.mark.parametrize("name", [name for name in LIBRARIES if "qk_norm" not in name])  # its attention has norms
 def test_each_feature_alone(name, feature):
     original, image = zoo.build(name), zoo.images(name)
     only = {"attention": False, "mlp": False, "norm": False, "patch_embed": False} | {feature: True}
@@ -217,13 +217,13 @@ def test_an_optimizer_made_before_continues(name):
     assert optimizers[0].state_dict()["state"][0]["step"] == 4
     for (key, ours), theirs in zip(copies[0].named_parameters(), copies[1].parameters(), strict=True):
         noise_only = ".k_proj.bias" in key or "k_norm.bias" in key or key.endswith(("qkv.bias", "in_proj_bias"))
-        if not noise_only:  # AdamW makes steps of full size out of the noise in a key bias
+        if not noise_only:  # AdamW takes steps of full size on the noise in a key bias
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4, msg=key)
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_copies(name):
-    """A copy, deep, shallow or saved and loaded, stays accelerated, on its own parameters."""
+    """Deep copies and saved models stay accelerated, with their own parameters."""
     original, image = zoo.build(name), zoo.images(name)
     model = vit.accelerate(copy.deepcopy(original))
     want, file = zoo.results(name, model, image), io.BytesIO()
@@ -262,7 +262,7 @@ def parts_of(model: nn.Module) -> list[str]:
 @pytest.mark.parametrize("name", LIBRARIES)
 @pytest.mark.parametrize("how", ["copy", "replica"])
 def test_a_shallow_copy_computes_with_what_it_holds(name, how):
-    """Of each fused module: other parameters in the copy count, and the module it was made from keeps its own."""
+    """Each fused module: the copy uses its own parameters, and the original module keeps its own."""
     original = zoo.build(name)
     model = vit.accelerate(copy.deepcopy(original))
 
@@ -293,7 +293,7 @@ def test_a_shallow_copy_computes_with_what_it_holds(name, how):
 
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_a_model_that_is_deleted_is_gone(name):
-    """Without the cyclic collector, as the library's: nothing refers back to a module."""
+    """As in the library, without the cyclic collector: nothing refers back to it."""
     model = vit.accelerate(zoo.build(name))
     zoo.outputs(name, model, zoo.images(name))
     parameters = [weakref.ref(p) for p in model.parameters()]
@@ -339,7 +339,7 @@ def test_tied_weights():
 
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_torch_func(name):
-    """Other parameters, one set for each of several models (vmap), and a directional derivative (jvp)."""
+    """Other parameters (functional_call), two sets (vmap), and a directional derivative (jvp)."""
     # In eval(), and with a fused attention, PyTorch's MultiheadAttention has no forward-mode derivative.
     original, image = zoo.build(name, eager=True, train=True), zoo.images(name)
     model = vit.accelerate(copy.deepcopy(original))

@@ -1,4 +1,4 @@
-"""What an accelerated model returns and refuses, beside the library's own."""
+"""What an accelerated model returns and refuses, against the library's."""
 
 import copy
 import functools
@@ -102,7 +102,7 @@ def test_dtype_of_the_attention_maps(name, kind):
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("heads", [1, 4])
 def test_attention_maps_under_dropout_with_and_without_gradients(heads, grad):
-    """The weights that are returned are those that the output was made of, and two calls drop different ones."""
+    """The returned weights are those used for the output, and two calls drop different ones."""
     options = {"attention_probs_dropout_prob": 0.4, "num_attention_heads": heads}
     model, _ = pair(lambda: zoo.hf_model("ViTForImageClassification", "ViTConfig", **options))
     attention, x = model.vit.layers[0].attention, torch.randn(3, 10, 32, generator=torch.Generator().manual_seed(0))
@@ -175,7 +175,7 @@ def test_timm_interface():
 
 
 def test_images_that_the_convolution_crops_or_refuses():
-    """A convolution ignores what is left of a patch, takes one image without a batch, and refuses less than a patch."""
+    """A convolution ignores partial patches, takes one image without a batch, and refuses less than a patch."""
     model, original = pair(lambda: zoo.timm_model(), train=False)
     ours, theirs = model.patch_embed.proj, original.patch_embed.proj
     image = torch.randn(2, 3, 21, 30, generator=torch.Generator().manual_seed(0))
@@ -216,7 +216,7 @@ def test_names_and_documentation_of_classes_and_forwards(name):
 
 @pytest.mark.parametrize("name", ["timm", "timm DINOv2", "timm qk_norm", "torchvision", "hf ViT", "hf Dinov2"])
 def test_dtypes_under_autocast(name):
-    """Every module's output has the dtype that it had, but for a LayerNorm inside a block: autocast's, by design."""
+    """Every module's output keeps its dtype, except a LayerNorm in a block: by design it has autocast's."""
     original = zoo.build(name)
     model, image = vit.accelerate(copy.deepcopy(original)), zoo.images(name)
     for part in [part for part, module in original.named_modules() if list(module.children()) or part.count(".") < 2]:
@@ -322,7 +322,7 @@ LOOKS = {
 )
 @pytest.mark.parametrize("child", LOOKS)
 def test_what_looks_like_a_block(child, norm):
-    """It has attention, which is no pooling, and a norm of any kind and name."""
+    """It has attention that is not pooling, and a norm of any kind and name."""
     block = nn.Module()
     block.add_module("first", norm)
     block.add_module(child, nn.Linear(8, 8))
@@ -362,7 +362,7 @@ def test_blocks_of_other_kinds_stay_beside_known_ones():
 
 @pytest.mark.parametrize("why", ["an unknown part", "a forward of its own"])
 def test_what_lies_deep_inside_a_block_that_stays_stays(why):
-    """Norms of queries and keys, and of the hidden units, too."""
+    """Also norms of queries, keys and hidden units."""
     layers = import_timm().layers
     original = zoo.timm_model(qk_norm=True, scale_mlp_norm=True, scale_attn_norm=True, init_values=0.5)
     if why == "an unknown part":
@@ -395,7 +395,7 @@ def test_the_one_warning_groups_blocks_by_class_and_reason_and_points_at_the_cal
     model.blocks[2].norm2 = layers.RmsNorm(32)
     model.blocks[3].mlp = layers.SwiGLU(32, 64)
     model.blocks[4].mlp = layers.SwiGLU(32, 64)
-    model.blocks[5].attn.extra = nn.Linear(3, 3)  # what a part contains beside is no reason
+    model.blocks[5].attn.extra = nn.Linear(3, 3)  # an extra child of a part is no reason
     wrapped = nn.ModuleDict({"inner": model, "encoder": nn.TransformerEncoderLayer(32, 2)})
     with pytest.warns(UserWarning) as caught:
         vit.accelerate(wrapped)
@@ -440,7 +440,7 @@ WRONG_PARTS = {
 
 @pytest.mark.parametrize("wrong", WRONG_PARTS)
 def test_a_block_with_a_part_that_the_ops_do_not_have(wrong):
-    """Of the last block too, and none of its modules is touched."""
+    """Here the last block; none of its modules is touched."""
     change, reason = WRONG_PARTS[wrong]
     model = zoo.timm_model(depth=3, init_values=0.5)
     change(model.blocks[2])
@@ -458,7 +458,7 @@ def test_an_mlp_of_torchvision_with_other_layers():
 
 
 def test_all_models_inside_a_module_are_accelerated():
-    """Of three libraries at once; each as it would be alone."""
+    """Of three libraries at once, each as if alone."""
     names = ["timm DINOv2", "timm scale_norm", "torchvision", "hf ViT", "hf Dinov2"]
     both = vit.accelerate(nn.ModuleList([zoo.build(name) for name in names]))
     for index, name in enumerate(names):
@@ -492,7 +492,7 @@ def test_the_last_call_decides_on_impl_and_features(impl):
 
 @pytest.mark.parametrize("name", zoo.MODELS)
 def test_every_op_of_a_model_gets_the_impl(name):
-    """No op runs by another path than the one asked for: one that forgot it would run as with "auto"."""
+    """Every op runs on the requested path; one that ignored it would run as with "auto"."""
     model = vit.accelerate(zoo.build(name), impl="reference")
     with record_choices() as choices:
         zoo.outputs(name, model, zoo.images(name))

@@ -1,4 +1,4 @@
-"""`vit.accelerate` reads what a module holds: each attribute, with an unusual value, against the library's own."""
+"""`vit.accelerate` reads what a module holds: each attribute with an unusual value, against the library."""
 
 import copy
 import io
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.peers
 
 
 def compare(name: str, original: nn.Module, change=lambda model: None, image=None) -> nn.Module:
-    """Every result of an accelerated copy and of the original, both changed; draws random numbers from one seed."""
+    """Compares an accelerated copy with the original, both after ``change`` and from one random seed."""
     change(original)
     model, image = vit.accelerate(copy.deepcopy(original)), zoo.images(name) if image is None else image
     assert_close(seeded(name, model, image), seeded(name, original, image))
@@ -253,7 +253,7 @@ def test_other_convolutions_than_a_patch_projection(kind):
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_convolutions_beside_the_model_are_left_alone(batch):
-    """A stem whose kernel is its stride before a BatchNorm2d: PyTorch's backward there reads the strides."""
+    """A stem whose kernel equals its stride, before a BatchNorm2d, whose backward reads the strides."""
     stem = nn.Sequential(nn.Conv2d(3, 32, 4, 4), nn.BatchNorm2d(32), nn.GELU(), nn.Conv2d(32, 8, 2, 2), nn.Flatten(1))
     original = nn.ModuleDict({"vit": zoo.timm_model(), "stem": stem})
     randomise(original)
@@ -272,7 +272,7 @@ def test_convolutions_beside_the_model_are_left_alone(batch):
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_strides_of_what_fused_modules_return(name, batch, memory):
-    """Those of the library, but for torchvision's attention: PyTorch's is transposed, ours is contiguous."""
+    """Those of the library, except torchvision's attention: PyTorch's is transposed, ours is contiguous."""
     original = zoo.build(name)
     model = vit.accelerate(copy.deepcopy(original))
     image, seen = zoo.images(name, batch=batch).contiguous(memory_format=memory), []
@@ -344,7 +344,7 @@ OTHER_NORMS = {
 @pytest.mark.parametrize("other", OTHER_NORMS)
 @pytest.mark.parametrize("which", ["q_norm", "k_norm"])
 def test_queries_and_keys_with_different_norms(which, other):
-    """One of the two is no LayerNorm of the last dimension, so the attention is the library's."""
+    """One of the two is no LayerNorm of the last dimension, so the library's attention runs."""
     original = zoo.timm_model(qk_norm=True)
     attention = original.blocks[0].attn
     attention.q_norm, attention.k_norm = nn.LayerNorm(16, bias=False), nn.LayerNorm(16, 0.1, bias=False)
@@ -353,7 +353,7 @@ def test_queries_and_keys_with_different_norms(which, other):
 
 
 def test_dropouts_around_the_norm_of_the_hidden_units_are_the_librarys():
-    """With that norm the MLP is not one op: its two dropouts draw as they did."""
+    """That norm splits the MLP: its two dropouts draw as in the library."""
 
     def change(model):
         for block in model.blocks:
@@ -381,7 +381,7 @@ def test_a_drop_path_drops_when_it_trains_whatever_the_block_does(training, p):
 
 @pytest.mark.parametrize("hooked", ["norm2", "norm1", "ls1", "ls2", "drop_path1", "drop_path2", "attn", "mlp"])
 def test_drop_path_and_layer_scale_around_a_part_that_is_called(hooked):
-    """Of the first block and of the second: what is not fused then scales and drops the same paths."""
+    """In the first or the second block: the unfused ops scale and drop the same paths."""
     for index in (0, 1):
         original = zoo.timm_model(drop_path_rate=0.5, init_values=0.7).train()
         original.blocks[0].drop_path1 = import_timm().layers.DropPath(0.3)
@@ -413,7 +413,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 @pytest.mark.parametrize("with_gamma", [False, True])
 @pytest.mark.parametrize("kinds", list(itertools.product(DTYPES[:3], repeat=2)), ids=str)
 def test_dtypes_of_an_add_and_its_norm_are_those_of_the_separate_ops(kinds, with_gamma):
-    """Whatever the dtypes of the stream and of the branch, and of weight, bias and LayerScale each on its own."""
+    """For all combinations of the dtypes of stream, branch, weight, bias and LayerScale."""
     timm = import_timm()
     generator = torch.Generator().manual_seed(0)
     x, branch = (torch.randn(3, 5, 16, generator=generator).to(kind) for kind in kinds)
@@ -428,7 +428,7 @@ def test_dtypes_of_an_add_and_its_norm_are_those_of_the_separate_ops(kinds, with
         total = x + (branch if scale is None else scale(branch))
         try:
             want = norm(total)
-        except RuntimeError:  # a mix that PyTorch does not take
+        except RuntimeError:  # a mix that PyTorch refuses
             continue
         ours = parts.add_norm(x, branch, norm, "auto", scale)
         limit = 1e-5 if {total.dtype, want.dtype, *kinds} == {torch.float32} else 4e-2
@@ -449,7 +449,7 @@ NORMS = {
 @pytest.mark.parametrize("affine", [{}, {"elementwise_affine": False}, {"bias": False}], ids=str)
 @pytest.mark.parametrize("name", NORMS)
 def test_a_norm_alone_and_its_dtypes(name, affine, autocast):
-    """Result, gradient and dtype, or an error, of every mix of dtypes, inside autocast and outside of it."""
+    """Result, gradient and dtype, or an error, of every mix of dtypes, with and without autocast."""
     if name != "torch" and "elementwise_affine" in affine:
         affine = {"affine": False}
     generator, taken = torch.Generator().manual_seed(0), 0
@@ -482,7 +482,7 @@ def test_a_norm_alone_and_its_dtypes(name, affine, autocast):
     assert taken >= 4
 
 
-# ---- what somebody changes afterwards --------------------------------------------------------------------------------
+# ---- changes after accelerate ----------------------------------------------------------------------------------------
 
 CLASSES = {
     "timm DINOv2": ["Block", "Attention", "Mlp", "LayerNorm", "LayerScale", "Linear", "Conv2d", "GELU", "Sequential"],
@@ -564,7 +564,7 @@ def test_restore_under_a_class_that_somebody_put_on_top():
 
 
 class OnTop:
-    """What `under_another_class` puts over a class; as of FSDP2, its classes have no name to import them by."""
+    """A class that a tool puts on top. As with FSDP2, the derived class cannot be imported by name."""
 
     mark = 3
 
@@ -590,7 +590,7 @@ def test_a_copy_under_a_class_that_somebody_put_on_top(name):
 
 
 def test_a_saved_model_is_loaded_without_what_was_patched_meanwhile(monkeypatch):
-    """Modules whose class runs another forward by then are the library's, and a warning says so."""
+    """Modules whose class has another forward by then load as the library's, with a warning."""
     timm = import_timm()
     model, image, file = vit.accelerate(zoo.build("timm")), zoo.images("timm"), io.BytesIO()
     torch.save(model, file)
@@ -610,7 +610,7 @@ def test_a_saved_module_of_a_class_that_is_not_known_is_the_librarys():
 
 
 class Saved(nn.Module):
-    """A wrapper as PEFT's ``modules_to_save``: the trained copy is called in place of what it wraps."""
+    """A wrapper like PEFT's ``modules_to_save``: it calls the trained copy, not the original."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -644,20 +644,20 @@ def test_a_part_that_is_wrapped_is_called(part, after):
 
 
 def older(cls: type, forward) -> type:
-    """The class as a library of another version had it."""
+    """The class as in another version of the library."""
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     return type(cls.__name__, (cls,), names | {"forward": forward})
 
 
 def of_library(function, module: str):
-    """The function, as if it stood in a module of the library."""
+    """The function, as if defined in a module of the library."""
     variables = sys.modules[module].__dict__
     return types.FunctionType(function.__code__, variables, "forward", function.__defaults__, function.__closure__)
 
 
 @pytest.mark.parametrize("attention", [True, False])
 def test_timm_before_its_masks(attention):
-    """timm 0.9 to 1.0.24 hand their attention fewer arguments; checked with 0.9.16 and 1.0.24 themselves."""
+    """timm 0.9 to 1.0.24 pass fewer arguments to attention; checked with the real 0.9.16 and 1.0.24."""
     timm = import_timm()
     Block, Attention = timm.models.vision_transformer.Block, timm.layers.Attention
     attend = Attention.forward
@@ -708,7 +708,7 @@ def test_timm_before_its_gates_and_its_norms_of_heads_and_hidden_units():
 
 @pytest.mark.parametrize("name", ["hf ViT", "hf Dinov2"])
 def test_transformers_of_another_version_is_refused(name):
-    """transformers 4 and early 5 had layers of the same names; checked with 4.46.3 and 5.16.0 themselves."""
+    """transformers 4 and early 5 had layers of the same names; checked with the real 4.46.3 and 5.16.0."""
     model = zoo.build(name)
 
     def forward(self, hidden_states, head_mask=None, output_attentions=False):
@@ -740,7 +740,7 @@ def test_the_legacy_onnx_exporter_sees_the_library(name, monkeypatch):
 
 
 def test_structural_pruning_sees_the_library(monkeypatch):
-    """Torch-Pruning hooks the layers and walks the graph of autograd, whose operators it must know."""
+    """Torch-Pruning hooks the layers and walks the autograd graph, whose operators it must know."""
     model = vit.accelerate(zoo.build("timm"))
     monkeypatch.setitem(sys.modules, "torch_pruning", types.ModuleType("torch_pruning"))
 
@@ -754,7 +754,7 @@ def test_structural_pruning_sees_the_library(monkeypatch):
 
 
 def test_structural_pruning_sees_the_library_behind_one_hook_among_others(monkeypatch):
-    """The hook is the second one, and on one child only."""
+    """Its hook is the second one, on one child only."""
     model = vit.accelerate(zoo.build("timm"))
     monkeypatch.setitem(sys.modules, "torch_pruning", types.ModuleType("torch_pruning"))
 
@@ -775,7 +775,7 @@ def test_structural_pruning_sees_the_library_behind_one_hook_among_others(monkey
 
 
 class Keywords(nn.Module):
-    """Hands on its input by keyword."""
+    """Passes its input by keyword."""
 
     def __init__(self, module: nn.Module, name: str):
         super().__init__()
@@ -806,7 +806,7 @@ def test_fx_sees_the_library_where_the_input_is_a_keyword(name, part, keyword):
 
 @pytest.mark.parametrize("name", ["timm DINOv2", "timm qk_norm", "torchvision"])
 def test_torchscript_and_fx(name):
-    """Both read the library's own forward, and nothing that they leave behind harms the library."""
+    """Both read the library's own forward, and the library still works afterwards."""
     original, image = zoo.build(name), zoo.images(name)
     model, want = vit.accelerate(copy.deepcopy(original)), original(image)
     for how in (torch.jit.script, torch.fx.symbolic_trace, lambda m: torch.jit.script(torch.fx.symbolic_trace(m))):

@@ -48,7 +48,7 @@ PART_CASES = [(name, part) for name, parts in PARTS.items() for part in parts]
 
 
 def changed(out, factor):
-    """1.5 times a module's output, of whatever form."""
+    """A module's output, of any form, times factor."""
     if isinstance(out, tuple):
         return (out[0] * factor, *out[1:])
     if isinstance(out, torch.Tensor):
@@ -59,7 +59,7 @@ def changed(out, factor):
 @BEFORE_OR_AFTER
 @pytest.mark.parametrize(("name", "part"), PART_CASES)
 def test_a_hook_sees_and_changes_what_it_did(name, part, after):
-    """As often, with the same shapes and keywords, whether it was there before accelerate or came after it."""
+    """It runs as often, with the same shapes and keywords, if added before or after accelerate."""
     original = zoo.build(name)
     model = copy.deepcopy(original)
     seen = [[], []]
@@ -98,13 +98,13 @@ def test_a_replaced_forward_is_honoured(name, part, after):
             vit.accelerate(model)
     assert_close(zoo.outputs(name, model, image), want)
     vit.restore(model)
-    assert part == "" or "forward" in vars(model.get_submodule(part))  # somebody else's stays
+    assert part == "" or "forward" in vars(model.get_submodule(part))  # the user's stays
 
 
 @BEFORE_OR_AFTER
 @pytest.mark.parametrize(("name", "part"), [case for case in PART_CASES if case[1]])
 def test_a_subclass_runs_its_own_forward(name, part, after):
-    """A class that somebody derives from a part's counts as another one, wherever the part is."""
+    """A class derived from a part's class counts as another class, wherever the part is."""
     original = zoo.build(name)
     model = copy.deepcopy(original)
     for of, accelerated in ((model, after), (original, False)):
@@ -157,7 +157,7 @@ def test_global_hooks():
 
 
 def test_blocks_exchanged_afterwards():
-    """A row of blocks that was accelerated as one runs what is in it now."""
+    """An accelerated row of blocks runs the blocks that it holds now."""
 
     class Halved(nn.Module):
         def __init__(self, block):
@@ -224,7 +224,7 @@ def test_hooks_that_are_removed_leave_nothing(name):
 @BEFORE_OR_AFTER
 @pytest.mark.parametrize("name", ["timm", "torchvision", "hf ViT"])
 def test_a_forward_that_is_put_back_is_the_modules_own(name, after):
-    """As tools do it that wrap ``forward`` for a while: the bound method stays in the module's ``__dict__``."""
+    """Tools that wrap ``forward`` for a while leave the bound method in the module's ``__dict__``."""
     image = zoo.images(name)
     want = [(row.op, row.calls) for row in vit.explain(vit.accelerate(zoo.build(name)), image)]
     model = zoo.build(name)
@@ -349,12 +349,12 @@ def test_drop_path_draws_the_paths_of_the_library(name):
     model, original = pair(DROP_PATHS[name])
     image = zoo.images("", batch=6)
     assert_close(seeded("", model, image), seeded("", original, image))
-    with torch.autocast("cpu", torch.bfloat16):  # a path drawn otherwise would be an error of the size of the logits
+    with torch.autocast("cpu", torch.bfloat16):  # another draw would give errors as large as the logits
         assert_close(seeded("", model, image), seeded("", original, image), 0.1)
 
 
 def test_drop_path_in_the_dtype_of_the_branch():
-    """Under autocast, LayerScale makes the branch fp32, in which 1/keep is exact to fp32."""
+    """Under autocast, LayerScale makes the branch fp32, so 1/keep has fp32 precision."""
     timm = import_timm()
     x, branch = torch.randn(64, 5, 8), torch.randn(64, 5, 8).bfloat16()
     scale, drop = timm.layers.LayerScale(8, init_values=0.7), timm.layers.DropPath(0.3).train()
@@ -374,7 +374,7 @@ def test_drop_path_on_the_kernels(device):
 
 @pytest.mark.parametrize("name", DROPOUTS)
 def test_dropout(name):
-    """Seeded, off in eval(), and of the library's distribution: 1,024 copies of an image, each with its own masks."""
+    """Seeded, off in eval(), with the library's distribution over 1,024 copies of an image."""
     model, original = pair(DROPOUTS[name])
     image = zoo.images("")
     assert bits(seeded("", model, image)) == bits(seeded("", model, image))
@@ -401,7 +401,7 @@ CHECKPOINTED |= {f"{name} drop_path": make for name, make in DROP_PATHS.items()}
     [(name, kind) for name in CHECKPOINTED for kind in ([False, True] if name.startswith("hf") else [None])],
 )
 def test_checkpointing_redraws_what_it_drew(name, reentrant):
-    """The gradients are those without, and everything runs again in the backward pass as often as it did."""
+    """Gradients are unchanged, and the backward pass reruns each part as often as the library's does."""
     model, original = pair(CHECKPOINTED[name])
     image = zoo.images("")
     want, calls = seeded("", model, image), []
@@ -427,7 +427,7 @@ def test_checkpointing_redraws_what_it_drew(name, reentrant):
 
 
 def _checkpoints_in_its_call(base: type) -> type:
-    """A layer as some versions of transformers have it, whose ``forward`` knows nothing of checkpoints."""
+    """A layer of some transformers versions: ``__call__`` does the checkpointing, not ``forward``."""
 
     def call(self, *args, **kwargs):
         if self.gradient_checkpointing and self.training:
@@ -445,7 +445,7 @@ def _checkpoints_in_its_call(base: type) -> type:
 @pytest.mark.parametrize("name", ["ViTForImageClassification ViTConfig", "Dinov2Model Dinov2Config"])
 @pytest.mark.parametrize("own_call", [False, True])
 def test_layers_checkpoint_in_training_and_once(name, training, on, own_call):
-    """As often as the library's: in its ``forward``, which is replaced; some versions do so in ``__call__``."""
+    """As often as the library's, which does it in ``forward`` or, in some versions, ``__call__``."""
     original = zoo.hf_model(*name.split())
     randomise(original.train(training))
     if own_call:
@@ -471,7 +471,7 @@ def test_layers_checkpoint_in_training_and_once(name, training, on, own_call):
 
 
 def test_randomness_left_to_the_library_is_drawn_as_before():
-    """Where a call falls back, nothing else has taken numbers from the generator."""
+    """A call that falls back draws no random numbers before the library does."""
     model, original = pair(lambda: zoo.timm_model(attn_drop_rate=0.3, qk_norm=True))
     image, mask = zoo.images(""), torch.ones(10, 10, dtype=torch.bool).tril()
     found = []

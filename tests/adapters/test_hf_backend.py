@@ -1,4 +1,4 @@
-"""transformers models with our attention from its registry, beside its own eager attention."""
+"""transformers models with our attention from its registry, against their eager attention."""
 
 import sys
 import types
@@ -47,9 +47,9 @@ def pair(make, impl="auto", **options):
 
 
 def results(model, output, image):
-    """The output, and the gradients of the image and of what the output depends on.
+    """The output, and the gradients of the image and of the parameters it uses.
 
-    Without the biases of the keys: softmax ignores them, so what is computed for them is rounding noise.
+    Key biases are left out: softmax ignores them, so their gradients are rounding noise.
     """
     image = image.clone().requires_grad_()
     out = output(model(image))
@@ -143,7 +143,7 @@ def test_the_registered_function_and_all_that_it_takes(causal, heads, scaling):
     k, v = (torch.randn(2, heads, 6, 16, generator=generator) for _ in range(2))
     module = torch.nn.Module().eval()
     module.is_causal, module.num_key_value_groups = causal in ("by module", "argument over module"), 4 // heads
-    if causal == "by default":  # of transformers, for a module that does not say
+    if causal == "by default":  # transformers' default, if the module has none
         del module.is_causal
     is_causal = {"by argument": True, "argument over module": False}.get(causal)
     options = {"is_causal": causal.startswith("by") and "neither" not in causal, "enable_gqa": True, "scale": scaling}
@@ -224,7 +224,7 @@ def test_weights_under_dropout_are_those_of_the_output(grad):
     torch.testing.assert_close(weights, torch.where(kept, torch.softmax(0.7 * q @ k.mT, -1) / 0.6, 0))
     again, nothing = attend_with(0.4, (q, k, v), scaling=0.7)
     assert nothing is None
-    torch.testing.assert_close(again, found)  # the weights that are asked for do not change what is dropped
+    torch.testing.assert_close(again, found)  # asking for the weights does not change what is dropped
 
 
 def test_a_dropout_of_everything_is_sdpas():
@@ -257,7 +257,7 @@ def test_sdpa_gets_the_dropout_and_the_scale(case):
 
 @pytest.mark.parametrize("case", ["mask", "causal", "shared keys"])
 def test_sdpa_draws_what_it_draws_alone(case):
-    """No random number of the op's own comes before it."""
+    """The op draws no random number before it."""
     import_transformers()
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

@@ -1,6 +1,6 @@
-"""What a user can get wrong with the model, and with the ops whatever they compute: one clear error each.
+"""Mistakes of a user with the model or with any op: each gives one clear error.
 
-The shapes of each op are in the test file of that op.
+Wrong shapes are tested in the file of each op.
 """
 
 import os
@@ -143,12 +143,12 @@ def test_triton_refuses_a_dtype_it_does_not_have(op):
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("op", [*OPS, "an fp32 stream beside"])
+@pytest.mark.parametrize("op", [*OPS, "fp32 and bf16"])
 def test_tritons_own_interpreter_refuses_bf16(op, monkeypatch):
-    """It computes wrong results there, also where bf16 is in another argument than the first."""
+    """Its bf16 results are wrong, also where only a later argument is bf16."""
     monkeypatch.setattr(runtime, "_interpreter_has_bf16", lambda: False)
     x, weight = torch.ones(2, 4, 32), torch.ones(32)
-    mixed = {"an fp32 stream beside": lambda: residual_layer_norm(x, x.bfloat16(), weight, impl="triton")}
+    mixed = {"fp32 and bf16": lambda: residual_layer_norm(x, x.bfloat16(), weight, impl="triton")}
     with pytest.raises(RuntimeError, match="impl='triton' cannot run: Triton's interpreter computes wrong bfloat16"):
         (calls(dtype=torch.bfloat16, impl="triton") | mixed)[op]()
 
@@ -180,7 +180,7 @@ def test_forward_mode(op, device):
         torch.autograd.forward_ad.make_dual(leaf, leaf)
         with pytest.raises(RuntimeError, match="forward-mode AD is not defined for the Triton kernels"):
             calls(impl="triton")[op]()
-        calls()[op]()  # auto takes the reference, which is right
+        calls()[op]()  # auto runs the reference instead
 
 
 def test_interpreted_bf16_without_the_strict_interpreter():

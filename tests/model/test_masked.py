@@ -1,4 +1,4 @@
-"""The masked-image model, beside transformers' and, where that one fails, beside the reference and F.fold."""
+"""The masked-image model against transformers'; where that one fails, against the reference and F.fold."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ def hidden(batch, patches, seed=3):
 
 
 def loss_and_gradients(model, run, image, names=lambda name: name):
-    """As `outputs_and_gradients`, of a loss and a reconstruction together."""
+    """`outputs_and_gradients` of a loss and a reconstruction together."""
     shape = image.shape[:1]
 
     def both(x):
@@ -59,7 +59,7 @@ def test_matches_transformers():
 
 
 def by_hand(model, reference, image, mask, **options):
-    """The reference encoder, every patch put where F.fold puts it, and the mean over hidden pixels."""
+    """The reference encoder, patches placed by F.fold, and the mean error over hidden pixels."""
     config = model.encoder.config
     tokens = reference.forward_features(image, mask, **options)[:, config.num_prefix_tokens :]
     patches = tokens @ model.decoder.weight.T + model.decoder.bias
@@ -185,7 +185,7 @@ def test_another_size_only_where_it_was_asked_for(dynamic):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_loss_is_the_mean_over_hidden_pixels_of_the_whole_batch(dtype):
-    """Not a mean of each image's mean; visible pixels have no part in it; all hidden is the mean of all."""
+    """Not the mean of the images' means. Visible pixels do not count; if all are hidden, all count."""
     model = vit.MaskedImageModel(dataclasses.replace(SMALL, depth=1), seed=0, dtype=dtype)
     image = torch.randn(3, 2, 16, 24, dtype=dtype)
     mask = torch.zeros(3, 12, dtype=torch.bool)

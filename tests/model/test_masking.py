@@ -1,4 +1,4 @@
-"""Masked patches: the mask token instead of a patch, and nothing of the patch."""
+"""Masked patches: the mask token replaces the patch completely."""
 
 import dataclasses
 
@@ -65,7 +65,7 @@ def test_without_a_mask(cls):
     image = torch.randn(2, 3, 32, 48)
     want = outputs_and_gradients(plain, plain, image)
     params = {name: p for name, p in model.named_parameters() if name != "mask_token"}
-    model.named_parameters = params.items  # autograd would say that the token took no part
+    model.named_parameters = params.items  # autograd raises for the unused token
     assert_same(outputs_and_gradients(model, model, image), want, 0.0)
     nothing = torch.zeros_like(MASK)
     assert_same({"output": model(image, nothing)}, {"output": want["output"]}, 1e-6)

@@ -71,7 +71,7 @@ def test_get_intermediate_layers_is_timms(options):
 def test_intermediates_have_gradients():
     ours, theirs = twins(SMALL)
     image = torch.randn(2, 3, 16, 24)
-    for model in (ours, theirs):  # what comes after the second block has none
+    for model in (ours, theirs):  # later parts get no gradient
         del model.blocks[2], model.norm, model.head
         model.norm = torch.nn.Identity()
     ours.config = dataclasses.replace(SMALL, depth=2)
@@ -107,7 +107,7 @@ def test_no_map_of_dropped_patches():
 
 
 def everything(model, image) -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)  # of what is dropped
+    torch.manual_seed(0)  # for patch dropout
     return outputs_and_gradients(model, model, image)
 
 
@@ -179,7 +179,7 @@ def test_attention_maps_are_timms(options):
     ours, theirs = twins(dataclasses.replace(SMALL, **options))
     image = torch.randn(2, 3, 16, 24)
     want = {}
-    for i, block in enumerate(theirs.blocks):  # what dropout sees there is the map
+    for i, block in enumerate(theirs.blocks):  # the input of dropout is the map
         block.attn.attn_drop.register_forward_hook(lambda module, inputs, out, i=i: want.setdefault(i, inputs[0]))
     with torch.no_grad():
         theirs(image)

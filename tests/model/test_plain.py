@@ -1,7 +1,7 @@
-"""What somebody puts on a part of the model counts: hooks, wrappers, pruning, parametrisations, another module.
+"""Changes to a part of the model take effect: hooks, wrappers, pruning, parametrisations, another module.
 
-The fused ops read the weights of a part without calling it, so each case is done to the reference, whose parts are all
-called, and to the fast model.
+The fused ops read the weights of a part without calling it. So each change is made to the fast model and to the
+reference, which calls all its parts.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ NORMS = ["blocks.0.norm1", "blocks.0.norm2", "blocks.1.norm1", "norm"]
 
 
 class LoRA(nn.Module):
-    """A low-rank update beside a frozen layer; like peft's, it shows the weight of what it wraps."""
+    """A low-rank update of a frozen layer. Like peft's, it exposes the wrapped layer's weight."""
 
     def __init__(self, base):
         super().__init__()
@@ -117,15 +117,15 @@ def test_counts(change, part):
     plain = reference(torch.ones(1, 3, 24, 16))
     for model in (fast, reference):
         CHANGES[change](model, part)
-    if change not in ("backward hook", "backward pre-hook", "weight_norm"):  # those show in the gradients
-        assert not torch.allclose(reference(torch.ones(1, 3, 24, 16)), plain)  # or the case shows nothing
+    if change not in ("backward hook", "backward pre-hook", "weight_norm"):  # these change gradients only
+        assert not torch.allclose(reference(torch.ones(1, 3, 24, 16)), plain)  # the change has an effect
     assert_alike(fast, reference, "cpu")
 
 
 @pytest.mark.parametrize("act_layer", ["gelu", "gelu_tanh", "quick_gelu"])
 @pytest.mark.parametrize("fields", [{}, {"qk_norm": True, "pre_norm": True, "reg_tokens": 2}], ids=["plain", "options"])
 def test_a_hook_that_does_nothing_changes_nothing(fields, act_layer):
-    """On one part after the other: a part that is called, and what is around it, compute what the fused op does."""
+    """A hook on one part at a time: the called part and its surroundings compute what the fused op does."""
     model = vit.VisionTransformer(vit.ViTConfig(**vars(CONFIG) | fields | {"act_layer": act_layer}))
     randomise(model.double())
     image = torch.randn(2, 3, 24, 16, generator=torch.Generator().manual_seed(1)).double()
@@ -217,7 +217,7 @@ def test_a_linear_layer_that_is_more_than_its_parameters(kind):
     try:
         assert not plain.is_linear(module)
         assert plain.is_linear(other) != kind.startswith("global")
-        if kind != "derived":  # which runs the forward of its class, but is not a Linear
+        if kind != "derived":  # it runs its class's forward, but is not a Linear
             assert plain.plain(module) == (kind in ("weight_norm", "pruned") and type(module) is not nn.Linear)
     finally:
         if hasattr(handle, "remove"):
@@ -227,7 +227,7 @@ def test_a_linear_layer_that_is_more_than_its_parameters(kind):
 
 
 def test_what_does_not_happen_in_a_call_does_not_count():
-    """Hooks of ``state_dict``, of a child and of a parameter, and a forward that is the module's own."""
+    """Hooks on ``state_dict``, a child or a parameter, and the module's own bound forward."""
     module = nn.Linear(3, 4)
     module.register_state_dict_post_hook(ignored)
     module.register_load_state_dict_post_hook(ignored)
@@ -284,9 +284,9 @@ def test_a_class_that_is_patched_before_or_after_it_is_first_seen(monkeypatch):
     plain.remember(Before, After, Never)
     assert plain.replaced(Before()) and not plain.replaced(After()) and not plain.replaced(Never())
     After.forward = other
-    plain.remember(Before, After, Never)  # what was stored first stays
+    plain.remember(Before, After, Never)  # keeps what was stored first
     assert plain.replaced(After()) and plain.replaced(Before()) and not plain.replaced(Never())
-    After.forward = lambda self, x: 3 * x  # of the same file as the first one, so that only the memory tells
+    After.forward = lambda self, x: 3 * x  # same file as the first: only the remembered forward reveals it
     plain.remember(After)
     assert not plain.patched(After) and plain.replaced(After())
     After.forward = other
@@ -341,7 +341,7 @@ def test_a_block_that_is_called_gets_the_stream_alone():
 
 
 def test_a_chain_runs_block_by_block_as_it_is_asked():
-    """Who stops early does not compute the rest."""
+    """Stopping early skips the later blocks."""
     log = []
     steps = chain.chain(torch.tensor(1.0), [link_of(log, i, "norm") for i in range(3)])
     next(steps)
@@ -354,7 +354,7 @@ def test_a_chain_runs_block_by_block_as_it_is_asked():
 
 
 class Ops(nn.Module):
-    """Calls ops by hand: which one, with which path, in which dtype."""
+    """Calls the given ops, each with its path and dtype."""
 
     def __init__(self, *calls, fails: bool = False):
         super().__init__()
@@ -494,7 +494,7 @@ def test_a_chain_without_blocks_gives_what_it_got():
 
 
 def test_what_a_model_keeps_of_an_explained_forward_can_be_trained_with():
-    """Without gradients, but no inference tensor, which autograd refuses to save."""
+    """No gradients, and no inference tensor, which autograd refuses to save."""
 
     class Caches(nn.Module):
         def __init__(self):

@@ -30,7 +30,7 @@ def make(**fields):
     "fields", [{}, {"init_values": 0.5, "reg_tokens": 2, "qk_norm": True, "pre_norm": True}], ids=str
 )
 def test_a_hook_on_every_module_sees_every_module(fields):
-    """As torchinfo and captum put them, and in the order in which timm's model calls the same parts."""
+    """Hooks as torchinfo and captum set them."""
     model, image = make(**fields)
     want, seen = model(image), []
     for name, module in model.named_modules():
@@ -45,7 +45,7 @@ def test_a_hook_on_every_module_sees_every_module(fields):
 def test_tools_that_watch_modules():
     model, image = make()
 
-    def run():  # ModuleTracker does not take torch.autograd.grad
+    def run():  # ModuleTracker fails with torch.autograd.grad
         model.zero_grad()
         out = model(image)
         out.square().sum().backward()
@@ -80,13 +80,13 @@ def test_explain_names_a_global_hook():
 
 @pytest.mark.parametrize("fields", [{}, {"use_mask_token": True, "reg_tokens": 1, "no_embed_class": True}], ids=str)
 def test_a_watched_patch_projection(fields):
-    """Mask token, prefix tokens and position embedding come to what the projection gives, whoever calls it."""
+    """Mask token, prefix tokens and position embedding are applied, also if the projection is called."""
     model, image = make(**fields)
     mask = {"bool_masked_pos": torch.tensor([[True, False, False] * 2] * 2)} if "use_mask_token" in fields else {}
     want = outputs_and_gradients(model, lambda x: model(x, **mask), image)
     model.patch_embed.proj.register_forward_hook(lambda *_: None)
     assert_same(outputs_and_gradients(model, lambda x: model(x, **mask), image), want, 2e-5)
-    if mask:  # hidden pixels reach nothing
+    if mask:  # hidden pixels do not count
         image[:, :, :8, :8] = torch.nan
         loss = model(image[1:], mask["bool_masked_pos"][1:]).sum()
         assert torch.autograd.grad(loss, model.patch_embed.proj.weight)[0].isfinite().all()
@@ -96,7 +96,7 @@ def test_a_watched_patch_projection(fields):
 
 
 def by_hand(model, image):
-    """As MAE, DINO and prompt tuning write it down."""
+    """As written in MAE, DINO and prompt tuning."""
     x = model.patch_embed(image)
     x = x + model.pos_embed[:, 1:, :]
     cls = model.cls_token + model.pos_embed[:, :1, :]
@@ -123,7 +123,7 @@ def test_parts_are_called_as_timms(impl, device):
 
 
 def test_parts_that_are_called_alone_drop_out():
-    """In training and without a seed each draws its own, from PyTorch's generator; in evaluation nothing drops."""
+    """In training without a seed, each draws its own from PyTorch's generator. In evaluation nothing drops."""
     model, image = make(**DROPS)
 
     def run():
@@ -136,7 +136,7 @@ def test_parts_that_are_called_alone_drop_out():
     assert torch.equal(*run())
     torch.testing.assert_close(run()[0], model(image))
     image = image.repeat(8, 1, 1, 1)
-    # A part in training drops out in a model in evaluation, as with PyTorch's modules.
+    # A part in training drops out even in a model in evaluation, as in PyTorch.
     for part in (
         model.pos_drop,
         model.blocks[2].mlp,
@@ -166,7 +166,7 @@ def test_a_watched_row_drops_the_same(watched, recompute):
 
 
 def test_a_block_of_somebody_else():
-    """Any module from tokens to tokens can take the place of a block, or of a block's part, in training as well."""
+    """Any module from tokens to tokens can replace a block or a part of a block, also in training."""
 
     class Twice(nn.Module):
         def __init__(self, inner):
@@ -247,7 +247,7 @@ def test_what_the_model_says_of_its_images_and_its_head():
     assert model.pretrained_cfg == said
     assert (model.head_hidden_size, model.num_features, model.embed_dim) == (20, 48, 48)
     assert make(dynamic_img_size=True)[0].pretrained_cfg["fixed_input_size"] is False
-    # What the configuration says is not taken from others, and one description takes the place of another.
+    # Fields of the configuration cannot be set here, and each new description replaces the last one.
     own = {"source": "timm", "std": (0.2,), "label_names": ["a"]}
     model.pretrained_cfg = {"source": "hf", "mean": (0.1,)}
     model.pretrained_cfg = own | {"num_classes": 1000, "input_size": (3, 7, 7), "classifier": "fc", "first_conv": "x"}
@@ -272,7 +272,7 @@ def test_what_the_model_says_to_optimisers_is_a_copy():
 @pytest.mark.parametrize("dynamic", [False, True], ids=["asked for", "dynamic_img_size"])
 @pytest.mark.parametrize("fields", [{}, {"reg_tokens": 2, "no_embed_class": True, "patch_size": (8, 4)}], ids=str)
 def test_every_way_through_the_model_takes_another_size(fields, dynamic):
-    """Beside what hooks find in the reference: streams as maps of the image's own grid, attention, logits."""
+    """Compared with hooks in the reference: streams as maps on the image's grid, attention, logits."""
     model, _ = make(dynamic_img_size=dynamic, **fields)
     config, image = model.config, torch.randn(2, 3, 16, 40)
     options = {} if dynamic else {"interpolate_pos_encoding": True}
@@ -340,7 +340,7 @@ IMPLS = {
 
 @pytest.mark.parametrize("case", IMPLS)
 def test_impl_reaches_every_op(case):
-    """No op on any path decides for itself."""
+    """No op chooses its own path."""
     fields, watched = IMPLS[case]
     model, image = make(**fields, impl="reference")
     for name in watched:
@@ -377,7 +377,7 @@ def test_dtypes_of_a_models_results(dtype):
 
 
 def test_a_new_head_is_like_the_model():
-    """Zero, learning, in the model's dtype, mode and place; what it replaces goes, and no other module changes."""
+    """Zero, trainable, with the model's dtype, mode and device; the old head goes, nothing else changes."""
     for training in (True, False):
         model, image = make(representation_size=20)
         model.to(torch.float64).train(training)

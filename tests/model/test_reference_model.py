@@ -67,7 +67,7 @@ def test_matches_timm(case, dtype):
 
     found = []
     for model in (ours, theirs):
-        torch.manual_seed(0)  # of the patches that are dropped
+        torch.manual_seed(0)  # for patch dropout
         found.append(outputs_and_gradients(model, model, image))
     assert_same(*found, LIMIT[dtype])
 
@@ -209,7 +209,7 @@ def test_from_hf_words():
     assert ViTConfig.from_hf({}).norm_eps == 1e-12
     assert ViTConfig.from_hf({"id2label": {0: "a", 1: "b", 2: "c"}}).num_classes == 3
     assert ViTConfig.from_hf({}, interpolation="bicubic_offset", num_classes=0).interpolation == "bicubic_offset"
-    for dim in (48, 112, 192, 768, 1152):  # the hidden width survives the way through a ratio
+    for dim in (48, 112, 192, 768, 1152):  # the hidden width survives conversion to a ratio
         for hidden in (*range(1, 3000, 7), 976, 4304):  # 112 · (976 / 112) rounds to less than 976
             words = dict(hidden_size=dim, intermediate_size=hidden, num_attention_heads=4)
             assert ViTConfig.from_hf(words).mlp_hidden_dim == hidden
@@ -402,7 +402,7 @@ def test_initial_weights_have_timms_distributions(mode):
     if mode == "":
         bound = (3 * 8 * 8) ** -0.5  # uniform, not normal
         assert 0.98 * bound < ours.patch_embed.proj.weight.abs().max() <= bound
-    # Absent from timm; as in google-research/vision_transformer where the rest is.
+    # Not in timm; the jax modes follow google-research/vision_transformer.
     hidden = VisionTransformer(ViTConfig(**words, weight_init=mode, representation_size=256), 0).pre_logits.fc
     assert hidden.weight.std().item() == pytest.approx(192**-0.5 if "jax" in mode else 0.02, rel=0.02)
     assert not hidden.bias.any()
@@ -517,7 +517,7 @@ def test_named_variants_have_timms_shapes():
     common = [name for name in list_models() if timm.is_model(name)]
     assert len(common) >= 22, common
     for name in common:
-        with torch.device("meta"):  # 1000 classes: timm's cards of some names have none
+        with torch.device("meta"):  # 1000 classes: some of timm's configs have none
             ours, theirs = VisionTransformer(get_config(name)), timm.create_model(name, num_classes=1000)
         shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (ours, theirs)]
         assert shapes[0] == shapes[1], name
@@ -627,7 +627,7 @@ def test_stochastic_depth_grows_linearly_from_0(depth):
 
 
 def test_dropout_after_the_activation():
-    """None is the other rate, and 0 is none."""
+    """None: proj_drop_rate; 0: no dropout."""
     for act, want in ((None, 0.3), (0.0, 0.0), (0, 0), (0.2, 0.2)):
         assert ViTConfig(proj_drop_rate=0.3, act_drop_rate=act).hidden_drop_rate == want
     assert ViTConfig(act_drop_rate=0.2).hidden_drop_rate == 0.2 and ViTConfig(act_drop_rate=0.2).drops
@@ -693,7 +693,7 @@ HF_DEFAULTS = DEFAULTS | {"num_classes": 2, "norm_eps": 1e-12, "interpolation": 
 
 
 def test_from_hf_takes_every_word():
-    """Of an object or a mapping; a missing word has Hugging Face's default, and an override wins over what is said."""
+    """From an object or a mapping. A missing key gets Hugging Face's default, and an override wins."""
 
     assert vars(ViTConfig.from_hf({})) == HF_DEFAULTS == vars(ViTConfig.from_hf(types.SimpleNamespace()))
     for words, fields in [
@@ -733,7 +733,7 @@ WIDTHS = {  # embed_dim, depth, num_heads, MLP width: the papers' tables, and ti
 
 
 def test_sizes_and_order_of_the_named_variants():
-    """Plain ones by width, then SigLIP's and CLIP's; what no shape shows is as their papers say."""
+    """Plain ones by width, then SigLIP's and CLIP's; their other fields are as in the papers."""
     plain = [
         f"vit_{size}_patch{patch}_{img}"
         for size in WIDTHS

@@ -1,4 +1,4 @@
-"""Dropout and stochastic depth of the whole model, with known masks: where each stands, and that it stays the same."""
+"""Dropout and stochastic depth of the whole model, with known masks: where each acts, and that its mask repeats."""
 
 import dataclasses
 
@@ -41,7 +41,7 @@ def known(x, p, offset):
 
 
 class Known(torch.nn.Module):
-    """Stands for a dropout of timm's model, with the rate that timm gave it."""
+    """Replaces a dropout of timm's model, at the rate that timm gave it."""
 
     def __init__(self, theirs: torch.nn.Module, offset: int) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def test_reference_drops_where_timm_does(options):
 
 
 class KnownInTurn(torch.nn.Module):
-    """Stands for a dropout that a layer calls in two places."""
+    """Replaces a dropout that a layer calls in two places."""
 
     def __init__(self, p: float, offsets: tuple[int, int]) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class KnownInTurn(torch.nn.Module):
 
 @pytest.mark.peers
 def test_reference_drops_where_transformers_does():
-    """Not after the activation, unlike timm: the configuration says so."""
+    """Unlike timm, not after the activation, as the configuration says."""
     transformers = import_transformers()
     sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
     described = transformers.ViTConfig(image_size=(16, 24), patch_size=8, hidden_dropout_prob=0.3, **sizes)
@@ -197,7 +197,7 @@ def test_checkpointing_and_compilation_drop_the_same(impl, device):
 
 
 def test_every_way_through_the_model_drops_alike():
-    """One seed a call, drawn from PyTorch's generator: features, intermediates and maps are those of the forward."""
+    """One seed per call, from PyTorch's generator: features, intermediates and maps equal the forward's."""
     config = dataclasses.replace(SMALL, **RATES)
     model = vit.VisionTransformer(config).train()
     randomise(model)
@@ -279,7 +279,7 @@ def test_a_foreign_block_is_recomputed_with_its_own_mask(rates):
 
 @pytest.mark.parametrize("watched", [None, "blocks", "blocks.0", "foreign"])
 def test_checkpointing_saves_memory_in_every_block(watched):
-    """Whether a block, or the row of them, is called or run as a chain: backward recomputes each."""
+    """Backward recomputes each block, whether blocks, or the row of them, are called or chained."""
     config = vit.ViTConfig(img_size=(64, 32), patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=5)
     model = vit.VisionTransformer(config, 0)
     if watched == "foreign":
@@ -295,7 +295,7 @@ def test_checkpointing_saves_memory_in_every_block(watched):
             model(image)
         return sum(saved)
 
-    stream = 3 * 33 * 32  # of each block, its input and no more than a few tensors of that size
+    stream = 3 * 33 * 32  # each block keeps its input and at most a few tensors of this size
     without = kept()
     model.set_grad_checkpointing()
     assert kept() < 10 * stream < without
@@ -367,7 +367,7 @@ def test_layer_decay_outside_its_range(decay):
 
 @pytest.mark.parametrize("rates", [{}, RATES], ids=["", "rates"])
 def test_a_wrapped_layer_that_drops_out_is_recomputed_with_its_own_mask(rates):
-    """As LoRA's dropout beside a layer: PyTorch's generator is put back, whether or not the model has a seed."""
+    """Like LoRA's dropout: PyTorch's generator is restored, whether or not the model has a seed."""
 
     class Wrapped(torch.nn.Module):
         def __init__(self, inner):

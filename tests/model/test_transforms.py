@@ -1,4 +1,4 @@
-"""torch.func transforms: `auto` takes the reference and is right, `triton` raises instead of being wrong."""
+"""torch.func transforms: `auto` runs the reference, `triton` raises instead of being wrong."""
 
 import pytest
 import torch

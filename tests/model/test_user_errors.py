@@ -1,4 +1,4 @@
-"""What a user may do to a model or ask of it that is easy to get silently wrong."""
+"""Uses of a model that could easily go wrong silently."""
 
 import dataclasses
 import pickle
@@ -106,7 +106,7 @@ WHY = "must be|is unknown|make .* parameters|not a multiple|does not divide"
 
 @pytest.mark.parametrize("field", dataclasses.fields(vit.ViTConfig), ids=lambda field: field.name)
 def test_values_that_no_field_takes(field):
-    """Before memory is allocated; the message names the field, and a huge integer does not break the message."""
+    """Refused before memory is allocated; the message names the field, even for a huge integer."""
     for value in WRONG:
         fits = FITS.get(field.type, [])
         if field.name == "mlp_ratio" or (field.name.endswith("_rate") and value is not None):
@@ -187,7 +187,7 @@ def test_patch_dropout_keeps_as_many_as_timm(rate, kept, prefix):
 
 
 def test_frozen_parameters_do_not_move_the_learning_rates():
-    """A layer's scale is 0.75 to the power of the layers above it, whatever of them learns."""
+    """A layer's scale is 0.75 to the power of the layers above it, frozen or not."""
     config = vit.ViTConfig(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=5)
     model = vit.VisionTransformer(config, seed=0)
 
@@ -298,7 +298,7 @@ def test_seeded_weights_are_the_seeds_and_others_are_drawn_from_pytorch(cls):
     half = weights(3, dtype=torch.bfloat16)
     assert half.dtype is torch.bfloat16 and torch.equal(half, first.bfloat16())  # drawn in fp32, then rounded
     torch.manual_seed(5)
-    assert torch.equal(weights(3), first)  # whatever PyTorch's generator says
+    assert torch.equal(weights(3), first)  # PyTorch's own seed is not used
     torch.manual_seed(5)
     drawn = weights()
     assert not torch.equal(weights(), drawn)
@@ -309,7 +309,7 @@ def test_seeded_weights_are_the_seeds_and_others_are_drawn_from_pytorch(cls):
 @pytest.mark.parametrize("mode", ["", "zeros", "jax", "jax_nlhb"])
 @pytest.mark.parametrize("cls", [vit.VisionTransformer, Reference])
 def test_initial_weights_by_hand(cls, mode):
-    """Of a patch that is not square and an image with other than three channels."""
+    """With a patch that is not square and an image with five channels."""
     config = vit.ViTConfig(
         img_size=(8, 32), patch_size=(2, 16), in_chans=5, embed_dim=64, depth=2, num_heads=2, num_classes=40,
         reg_tokens=9, use_mask_token=True, init_values=0.25, representation_size=96, qk_norm=True,
@@ -354,7 +354,7 @@ def test_initial_weights_by_hand(cls, mode):
 
 
 def test_where_a_model_is_made():
-    """On PyTorch's default device, unless ``device`` says another."""
+    """On PyTorch's default device, unless ``device`` is given."""
     config = vit.ViTConfig(**SMALL)
     with torch.device("meta"):
         models = {"meta": vit.VisionTransformer(config), "cpu": vit.VisionTransformer(config, device="cpu")}

@@ -15,7 +15,7 @@ from vit.tokens import PatchDrop, resize_pos_embed
 
 SMALL = vit.ViTConfig(img_size=(32, 48), patch_size=8, num_classes=10, embed_dim=64, depth=2, num_heads=2)
 
-# One option at a time, and those that interact.
+# Single options, and options that interact.
 VARIANTS = {
     "plain": {},
     "avg pool": {"global_pool": "avg"},
@@ -61,7 +61,7 @@ def three_models(config: vit.ViTConfig, dtype: torch.dtype, device: torch.device
 
 def gradients(model, image, cotangent, **kwargs):
     image = image.detach().to(next(model.parameters()).dtype).requires_grad_()
-    torch.manual_seed(0)  # of what is dropped
+    torch.manual_seed(0)  # for the dropout
     out = model(image, **kwargs)
     params = dict(model.named_parameters())
     grads = torch.autograd.grad(out, [image, *params.values()], cotangent.to(out.dtype))
@@ -173,7 +173,7 @@ def test_explain_names_every_op(device):
         "mlp": ("triton", 2),
         "attention": ("triton", 1),  # of the last block, whose queries are the class tokens alone
     }
-    # In the order of first use, whatever is called most.
+    # In the order of first use, not of the counts.
     assert [p.op for p in paths] == [
         "patch_embed", "layer_norm", "linear", "attention_qkvpacked", "residual_layer_norm", "mlp", "attention"
     ]  # fmt: skip
