@@ -1,4 +1,4 @@
-"""The commands: what each option does, what each exit status means, and what the checks behind them judge."""
+"""The commands: what each option does, what each exit status means, and what their checks judge."""
 
 import contextlib
 import json
@@ -173,7 +173,7 @@ def test_a_file_that_transformers_names_has_what_lies_beside_it(name, photo, tmp
 
 
 def test_names_beside_a_file_of_another_name_are_not_its(photo, tmp_path):
-    """model.safetensors has what lies beside it; weights of another name in the same folder have nothing."""
+    """model.safetensors uses the files next to it; weights of another name in the same folder do not."""
     saved(tmp_path / "folder")
     (tmp_path / "folder" / "model.safetensors").rename(tmp_path / "folder" / "mine.safetensors")
     shown = classify.classify(photo, tmp_path / "folder" / "mine.safetensors", source="hf")
@@ -202,7 +202,7 @@ def test_signed_bias_is_towards_or_away_from_zero():
 
 
 def test_the_table_shows_a_tensor_that_failed_before_one_that_passed():
-    """The worst of a group, be it a NaN, whose share of a limit compares with nothing."""
+    """The worst of a group, even NaN, whose share of a limit cannot be compared."""
     good = Report("blocks.0.attn.qkv.weight", 0.9, 1.0, 1.1, 0.9, 1.0, 1.5, 0.0, 1.0)
     nan = Report("blocks.1.attn.qkv.weight", *[math.nan, 1.0, 1.1], *[math.nan, 1.0, 1.5], math.nan, 1.0)
     large = Report("blocks.2.attn.qkv.weight", 1.2, 1.0, 1.1, 0.9, 1.0, 1.5, 0.0, 1.0)
@@ -227,7 +227,7 @@ def test_parity_runs_what_was_asked_for(impl):
 
 @pytest.mark.parametrize(("parameters", "draws"), [(10_000_000, 8), (9_999_999, 32)])
 def test_small_models_take_more_draws(parameters, draws):
-    """Below ten million parameters, of the copy in eager PyTorch, frozen ones included."""
+    """Below ten million parameters in the eager copy, frozen ones included."""
     eager = torch.nn.Module()
     eager.a = torch.nn.Parameter(torch.empty(parameters - 1, device="meta"), requires_grad=False)
     eager.b = torch.nn.Parameter(torch.empty(1, device="meta"))
@@ -235,7 +235,7 @@ def test_small_models_take_more_draws(parameters, draws):
 
 
 class Taps(torch.nn.Module):
-    """Five pixels of each image, scaled; says what it was called with, and what gradient came."""
+    """Returns five pixels of each image, scaled; records its arguments and its gradient."""
 
     def __init__(self, told):
         super().__init__()
@@ -402,7 +402,7 @@ def test_widening_adds_noise_of_a_twentieth():
 
 
 def test_the_table_by_hand():
-    """Groups in the order of their first tensor, each with its worst; no more than five of what failed."""
+    """Groups in the order of their first tensor, each with its worst; at most five of the failures."""
     bad = [Report(f"blocks.{i}.norm1.weight", 2.0 + i, 1.0, 1.5, 1.0, 1.0, 1.5, 0.0, 1.0) for i in range(7)]
     fine = [Report(name, 1.0, 2.0, 4.0, 1.0, 2.0, 4.0, 0.0, 1.0) for name in ("logits", "image", "head.weight")]
     worse = Report("head.bias", 1.0, 2.0, 4.0, 3.0, 2.0, 4.0, 0.0, 1.0)
@@ -421,7 +421,7 @@ def test_the_table_by_hand():
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_assert_parity_passes_on_what_it_was_given(dtype, monkeypatch):
-    """The dtype, the path, as many draws as are enough; it counts what failed and has a line for each."""
+    """The dtype, the path and enough draws; the error counts the failures, with a line for each."""
     model = vit.VisionTransformer(vit.ViTConfig(**TINY | {"img_size": (32, 48)}), seed=0).half()
     asked, reports = [], [Report(name, 1.0, 1.0, limit, *[0.0] * 5) for name, limit in (("a", 2), ("b", 0.5), ("c", 0))]
     copies = parity.copies
@@ -452,7 +452,7 @@ def test_assert_parity_passes_on_what_it_was_given(dtype, monkeypatch):
 
 @pytest.fixture
 def made(monkeypatch):
-    """A stand-in for timm: a model of this package. What was asked of it, and what was compared."""
+    """Replaces timm by a model of this package; records what was asked for and compared."""
     told = SimpleNamespace(asked=[], drawn=[], states=[], compared=[], reports=[Report("logits", *[0.0] * 8)])
 
     def make(name, img_size, overrides):
@@ -475,7 +475,7 @@ def made(monkeypatch):
 
 
 def test_parity_uses_every_option(made, capsys):
-    """None is dropped on the way; the weights are those of seed 0, and do not use up random numbers of the caller."""
+    """No option is lost. The weights are those of seed 0, and use no random numbers of the caller."""
     torch.manual_seed(7)
     state = torch.get_rng_state()
     words = "parity --model timm:some.name --dtype float16 --batch-size 3 --img-size 48x32 --impl reference"
@@ -529,7 +529,7 @@ def test_settings_that_are_none(text):
 
 
 def test_names_of_each_library_are_checked_as_the_field_they_stand_for(made, capsys):
-    """A wrong value is refused before the library sees it, under the library's own name; a tuple is left to it."""
+    """A wrong value is refused before the library sees it, under the library's own name. Tuples are passed on."""
     wrong = {"timm:x": "embed_dim", "hf:x": "hidden_size", "torchvision:x": "hidden_dim"}
     for model, word in wrong.items():
         assert cli.main(["parity", "--model", model, "--set", f"{word}=-1"]) == 2
@@ -585,7 +585,7 @@ def test_crops_of_a_photograph_are_upright_mirrored_and_nearer(tmp_path):
     for i in range(5):
         crop = ops.fit(photo, (48, 32), bleed=0.02 * (i // 2))
         crop = torch.tensor(list((ops.mirror(crop) if i % 2 else crop).tobytes())).view(32, 48, 3).movedim(2, 0)
-        want = (crop.double() - crop.double().mean()) / crop.double().std()  # whatever the mean and std of a library
+        want = (crop.double() - crop.double().mean()) / crop.double().std()  # for any mean and std of a library
         assert torch.allclose((found[i].double() - found[i].mean()) / found[i].std(), want, atol=1e-3)
     one = vit.VisionTransformer(vit.ViTConfig(**TINY | {"in_chans": 1}), seed=0)
     with pytest.raises(parity_command.CannotStart, match="takes 1 channels; a photograph has 3"):
@@ -612,11 +612,11 @@ def test_only_a_model_that_can_interpolate_is_asked_to_and_only_for_another_size
         assert parity_command._keywords(Square(), torch.ones(1, 3, *size)) == {}
 
 
-# ---- classify, warmup and what all share -----------------------------------------------------------------------------
+# ---- classify, warmup, all commands ----------------------------------------------------------------------------------
 
 
 def test_classify_names_width_and_height(tmp_path):
-    """Of a picture and a model that are not square, and only as many classes as there are."""
+    """With a picture and a model that are not square; only the top two classes."""
     image = pytest.importorskip("PIL.Image")
     image.new("RGB", (50, 40), (200, 10, 90)).save(tmp_path / "wide.png")
     saved(tmp_path / "folder", img_size=(32, 48))

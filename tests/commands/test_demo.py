@@ -1,4 +1,4 @@
-"""`vit demo` as a person runs it, and that what it checks can fail; the rest of the command line."""
+"""`vit demo` as users run it, and that its checks can fail; the rest of the command line."""
 
 import os
 import subprocess
@@ -64,7 +64,7 @@ def test_parity_fails_on_a_small_error(what):
 
 
 def test_key_bias_is_judged():
-    """Its gradient is zero but for rounding, so a hundredth of the query's is far too much."""
+    """Its gradient is only rounding noise, so a hundredth of the query's is far too much."""
     image = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     models = make_models(TINY, image)
 
@@ -207,7 +207,7 @@ def test_which_gpu_the_demo_takes(available, cuda, interpreted, capability, why,
 
 
 class Timed(torch.nn.Module):
-    """Says that it was called, and whether with gradients."""
+    """Records its calls, and if gradients were on."""
 
     def __init__(self, name, told):
         super().__init__()
@@ -222,7 +222,7 @@ def test_times_are_medians_per_image_of_runs_in_turn(monkeypatch, capsys):
     """Forward without gradients; ours first; eager/ours is how many times faster ours is."""
     told, seconds = [], {("ours", False): 2, ("eager", False): 3, ("ours", True): 8, ("eager", True): 6}
     models = demo.Models(Timed("ours", told), Timed("eager", told), None, torch.ones(4, 5))
-    rounds = iter([100.0] * 4 + [1.0] * 76)  # the first round is slow, and no median
+    rounds = iter([100.0] * 4 + [1.0] * 76)  # the median drops the slow first round
 
     def clock(call, device):
         call()
@@ -240,7 +240,7 @@ def test_times_are_medians_per_image_of_runs_in_turn(monkeypatch, capsys):
 
 
 def test_the_picture_is_bright_where_the_class_token_looks(tmp_path, capsys):
-    """Over all blocks and heads, of the class token's row alone, without class and register tokens."""
+    """Averages the class token's row over all blocks and heads, without class and register tokens."""
     config = ViTConfig(
         img_size=(32, 64), patch_size=16, num_classes=10, embed_dim=32, depth=2, num_heads=2, reg_tokens=1
     )
@@ -290,7 +290,7 @@ def test_model_that_fails_is_told_and_takes_one_draw_on_a_cpu(monkeypatch, capsy
 
 @pytest.mark.parametrize("there", [False, True])
 def test_a_picture_that_is_there_stays_until_the_new_one(there, tmp_path, monkeypatch):
-    """Whether it can be written is tried first; nothing is left behind, and nothing lost."""
+    """A first test that it can be written leaves no file and loses none."""
     path, seen = tmp_path / "cat.png", []
     if there:
         path.write_bytes(b"old")

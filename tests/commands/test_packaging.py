@@ -1,4 +1,4 @@
-"""What a wheel installs, and what the folder ``kernels`` means to others."""
+"""What a wheel installs, and that the name ``kernels`` stays free."""
 
 import os
 import shutil
@@ -37,7 +37,7 @@ def clone(tmp_path) -> Path:
 
 
 def copy(folder: Path) -> Path:
-    """What git has of the package; setuptools leaves build/lib behind, and would pack what is stale in it."""
+    """A copy of the sources without build/lib, whose stale files setuptools would pack."""
     folder.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
@@ -99,7 +99,7 @@ def test_metadata(wheel, capsys):
 
 
 def test_a_clone_runs_uninstalled(clone, tmp_path):
-    """Its ``vit.kernels`` is its own, also where another clone is installed as an editable."""
+    """Its ``vit.kernels`` is its own, even if another clone is an editable install."""
     code = "import vit.kernels; print(vit.__file__, vit.kernels.__file__)"
     out = python("-P", "-c", code, cwd=tmp_path, PYTHONPATH=str(clone))
     assert out.split() == [f"{clone}/vit/__init__.py", f"{clone}/vit/kernels/__init__.py"]

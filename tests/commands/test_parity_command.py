@@ -140,7 +140,7 @@ def test_a_wrong_gradient_fails(what):
     models = copies(model, images)
     attention, name = models.fast.vit.layers[0].attention, "vit.layers.0.mlp.fc1.weight"
     fc1 = models.fast.vit.layers[0].mlp.fc1
-    if what == "key bias":  # its gradient is zero but for rounding, so a hundredth of another's is far too much
+    if what == "key bias":  # its gradient is only rounding noise, so a hundredth of another's is far too much
         attention.k_proj.bias.register_hook(lambda grad: grad + 1e-2 * attention.q_proj.bias.detach().abs().max())
         name = "vit.layers.0.attention.qkv.bias"
     else:
@@ -164,7 +164,7 @@ class Scaled(torch.nn.Module):
 @pytest.mark.parametrize("ours", ["used", "zero", "unused"])
 @pytest.mark.parametrize("theirs", ["used", "zero", "unused"])
 def test_a_gradient_that_is_zero_or_missing_on_one_side_fails(ours, theirs):
-    """An optimizer with momentum or weight decay moves a parameter with a gradient of zero, not one without any."""
+    """An optimizer with momentum or weight decay moves a parameter with a zero gradient, not one without any."""
     models = Models(Scaled(ours), Scaled(theirs), Scaled(theirs).double(), torch.randn(2, 5))
     reports = {r.name: r.ok for r in parity(models, torch.randn(2, 1, 4, 4), draws=2)}
     assert reports.pop("image") and reports.pop("first")
@@ -177,7 +177,7 @@ def test_a_gradient_that_is_zero_or_missing_on_one_side_fails(ours, theirs):
 
 
 def test_parity_changes_no_setting():
-    """Whichever API set the precision; a setting that was inherited stays inherited."""
+    """For each API that sets the precision; inherited settings stay inherited."""
     model, backends = MODELS["ViT"](), torch.backends
     for n, precision in enumerate(["none", "ieee", "tf32"]):
         backends.cudnn.conv.fp32_precision, backends.fp32_precision = precision, "tf32"
@@ -198,7 +198,7 @@ def test_parity_changes_no_setting():
     models.eager.vit.embeddings.patch_embeddings.projection.register_forward_hook(hook)
     parity(models, example(model))
     parity(copies(model.bfloat16(), example(model)), example(model))
-    assert seen == [False]  # IEEE, without a setting of precision
+    assert seen == [False]  # IEEE, without a precision setting
 
 
 def test_frozen_parameters_are_left_out():
@@ -356,7 +356,7 @@ def test_wrong_arguments(args, capsys):
 @pytest.mark.peers
 @pytest.mark.parametrize("accelerated", [False, True])
 def test_only_one_of_the_three_copies_is_accelerated(accelerated):
-    """Of an accelerated model, too: what it is compared with runs its library's own modules."""
+    """Also for an accelerated model: the other copies run the library's own modules."""
     model, image = zoo.build("timm"), zoo.images("timm")
     if accelerated:
         vit.accelerate(model)

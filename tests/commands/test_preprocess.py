@@ -1,4 +1,4 @@
-"""Preprocessing beside the libraries' own, and `vit classify`."""
+"""Preprocessing against the libraries', and `vit classify`."""
 
 import dataclasses
 import json
@@ -30,18 +30,18 @@ def photo(size: str) -> Image.Image:
 
 
 def assert_same_pixels(ours: torch.Tensor, theirs: torch.Tensor, std) -> None:
-    """To rounding: a level of 8 bits is 1/255/std, and none may differ by as much as a hundredth of one."""
+    """Equal to within a hundredth of an 8-bit level, which is 1/255/std."""
     assert ours.dtype == theirs.dtype == torch.float32 and ours.shape == theirs.shape
     levels = (ours - theirs).abs() * 255 * torch.tensor(std).view(3, 1, 1)
     assert levels.max().item() < 0.01
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("kind", ["ViT", "Bit", "DeiT", "CLIP", "ViT without saying"])
+@pytest.mark.parametrize("kind", ["ViT", "Bit", "DeiT", "CLIP", "ViT unnamed"])
 def test_transformers(kind, size, tmp_path):
     name, *silent = kind.split(maxsplit=1)
     processor = getattr(import_transformers(), f"{name}ImageProcessorPil")()
-    if name == "Bit":  # as facebook/dinov2-base has it
+    if name == "Bit":  # as in facebook/dinov2-base
         processor = type(processor)(size={"shortest_edge": 256}, image_mean=[0.485, 0.456, 0.406])
     processor.save_pretrained(tmp_path)
     path = tmp_path / "preprocessor_config.json"
@@ -73,7 +73,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["ViT", "Bit", "DeiT", "CLIP"])
 def test_forms_of_a_processors_file(kind, form, tmp_path):
-    """Every processor reads the same words differently; what theirs refuses is not compared."""
+    """Every processor reads the same keys differently; refused forms are skipped."""
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps({"image_processor_type": f"{kind}ImageProcessor"} | FORMS[form]))
     try:
@@ -130,7 +130,7 @@ def test_dinov2(size):
 def test_google():
     """TensorFlow's resize is PyTorch's without antialiasing, and does not round to 8 bits.
 
-    Where a picture grows there is nothing to antialias, and only the rounding is left: one level.
+    An enlarged picture needs no antialiasing, so only the rounding differs, by one level.
     """
     image = torch.from_numpy(np.array(photo("small"))).permute(2, 0, 1)[None].float()
     theirs = torch.nn.functional.interpolate(image, (224, 224), mode="bilinear", align_corners=False) / 127.5 - 1
@@ -149,7 +149,7 @@ def test_big_vision():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_photo_is_turned_the_right_way_up(orientation, tmp_path):
-    """EXIF's orientation n says where row 0 and column 0 of what is stored are (TIFF 6.0, tag 274)."""
+    """EXIF's orientation n says where row 0 and column 0 of the file are (TIFF 6.0, tag 274)."""
     pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3) * 10
     stored = {
         1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1], 5: pixels.swapaxes(0, 1),
@@ -183,7 +183,7 @@ def test_unknown_source_and_processor(tmp_path):
 
 @pytest.fixture
 def checkpoint(tmp_path, monkeypatch):
-    """A folder of Hugging Face's with names, a picture, and a loader that stands for `vit.load_pretrained`."""
+    """A folder of Hugging Face's with names, a picture, and a loader that replaces `vit.load_pretrained`."""
     model = vit.VisionTransformer(TINY, seed=0)
     with torch.no_grad():
         model.head.bias.copy_(torch.tensor([0.0, 3.0, 0.0, 0.0, 6.0]))
@@ -219,7 +219,7 @@ def test_classify_a_folder(checkpoint, capsys):
 
 
 def test_classify_a_file(checkpoint, tmp_path, capsys):
-    """Files beside it that are not its own say nothing about it."""
+    """Files next to it that are not its own are ignored."""
     command = ["classify", checkpoint.photo, "--weights"]
     assert cli.main([*command, str(tmp_path / "weights.npz")]) == 0
     out = capsys.readouterr().out
@@ -271,7 +271,7 @@ def test_generic_labels_are_no_names(tmp_path):
 
 
 def rgb(width: int, height: int) -> Image.Image:
-    """Every pixel another colour, none of them black."""
+    """Pixels of many colours, none of them black."""
     pixels = np.arange(height * width * 3, dtype=np.uint32).reshape(height, width, 3) % 251 + 1
     return Image.fromarray(pixels.astype(np.uint8))
 
@@ -279,7 +279,7 @@ def rgb(width: int, height: int) -> Image.Image:
 @pytest.mark.parametrize("size", [(64, 96), (96, 64), (224, 384), (384, 224), (384, 512), (512, 384)])
 @pytest.mark.parametrize("source", preprocess.SOURCES)
 def test_every_source_at_sizes_that_are_not_square(source, size):
-    """(height, width) -> the resize, the crop and the filter by hand; the larger variants begin where both sides do."""
+    """(height, width) -> the resize, the crop and the filter by hand; large variants need both sides of 384."""
     mean, std = {
         "timm-clip": (preprocess.CLIP_MEAN, preprocess.CLIP_STD),
         **dict.fromkeys(("google", "big_vision", "hf", "timm"), ((0.5,) * 3,) * 2),
@@ -313,7 +313,7 @@ def test_what_is_said_where_nothing_is_resized_or_cropped(std, said):
 @pytest.mark.parametrize("odd_down", [False, True])
 @pytest.mark.parametrize("crop", [(4, 6), (3, 4), (5, 2), (9, 11), (2, 13), (8, 3)])
 def test_centre_crop_by_hand(crop, odd_down):
-    """Half of an odd margin is rounded down, or to even; what is outside the picture is black."""
+    """Half of an odd margin is rounded down, or to even; pixels outside the picture are black."""
     photo = rgb(6, 4)
     want = np.zeros((*crop, 3))
     top, left = ((have - n) // 2 if odd_down else round((have - n) / 2) for have, n in zip((4, 6), crop, strict=True))
@@ -349,7 +349,7 @@ def test_to_tensor_keeps_photos_channels_and_sides_in_order():
 
 
 def test_timms_config_says_how_a_photo_is_prepared(tmp_path):
-    """Its words, and what is usual where it leaves one out; "squash" takes the whole picture."""
+    """Its keys, and timm's defaults for missing ones; "squash" takes the whole picture."""
     path, size = tmp_path / "config.json", (64, 96)
     assert preprocess.of_folder(tmp_path, size) is None
     for told in ({}, {"pretrained_cfg": None}, []):
@@ -368,7 +368,7 @@ def test_timms_config_says_how_a_photo_is_prepared(tmp_path):
         assert (found.resize, found.crop, found.resample) == (resize, size, resample), told
         assert (found.mean, found.std) == tuple(tuple(told.get(word, (0.5,) * 3)) for word in ("mean", "std"))
         assert found.source == str(path) and not found.odd_down
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 32}))  # which is asked first
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 32}))  # this file wins
     assert preprocess.of_folder(tmp_path, size).resize == (32, 32)
 
 
@@ -383,7 +383,7 @@ def test_timms_config_says_how_a_photo_is_prepared(tmp_path):
     ],
 )
 def test_what_a_processor_does_where_its_file_says_nothing(words, kind, tmp_path):
-    """The defaults of transformers by hand, under the names of processors old and new."""
+    """The defaults of transformers by hand, under old and new processor names."""
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps({word: name.format(kind) for word, name in words.items()}))
     found = preprocess.of_folder(tmp_path, (64, 96))

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.peers
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
-# What stands in for a torchvision that fits the installed torch, which timm imports.
+# timm imports torchvision, which may not fit the installed torch.
 RUN = "import sys, runpy, peers; peers._make_torchvision_importable(); runpy.run_path(sys.argv[1], run_name='__main__')"
 
 

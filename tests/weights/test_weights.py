@@ -1,4 +1,4 @@
-"""Checkpoints: every dialect there and back, the layouts of flax, and files that must not load."""
+"""Checkpoints: round trips of every dialect, the layouts of flax, and files that must not load."""
 
 import os
 import warnings
@@ -56,13 +56,13 @@ def bits(model) -> dict[str, bytes]:
 
 def save(model, path, dialect="timm"):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of other numerics; test_numerics_* look at them
+        warnings.simplefilter("ignore")  # about numerics; test_numerics_* check them
         vit.save_pretrained(model, path, dialect)
     return path
 
 
 def foreign(model, path, dialect="timm"):
-    """As `save`, but the file does not say that it is ours nor what the model was."""
+    """As `save`, but the file has no note of its origin or configuration."""
     save(model, path, dialect)
     if path.suffix == ".npz":
         np.savez(path, **np.load(path))
@@ -264,13 +264,13 @@ def test_flax_checkpoints(case, live, tmp_path):
     assert model.pretrained_cfg["source"] == case.split(",")[0] and model.pretrained_cfg["mean"] == (0.5,) * 3
 
 
-@pytest.mark.parametrize("grid", [(7, 5), (1, 17), (3, 5), (2, 8)])  # 16 patches and their class token are 1*17, say
+@pytest.mark.parametrize("grid", [(7, 5), (1, 17), (3, 5), (2, 8)])  # 1*17: also 16 patches and a class token
 @pytest.mark.parametrize("big_vision", [False, True])
 def test_flax_position_embedding_is_resized_as_scipy_zoom(big_vision, grid, tmp_path):
     params = flax_params(big_vision, side=4)
     np.savez(tmp_path / "w.npz", **params)
     size = (8 * grid[0], 8 * grid[1])
-    told = {"grid_size": (4, 4)} if grid == (2, 8) else {}  # which nothing else would tell
+    told = {"grid_size": (4, 4)} if grid == (2, 8) else {}  # nothing else reveals it
     live = load(make(img_size=size), tmp_path / "w.npz", **told)
     sizes = {k: v for k, v in SMALL.items() if k != "num_classes"} | {"img_size": size}
     named = load("vit_tiny_patch16_224", tmp_path / "w.npz", **sizes, **told)
@@ -288,8 +288,8 @@ def test_flax_position_embedding_is_resized_as_scipy_zoom(big_vision, grid, tmp_
     assert np.array_equal(live.pos_embed.detach().numpy()[0, :1], np.zeros((1, 32)) if big_vision else pos[0, :1])
 
 
-# Which grid the rows of a position embedding are. The source has 4*4 patches of 56 pixels, as the name says with that
-# patch; read with a class token or without one, its 17 or 16 rows are also the 1*17 or 3*5 patches of a model, or 2*8.
+# Which grid a position embedding has. The source has 4*4 patches of 56 pixels, since its name says 224. With or without
+# a class token, its 17 or 16 rows also fit models of 1*17, 3*5 or 2*8 patches.
 READINGS = [
     (row, own, grid)
     for row in (True, False)
@@ -300,13 +300,13 @@ COARSE = {"patch_size": 56, "img_size": 224}
 
 
 def load_readings(path, row, own, grid):
-    """A file of others, with a row for the class token or without, into models of the layout ``own`` and this grid."""
+    """Loads a foreign file, with or without a class token row, into models of layout ``own`` and this grid."""
     size, rows = {"img_size": (56 * grid[0], 56 * grid[1])}, 16 + row
     sizes = {k: v for k, v in SMALL.items() if k != "num_classes"} | COARSE | size
     yield load("vit_tiny_patch16_224", path, **sizes)
     yield load("vit_tiny_patch16_224", path, **sizes, no_embed_class=not own)
     live = make(seed=1, **COARSE | size, no_embed_class=not own)
-    if live.pos_embed.shape[1] == rows and grid != (4, 4):  # as the file of such a model
+    if live.pos_embed.shape[1] == rows and grid != (4, 4):  # the rows fit this grid, too
         with pytest.raises(vit.CheckpointError, match=r"patches .* or .* patches .*; pass grid_size="):
             vit.load_pretrained(live, path)
         asis = load(make(seed=1, **COARSE | size, no_embed_class=not own), path, grid_size=grid)
@@ -494,7 +494,7 @@ def test_head_with_a_hidden_layer(tmp_path):
 
 @pytest.mark.parametrize("saved", [0, 32], ids=["no hidden layer", "hidden layer"])
 def test_a_new_head_of_a_live_model_goes_with_its_hidden_layer(saved, tmp_path):
-    """The configuration afterwards is that of the model: one made from it takes the state dict."""
+    """Afterwards the configuration fits the model: a model made from it loads the state dict."""
     file = foreign(make(num_classes=7, representation_size=saved or None), tmp_path / "model.pt")
     model = load(make(representation_size=32), file, num_classes=3)
     assert model.config.representation_size is None and model.config.num_classes == 3
@@ -547,7 +547,7 @@ def test_position_embedding_is_resized(dialect, interpolation, tmp_path):
     else:
         want = vit.reference.interpolate_pos_embed(source.pos_embed, (4, 4), (7, 5), interpolation)
     torch.testing.assert_close(model.pos_embed, want, rtol=0, atol=1e-5)
-    if dialect == "timm":  # a file of ours says how the model that it is from resizes
+    if dialect == "timm":  # our own file states its model's interpolation
         ours = load(make(img_size=(56, 40)), save(source, tmp_path / "m.pt"))
         want = vit.reference.interpolate_pos_embed(source.pos_embed, (4, 4), (7, 5), "bicubic_offset")
         torch.testing.assert_close(ours.pos_embed, want, rtol=0, atol=1e-5)
@@ -558,7 +558,7 @@ def test_position_embedding_is_resized(dialect, interpolation, tmp_path):
 
 
 def test_rows_of_the_prefix_tokens_move(tmp_path):
-    """Only the sum of a token and its row counts, so a model without rows computes the same as one with."""
+    """Only the sum of a token and its row counts, so models with and without rows compute the same."""
     sources = {
         "timm": make(reg_tokens=3),
         "dinov2": make(num_classes=0),
@@ -596,7 +596,7 @@ def test_grid_of_a_position_embedding_that_is_not_known(tmp_path):
 
 @pytest.mark.parametrize("dialect", ["timm", "hf", "torchvision", "google", "dinov2"])
 def test_64_bits_are_resized_and_adapted_in_64(dialect, tmp_path):
-    """And a model of 64 bits gets them: the sums and products are not those of fp32."""
+    """And a 64-bit model receives them: sums and products are not in fp32."""
     fields = {"num_classes": 0, "act_layer": "gelu_tanh" if dialect == "google" else "gelu"}
     source = make(torch.float64, **fields)
     with torch.no_grad():
@@ -621,7 +621,7 @@ def test_64_bits_are_resized_and_adapted_in_64(dialect, tmp_path):
 
 @pytest.mark.parametrize(("saved", "asked"), [(2, 1), (4, 1), (4, 4), (1, 1), (1, 3), (4, 2), (2, 3), (1, 4)])
 def test_channels_of_files_that_have_not_three(saved, asked, tmp_path):
-    """Any number becomes one; nothing else is known. Named and live alike."""
+    """Any number can become 1, nothing else, in named and live models."""
     source = make(in_chans=saved)
     path = foreign(source, tmp_path / "m.pt")
     sizes = {k: v for k, v in SMALL.items() if k != "num_classes"}
@@ -650,7 +650,7 @@ def test_channels_of_16_bits_are_added_in_32(dtype, tmp_path):
 
 @pytest.mark.parametrize("patch", [(56, 28), (28, 56)])
 def test_usual_grid_of_a_name_where_patches_are_not_square(patch, tmp_path):
-    """224 pixels are 4*8 or 8*4 such patches, rows first; the same number of rows as the other way round."""
+    """224 pixels are 4*8 or 8*4 such patches, (height, width); both have the same number of rows."""
     usual = (224 // patch[0], 224 // patch[1])
     fields = COARSE | {"patch_size": patch, "depth": 1}
     source = make(**fields)
@@ -668,7 +668,7 @@ def test_usual_grid_of_a_name_where_patches_are_not_square(patch, tmp_path):
 @pytest.mark.parametrize("target", ["live", "named"])
 @pytest.mark.parametrize("classes", [0, 3, 5])
 def test_what_a_head_of_another_size_takes_with_it(classes, target, hidden, tmp_path):
-    """The hidden layer goes with a new head and stays with the same; what is asked for is not warned of."""
+    """A new head removes the hidden layer, the same head keeps it; requested changes do not warn."""
     path = foreign(make(representation_size=hidden or None), tmp_path / "m.pt")
     sizes = {k: v for k, v in SMALL.items() if k != "num_classes"}
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Files that hold checkpoints: what is around the tensors, what must not load, and what a dialect cannot hold."""
+"""Checkpoint files: wrappers of the tensors, what must not load, and what a dialect cannot hold."""
 
 import argparse
 import builtins
@@ -70,7 +70,7 @@ def test_the_average_is_taken_before_what_it_averages(raw, average, first, tmp_p
 @pytest.mark.parametrize("prefix", ["backbone.", "model.vit.", "module.encoder.", "student.backbone."])
 @pytest.mark.parametrize("dialect", ["timm", "hf", "torchvision"])
 def test_a_vit_inside_another_model(dialect, prefix, tmp_path):
-    """Lightning, DINO's head beside the backbone: what is left out is named; two models are not guessed between."""
+    """Lightning, DINO's head next to the backbone: a warning names what is left out; two models are an error."""
     model = make(num_classes=0)
     inner = torch.load(save(model, tmp_path / "m.pt", dialect), weights_only=True)
     state = prefixed(prefix, dict(inner)) | {"head.mlp.0.weight": torch.ones(2), "criterion.centre": torch.ones(3)}
@@ -94,7 +94,7 @@ def test_the_classifier_of_a_wrapped_model_of_hugging_face(tmp_path):
 
 @pytest.mark.parametrize("decoder", [16, 32])
 def test_pre_training_checkpoint_of_mae(decoder, tmp_path):
-    """Its mask token is the decoder's, also where that is as wide as the encoder."""
+    """Its mask token is the decoder's, even if it is as wide as the encoder."""
     state = dict(make(num_classes=0).state_dict()) | {
         "mask_token": torch.ones(1, 1, decoder),
         "decoder_pos_embed": torch.ones(1, 17, decoder),
@@ -182,7 +182,7 @@ def test_folder_of_hugging_face(tmp_path):
 
 @pytest.mark.parametrize("name", ["folder", "m.safetensors", "m.pt", "m.npz"])
 def test_what_is_known_of_the_images_comes_back(name, tmp_path):
-    """Through every kind of file, whatever its dialect and that of the source."""
+    """Through every kind of file, also in another dialect than the source's."""
     if name in ("folder", "m.safetensors"):
         pytest.importorskip("safetensors")
     model = make()
@@ -199,7 +199,7 @@ def test_what_is_known_of_the_images_comes_back(name, tmp_path):
 
 @pytest.mark.parametrize("size", [(32, 16), (16, 32), 32])
 def test_the_grid_that_a_config_json_says(size, tmp_path):
-    """image_size is [height, width] in transformers; the embedding is taken as it is."""
+    """image_size is [height, width] in transformers; the embedding is not resized."""
     pytest.importorskip("safetensors")
     model = make(img_size=size)
     save(model, tmp_path / "folder", "hf")
@@ -210,7 +210,7 @@ def test_the_grid_that_a_config_json_says(size, tmp_path):
     vit.save_pretrained(model, tmp_path / "plain.pt", "hf")
     tensors = dict(torch.load(tmp_path / "plain.pt", weights_only=True))
     (tmp_path / "folder" / "model.safetensors").unlink()
-    torch.save(tensors, tmp_path / "folder" / "pytorch_model.bin")  # says nothing of itself
+    torch.save(tensors, tmp_path / "folder" / "pytorch_model.bin")  # it has no note
     assert told["image_size"] == (list(size) if isinstance(size, tuple) else size)
     for found in (
         weights,
@@ -222,7 +222,7 @@ def test_the_grid_that_a_config_json_says(size, tmp_path):
 
 @pytest.mark.parametrize("count", [5, 12, 101])
 def test_class_names_have_the_order_of_their_numbers(count, tmp_path):
-    """JSON keeps them as text, in which "10" is before "2", and in any order."""
+    """JSON keeps them as text, in any order, and "10" sorts before "2"."""
     names = [f"class {(7 * i) % count}" for i in range(count)]
     vit.save_pretrained(make(num_classes=count), tmp_path / "folder", "hf")
     config = tmp_path / "folder" / "config.json"
@@ -237,7 +237,7 @@ def test_class_names_have_the_order_of_their_numbers(count, tmp_path):
 
 
 def test_a_folder_that_others_changed(tmp_path):
-    """transformers keeps words that it does not know: after its own training they are old."""
+    """transformers keeps unknown keys: after its own training our note is out of date."""
     pytest.importorskip("safetensors")
     model = make(interpolation="bicubic_antialias", drop_rate=0.2)
     model.pretrained_cfg = {"source": "hf", "mean": (0.1, 0.2, 0.3), "std": (1.0, 2.0, 3.0)}
@@ -257,7 +257,7 @@ def test_a_folder_that_others_changed(tmp_path):
             found = vit.load_pretrained(tmp_path).config
         theirs = ViTConfig.from_hf(written | {word: value})
         assert found == ViTConfig(**vars(theirs) | {"interpolation": "bicubic", "act_drop_rate": 0.0, "fc_norm": False})
-    for key in ("mean", "std"):  # of a folder that is not ours
+    for key in ("mean", "std"):  # as in any foreign folder
         assert load(tmp_path).pretrained_cfg[key] == model.pretrained_cfg[key]
 
 
@@ -265,13 +265,13 @@ HOSTILE = {
     "no number": {"norm_eps": "small"},
     "huge depth": {"depth": 10**9},
     "huge image": {"img_size": [10**6, 10**6]},
-    "deeper than it is": {"depth": 9_999},
+    "too deep": {"depth": 9_999},
     "another grid": {"img_size": [64, 64]},
     "heads that do not divide": {"num_heads": 5},
     "other classes": {"num_classes": 7},
     "NaN": {"mlp_ratio": float("nan")},
-    "mean that is none": {"pretrained_cfg": {"mean": "a"}},
-    "cfg that is none": {"pretrained_cfg": [1]},
+    "mean is text": {"pretrained_cfg": {"mean": "a"}},
+    "cfg is a list": {"pretrained_cfg": [1]},
 }
 
 
@@ -283,8 +283,8 @@ def test_notes_that_no_model_has(case, suffix, tmp_path):
     model = make()
     note = vit.weights.note.write(model.config, None)
     vit.weights.files.write(tmp_path / f"m{suffix}", dict(model.state_dict()), note | HOSTILE[case])
-    by_name = [] if case in ("another grid", "other classes", "deeper than it is") else [["vit_tiny_patch16_224"]]
-    for target in ([], *by_name):  # which does not take those from a file
+    by_name = [] if case in ("another grid", "other classes", "too deep") else [["vit_tiny_patch16_224"]]
+    for target in ([], *by_name):  # a named model ignores those cases
         sizes = {k: v for k, v in SMALL.items() if target and k != "num_classes"}
         with pytest.raises(vit.CheckpointError):
             vit.load_pretrained(*target, tmp_path / f"m{suffix}", **sizes)
@@ -543,7 +543,7 @@ def test_a_refused_file_is_closed(suffix, tmp_path):
 
 @pytest.mark.parametrize("name", ["m.safetensors", "m.npz", "m.pt", "m.bin", "m.index.json"])
 def test_what_is_no_regular_file(name, tmp_path):
-    """A pipe would be waited for: each is refused before it is opened."""
+    """Opening a pipe would block: each is refused before that."""
     os.mkfifo(tmp_path / name)
     assert_refused(tmp_path / name, "is not a regular file")
     (tmp_path / name).unlink()
@@ -574,7 +574,7 @@ def test_what_is_no_regular_file_in_a_folder(tmp_path):
         vit.load_pretrained(make(), tmp_path)
 
 
-FAMILIES = {  # names that the libraries give; see test_weights_peers.py for their own files
+FAMILIES = {  # tensor names of the libraries; test_weights_peers.py has their real files
     r"Dinov2 checkpoint of transformers, which .* not read yet; load it with transformers and call vit.accelerate": (
         "embeddings.patch_embeddings.projection.weight", "encoder.layer.0.layer_scale1.lambda1"),
     "a CLIP checkpoint of transformers": ("vision_model.embeddings.class_embedding",),
@@ -680,7 +680,7 @@ PARTS = {
     "mask token": {"use_mask_token": True},
     "hidden layer": {"representation_size": 24},
     "no class token": GAP,
-    "average beside a class token": {"global_pool": "avg"},
+    "average, class token": {"global_pool": "avg"},
     "norm after pooling": {"global_pool": "avg", "fc_norm": True} | {"class_token": False},
     "class row": {"no_embed_class": False},
     "no pooling": {"global_pool": ""},
@@ -700,7 +700,7 @@ HOLDS = {  # which of PARTS the libraries' models have
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("dialect", HOLDS)
 def test_what_each_dialect_holds(dialect, part, tmp_path):
-    """What it has no place for is an error before anything is written; the rest comes back to the same bits."""
+    """A part without a place is an error, and nothing is written; the rest comes back bit for bit."""
     fields = {"num_classes": 0} if dialect == "dinov2" else {}
     fields |= {"no_embed_class": True} if dialect == "big_vision" else {}
     model = make(**fields | PARTS[part])
@@ -750,7 +750,7 @@ WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher", "st
 
 @pytest.mark.parametrize("index", range(len(WRAPPERS)))
 def test_order_of_the_wrappers(index, tmp_path):
-    """In every order of the file; what is no mapping is passed over."""
+    """In any order; entries that are no mappings are skipped."""
     content = {name: {"w": torch.full((1,), i)} for i, name in enumerate(WRAPPERS) if i >= index}
     content |= {name: 3 for i, name in enumerate(WRAPPERS) if i < index}
     for made in (content, dict(reversed(content.items()))):
@@ -768,8 +768,8 @@ def test_eight_wrappers_are_opened(depth, tmp_path):
 
 
 def test_loading_leaves_pytorchs_list_of_safe_objects(tmp_path):
-    """What the user allowed stays allowed, and what a file may hold while it is read does not; also after an error."""
-    load(make(seed=1), save(make(), tmp_path / "first.pt"))  # what PyTorch itself adds
+    """The user's own entries stay, those added while reading a file do not; also after an error."""
+    load(make(seed=1), save(make(), tmp_path / "first.pt"))  # PyTorch adds its own
     before = set(torch.serialization.get_safe_globals())
     good, bad = save(make(), tmp_path / "m.pt"), tmp_path / "bad.pt"
     torch.save(make(), bad)
@@ -827,7 +827,7 @@ def test_when_the_hub_is_asked(tmp_path, monkeypatch):
 
 
 def test_what_is_saved_holds_nothing_else(tmp_path):
-    """Each tensor alone, though q, k and v are parts of one; and the model shares nothing with what was read."""
+    """Each tensor has its own storage, though q, k and v are parts of one, and requires no grad."""
     for dialect in ("hf", "torchvision", "google"):
         state = torch.load(save(make(), tmp_path / "m.pt", dialect), weights_only=True)
         for name, tensor in state.items():
@@ -837,7 +837,7 @@ def test_what_is_saved_holds_nothing_else(tmp_path):
 
 @pytest.mark.parametrize(("length", "kept"), [(65_535, True), (65_536, False)])
 def test_class_names_that_a_comment_can_just_hold(length, kept, tmp_path):
-    """65,535 bytes; without them the rest of what is known comes back."""
+    """65,535 bytes; longer names are dropped, and the rest comes back."""
     model = make()
     cfg = {"source": "timm", "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "label_names": [""]}
     empty = len(json.dumps({"fused_vit": vit.weights.note.write(model.config, cfg)}))
@@ -853,7 +853,7 @@ def test_class_names_that_a_comment_can_just_hold(length, kept, tmp_path):
 
 @pytest.mark.parametrize("size", [(16, 48), (48, 16)])
 def test_files_of_a_folder_by_hand(size, tmp_path):
-    """Heights before widths, in each file's own words."""
+    """Heights before widths, in each file's own keys."""
     pytest.importorskip("safetensors")
     model = make(
         img_size=size, patch_size=(8, 4), in_chans=1, qkv_bias=False, act_layer="gelu_tanh", norm_eps=1e-5,
@@ -941,7 +941,7 @@ def test_which_words_of_a_folder_make_our_note_old(word, value, ours, tmp_path):
 
 
 def test_numerics_that_an_early_version_wrote(tmp_path):
-    """Without the rest of the configuration; they win over what is usual in the dialect."""
+    """Written without the other fields; they win over the dialect's defaults."""
     said = {"norm_eps": 1e-3, "act_layer": "quick_gelu", "interpolation": "bicubic", "act_drop_rate": 0.3}
     vit.weights.files.write(tmp_path / "m.pt", dict(make().state_dict()), said)
     for target, options in ((make(), {}), ("vit_tiny_patch16_224", sizes())):
@@ -955,7 +955,7 @@ def test_numerics_that_an_early_version_wrote(tmp_path):
 
 @pytest.mark.parametrize("target", ["live", "named", "alone"])
 def test_warnings_point_at_the_call(target, tmp_path):
-    """At the line of the user, not at one of ours."""
+    """At the user's line, not at one of ours."""
     state = dict(make().state_dict()) | {}
     torch.save({"model": prefixed("model.", state) | {"other.w": torch.ones(1)}}, tmp_path / "m.pt")
     args = {"live": [make()], "named": ["vit_tiny_patch16_224"], "alone": []}[target]
@@ -999,7 +999,7 @@ def test_model_types_that_have_the_names_of_a_vit(kind, tmp_path):
 
 @pytest.mark.parametrize("dialect", ["timm", "hf", "torchvision", "google", "dinov2"])
 def test_blocks_with_numbers_of_two_digits(dialect, tmp_path):
-    """As text 10 is before 2; and in DINOv2's chunks the second number counts."""
+    """As text 10 sorts before 2; in DINOv2's chunks the second number counts."""
     fields = {"num_classes": 0, "depth": 12, "mlp_ratio": 0.5}
     model = make(**fields)
     path = save(model, tmp_path / "m.pt", dialect)
@@ -1018,7 +1018,7 @@ def test_blocks_with_numbers_of_two_digits(dialect, tmp_path):
         assert bits(load(make(seed=1, **fields), path)) == bits(model)
 
 
-# A model that is there
+# Live models
 
 
 def test_a_live_model_keeps_its_mode_and_what_is_equal_may_be_said(tmp_path):
@@ -1035,7 +1035,7 @@ def test_a_live_model_keeps_its_mode_and_what_is_equal_may_be_said(tmp_path):
 
 @pytest.mark.parametrize("state", ["missing", "other depth", "integers", "position embedding", "half a head"])
 def test_a_refusal_leaves_the_head_and_what_is_known_of_the_source(state, tmp_path):
-    """Also where another number of classes is asked for."""
+    """Even if another number of classes is requested."""
     torch.save(BAD_STATES[state][0](), tmp_path / "m.pt")
     model = make(seed=3)
     model.pretrained_cfg = {"source": "timm", "mean": (0.1, 0.2, 0.3)}
@@ -1049,7 +1049,7 @@ def test_a_refusal_leaves_the_head_and_what_is_known_of_the_source(state, tmp_pa
 
 
 def test_a_live_model_that_was_changed(tmp_path):
-    """Another shape, a part that is gone; a head that is replaced anyway does not count, nor do shared parameters."""
+    """A changed shape or a missing part is an error; a head to be replaced or a shared parameter is not."""
     path = save(make(), tmp_path / "m.pt")
     model = make(seed=1)
     model.head = torch.nn.Linear(32, 6)
@@ -1078,7 +1078,7 @@ def test_numerics_reach_the_norms_of_every_part(tmp_path):
 
 
 def test_a_new_model_is_made_where_it_is_asked_for(tmp_path):
-    """On the default device, or on the one that is passed; in the dtype that is passed."""
+    """On the default or the given device, in the given dtype."""
     path = save(make(num_classes=0), tmp_path / "m.pt")
     for args, options in (([], {}), (["vit_tiny_patch16_224"], sizes())):
         asked = load(*args, path, device="meta", dtype=torch.bfloat16, **options)
@@ -1095,14 +1095,14 @@ def test_a_mask_token_that_is_missing_is_said(tmp_path):
     with pytest.warns(UserWarning, match="it has no mask token: the model's is zero now"):
         vit.load_pretrained(model, path)
     assert not model.mask_token.any()
-    with warnings.catch_warnings():  # one too many is no matter
+    with warnings.catch_warnings():  # an extra one is ignored
         warnings.simplefilter("error")
         vit.load_pretrained(make(num_classes=0), save(make(num_classes=0, use_mask_token=True), tmp_path / "n.pt"))
 
 
 @pytest.mark.parametrize("form", ["note", "timm", "timm top", "hf", "hf and timm", "preprocessor"])
 def test_where_mean_and_names_come_from(form, tmp_path):
-    """config.json of timm or transformers, preprocessor_config.json, and before both our own note."""
+    """Our own note first, then config.json of timm or transformers, preprocessor_config.json."""
     timm = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "label_names": list("abcde")}
     labels = {"id2label": {str(i): name for i, name in enumerate("vwxyz")}}
     config = {
@@ -1128,7 +1128,7 @@ def test_where_mean_and_names_come_from(form, tmp_path):
 
 @pytest.mark.parametrize("where", ["absolute", "below", "above", "itself", "below and back", "folder"])
 def test_a_shard_is_a_file_beside_its_index(where, tmp_path):
-    """Wherever else the index points, and though a good checkpoint lies there, it is not read."""
+    """An index that points anywhere else is refused, even if a good checkpoint is there."""
     model, folder = make(), tmp_path / "folder"
     (folder / "below").mkdir(parents=True)
     for place in (tmp_path, folder, folder / "below"):

@@ -1,4 +1,4 @@
-"""Configurations drawn at random, through every dialect and kind of file: the model comes back, or nothing is saved.
+"""Random configurations, through every dialect and kind of file: the model comes back, or nothing is saved.
 
 THOROUGH=1 (as in CI) draws 600 instead of 100.
 """
@@ -23,7 +23,7 @@ PLAIN |= {"final_norm": True, "use_mask_token": False, "representation_size": No
 
 
 def draw(rng: random.Random) -> vit.ViTConfig:
-    """Any configuration; every other is one that most dialects hold."""
+    """Any configuration; about half of them fit most dialects."""
     pick, patch = rng.choice, (rng.choice([2, 4]), rng.choice([2, 4]))
     rate = lambda: pick([0.0, 0.0, 0.1, 0.25])  # noqa: E731
     heads, cls, classes = pick([1, 2, 3, 4]), rng.random() < 0.8, pick([0, 2, 5])
@@ -83,7 +83,7 @@ def test_configurations_come_back(part, tmp_path):
         model = vit.VisionTransformer(config, seed=0)
         randomise(model, seed)
         if config.reg_tokens == 0 and not config.no_embed_class and rng.random() < 0.5:
-            with torch.no_grad():  # so that big_vision holds it
+            with torch.no_grad():  # so that it fits big_vision
                 model.pos_embed[:, : config.num_prefix_tokens] = 0
         model.eval()
         x, dialect = image(model, seed), rng.choice([*DIALECTS, "timm", "timm"])

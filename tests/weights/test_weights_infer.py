@@ -1,4 +1,4 @@
-"""A checkpoint whose architecture nobody names, and the commands that take one."""
+"""Checkpoints loaded without a model name, and the commands that take one."""
 
 import json
 import warnings
@@ -44,7 +44,7 @@ def hf_names(model, tmp_path):
 
 def saved(model, path, dialect):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of numerics that a dialect does not say
+        warnings.simplefilter("ignore")  # about numerics a dialect cannot hold
         vit.save_pretrained(model, path, dialect)
     return path
 
@@ -68,7 +68,7 @@ def test_architecture_is_told_by_the_checkpoint(dialect, suffix, fields, tmp_pat
 
 @pytest.mark.parametrize("file", ["model.pt", "model.npz", "folder"])
 def test_a_checkpoint_alone_gives_the_bits_that_it_gives_with_the_name(file, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # a relative path is one, too
+    monkeypatch.chdir(tmp_path)  # a relative path works, too
     path = saved(make(drop_rate=0.1), Path(file), "hf" if file == "folder" else "timm")
     alone = vit.load_pretrained(file)
     named = vit.load_pretrained("vit_tiny_patch16_224", path, **SIZES)
@@ -98,7 +98,7 @@ def test_one_argument_is_a_checkpoint(tmp_path, monkeypatch):
     for told in (True, False):
         with pytest.raises(TypeError, match=r"names no weights; write pretrained=PATH or pretrained='owner/name' "):
             vit.create_model(name, pretrained=told)
-    monkeypatch.chdir(tmp_path.parent)  # "" is this folder, which has no checkpoint, and no wish for random weights
+    monkeypatch.chdir(tmp_path.parent)  # "" means this folder, which has no checkpoint, not random weights
     with pytest.raises(vit.CheckpointError, match="the folder has none of"):
         vit.create_model(name, pretrained="")
     made = vit.create_model(name, pretrained=path, dtype=torch.float64, num_classes=5, **SIZES)
@@ -106,7 +106,7 @@ def test_one_argument_is_a_checkpoint(tmp_path, monkeypatch):
     named = vit.load_pretrained(name, path, num_classes=5, **SIZES).double()
     assert made.config == named.config and all(map(torch.equal, made.parameters(), named.parameters()))
     monkeypatch.chdir(tmp_path)
-    saved(make(), tmp_path / name, "hf")  # a folder of that name is one
+    saved(make(), tmp_path / name, "hf")  # a folder of that name wins
     assert vit.load_pretrained(name).config == make().config
 
 
@@ -118,7 +118,7 @@ def test_overrides_win(tmp_path):
         vit.load_pretrained(path, heads=6)
 
 
-OTHER = {  # than `make` has; every field of ViTConfig
+OTHER = {  # every field of ViTConfig, unlike `make`
     "img_size": (16, 64), "patch_size": (8, 4), "in_chans": 4, "num_classes": 7, "global_pool": "", "embed_dim": 96,
     "depth": 1, "num_heads": 6, "mlp_ratio": 7 / 3, "qkv_bias": False, "qk_norm": True, "init_values": 0.3,
     "class_token": False, "no_embed_class": True, "reg_tokens": 2, "pre_norm": True, "final_norm": False,
@@ -207,7 +207,7 @@ def test_what_cannot_be_told(tmp_path):
 
 
 def test_the_number_of_heads_is_assumed_aloud(tmp_path):
-    """Of files of others alone, where nothing tells it; once, and in few words."""
+    """One short warning, only for foreign files that do not state it."""
     for suffix, dialect in ((".pt", "timm"), (".npz", "torchvision"), (".pt", "hf")):
         path = foreign(make(), tmp_path / f"m{suffix}", dialect)
         with pytest.warns(UserWarning, match="3 are assumed, as vit_tiny has; pass num_heads=") as caught:
@@ -266,7 +266,7 @@ def test_parity_of_a_file(tmp_path, capsys):
 
 @pytest.mark.parametrize(("size", "patch"), [((16, 64), 8), ((64, 16), 8), ((8, 32), (2, 8))])
 def test_timms_config_says_height_and_width(size, patch, tmp_path):
-    """timm writes input_size = (channels, height, width) beside its weights; 16 patches alone would be a square."""
+    """timm's config.json has input_size = (channels, height, width); without it, 16 patches mean a square."""
     model = make(img_size=size, patch_size=patch)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {"input_size": [3, *size]}}))
@@ -276,7 +276,7 @@ def test_timms_config_says_height_and_width(size, patch, tmp_path):
     assert torch.equal(found(image), model(image))
 
 
-FOREIGN = {  # parts that a file of others shows by its tensors: the fields of the model, and what else is found in them
+FOREIGN = {  # parts that the tensors of a foreign file reveal: the model's fields, and fields that come back different
     "registers": ({"reg_tokens": 3}, {}),
     "registers without rows": ({"reg_tokens": 2, "no_embed_class": True}, {}),
     "LayerScale": ({"init_values": 0.3}, {"init_values": 1e-5}),
@@ -347,7 +347,7 @@ def test_config_json_of_hugging_face_says_heights_before_widths(image, patch, tm
     assert (found.config.pos_drop_rate, found.config.proj_drop_rate, found.config.attn_drop_rate) == (0.25, 0.25, 0.0)
     image = torch.randn(2, 3, *size)
     assert torch.equal(found(image), model(image))
-    smaller = make(img_size=sides, patch_size=sides)  # resized to one patch, from the grid that is told
+    smaller = make(img_size=sides, patch_size=sides)  # resized to one patch from config.json's grid
     vit.load_pretrained(smaller, tmp_path)
     grid = (size[0] // sides[0], size[1] // sides[1])
     want = vit.reference.interpolate_pos_embed(model.pos_embed, grid, (1, 1), "bicubic")

@@ -1,6 +1,6 @@
 """Every layout of every dialect, written out a second time.
 
-All sides of a matrix are 4, so that no shape tells which way it lies; what is joined is joined by hand.
+All matrices are 4*4, so no shape reveals a transpose. Joined tensors are joined by hand.
 """
 
 import pytest

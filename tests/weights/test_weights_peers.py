@@ -30,7 +30,7 @@ def assert_same_logits(ours, theirs, x=None):
 
 
 def loaded(path, theirs, x=None, **fields):
-    """By name and into a live model that computes otherwise; returns the first."""
+    """Loads by name and into a live model with another eps; returns the first."""
     named = vit.load_pretrained("vit_tiny_patch16_224", path, **SIZES | fields)
     assert_same_logits(named, theirs, x)
     live = vit.VisionTransformer(named.config, seed=1)
@@ -93,7 +93,7 @@ def test_timm_resizes_the_position_embedding_likewise(tmp_path):
 
 @pytest.mark.parametrize(("row", "own", "grid"), READINGS)
 def test_timm_reads_the_grid_likewise(row, own, grid, tmp_path):
-    """timm's filter knows the source's size from the model's pretrained_cfg, and its layout from the model's own."""
+    """timm's filter takes the source's size from the model's pretrained_cfg, and its layout from the model."""
     source = make(**COARSE, no_embed_class=not row)
     torch.save(dict(source.state_dict()), tmp_path / "m.pt")
     size = {"img_size": (56 * grid[0], 56 * grid[1])}
@@ -257,7 +257,7 @@ def test_families_of_transformers_are_named(kind, config, what, tmp_path):
 
 
 def test_pre_training_model_of_mae(tmp_path):
-    """transformers' has the encoder's names of ViT, and a decoder."""
+    """Its encoder has ViT's names, and there is a decoder."""
     transformers = import_transformers()
     sizes = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
     theirs = transformers.ViTMAEForPreTraining(small_config("ViTMAE", **sizes, mask_ratio=0.0)).eval()
@@ -351,7 +351,7 @@ def test_dinov2(registers, tmp_path):
         with torch.no_grad():
             got, want = model.forward_features(x, **options), theirs(x, **options).last_hidden_state
         assert (got - want).abs().max() < LIMIT * want.abs().max()
-    if not registers:  # with registers, the position of the class token becomes a part of it
+    if not registers:  # with registers, the class token absorbs its position
         vit.save_pretrained(model, tmp_path / "back.pth", "dinov2")
         back = torch.load(tmp_path / "back.pth", weights_only=True)
         assert back.keys() == state.keys() and all(torch.equal(back[k], state[k]) for k in back)
@@ -372,7 +372,7 @@ def test_dropout_stands_where_the_source_has_it(tmp_path):
     live = vit.VisionTransformer(dataclasses.replace(config, act_drop_rate=None, pos_drop_rate=0.1, proj_drop_rate=0.1))
     vit.load_pretrained(live, tmp_path)  # the rates stay the model's
     assert live.config.proj_drop_rate == live.blocks[0].drop_rate == 0.1 and live.blocks[0].mlp.drop_rate == 0.0
-    vit.save_pretrained(live, tmp_path / "ours.pt")  # which says so, unlike a file of timm's
+    vit.save_pretrained(live, tmp_path / "ours.pt")  # it states the rate, unlike timm's file
     torch.save(live.state_dict(), tmp_path / "theirs.pt")
     for name, rate in (("ours", 0.0), ("theirs", 0.1), ("ours", 0.0)):
         vit.load_pretrained(live, tmp_path / f"{name}.pt", norm_eps=1e-6)
