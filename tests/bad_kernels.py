@@ -1,4 +1,4 @@
-"""Kernels that the compile-only lock must refuse, and one it must not; prints what it says of each as JSON.
+"""Kernels that the compile-only lock must refuse, and one it must accept; prints its findings as JSON.
 
 Run by test_lock.py in a process of its own, because the tests' process may interpret.
 """
@@ -73,7 +73,7 @@ def _what_lock_says(
 
 if __name__ == "__main__":
     half, single = torch.bfloat16, torch.float32
-    # A kernel that ptxas serialises depends on its version; here it only seems to have said so.
+    # Which kernels ptxas serialises depends on its version, so its warning is faked here.
     warning = "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized"
     said = {
         "good": _what_lock_says(_dot_kernel, half, 64, num_warps=4, num_stages=3),

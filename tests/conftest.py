@@ -22,7 +22,7 @@ import strict
 
 from vit.kernels import runtime
 
-torch.backends.cudnn.allow_tf32 = False  # on by default: eager's patch convolution in fp32 would be a lax standard
+torch.backends.cudnn.allow_tf32 = False  # on by default, which makes eager's fp32 patch convolution less exact
 
 _started = time.time()
 
@@ -106,7 +106,7 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(autouse=True)
 def _nan_filled_outputs():
-    """Fills what torch.empty returns with NaN, so that an element that a kernel leaves unwritten shows."""
+    """Fills what torch.empty returns with NaN, so that an element that a kernel does not write shows."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

@@ -1,4 +1,4 @@
-"""Training with DDP and FSDP2 beside one process on the whole batch. Not a test file: `test_distributed.py` runs it.
+"""DDP and FSDP2 training against one process on the whole batch. Not a test file: `test_distributed.py` runs it.
 
     TRITON_INTERPRET=1 python tests/distributed.py         two processes on the CPU, gloo
     torchrun --nproc-per-node 2 tests/distributed.py       on GPUs, one a process, NCCL
@@ -57,7 +57,7 @@ def from_meta(mesh: DeviceMesh, device: torch.device) -> nn.Module:
 def train(net: nn.Module, images: Tensor, labels: Tensor, accumulate: bool = False) -> tuple[list[float], list[Tensor]]:
     """Losses of the steps, averaged over processes, and the weights after them. images: [STEPS, B, C, H, W].
 
-    With ``accumulate`` each step's batch runs as two forwards, and only then backwards.
+    With ``accumulate`` each step's batch runs as two forwards, then one backward.
     """
     optimizer, losses = torch.optim.SGD(net.parameters(), lr=0.2, momentum=0.9), []
     for image, label in zip(images, labels, strict=True):
@@ -126,7 +126,7 @@ CASES: dict[str, tuple[Build, dict[str, Any], float]] = {
 
 
 def run(rank: int, world: int, device: torch.device) -> bool:
-    """Every case in this process; whether all of them were right."""
+    """Runs every case here; returns whether all were right."""
     mesh, good = init_device_mesh(device.type, (world,)), True
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(STEPS, BATCH, 3, 16, 24, generator=generator).to(device)
@@ -146,7 +146,7 @@ def run(rank: int, world: int, device: torch.device) -> bool:
 
 
 def other_methods(single: nn.Module, net: nn.Module, image: Tensor, rank: int) -> bool:
-    """A method that FSDP knows nothing of meets sharded parameters, and says so; registered, it is right."""
+    """A method unknown to FSDP gets sharded parameters and says so; once registered, it is right."""
     try:
         net.forward_intermediates(image)
         said = "nothing"

@@ -1,7 +1,7 @@
-"""A lint for what no test of results can promise: rules of CONTRIBUTING.md, read from the source of the kernels.
+"""A lint for rules of CONTRIBUTING.md that no test of results can check; it reads the kernels' source.
 
-`problems` takes the sources of all kernel files at once, because whether a value is as narrow as it was loaded is
-followed through names, tuples and calls from one function to another.
+`problems` takes the sources of all kernel files at once, because it follows through names, tuples and calls
+whether a value is as narrow as it was loaded.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _forbidden(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def _calls(kernel: ast.FunctionDef, is_tile_dot: bool) -> Iterator[tuple[int, str]]:
-    """Rules that one call, or one loop, decides."""
+    """Rules about a single call or loop."""
     widened = set()
     for node in ast.walk(kernel):
         if isinstance(node, ast.Call) and _name(node) == "to" and [ast.unparse(a) for a in node.args] == ["tl.int64"]:
@@ -80,7 +80,7 @@ def _calls(kernel: ast.FunctionDef, is_tile_dot: bool) -> Iterator[tuple[int, st
 
 
 def _specialised(kernel: ast.FunctionDef) -> Iterator[str]:
-    """A dropout's offset differs from block to block, and one that 16 divides would be a kernel of its own."""
+    """A dropout's offset differs per block; Triton would compile another kernel for multiples of 16."""
     drops = kernel.name.endswith("_kernel") and "OFFSET" in [a.arg for a in kernel.args.args]
     if drops and not any("'OFFSET'" in ast.unparse(d) for d in kernel.decorator_list):
         yield 'OFFSET is specialised; decorate with @triton.jit(do_not_specialize=["OFFSET"])'
@@ -106,7 +106,7 @@ class _Widths:
         return self.found
 
     def join(self, function: str, what: str, width: str | None) -> None:
-        """One caller or one return with a narrow value is enough."""
+        """Narrow if one caller or one return is narrow."""
         if self.known.get((function, what)) != NARROW and width is not None:
             self.known[function, what] = width
 
@@ -133,7 +133,7 @@ class _Widths:
             self.names[name.id] = width
 
     def mixed(self, nodes: list[ast.AST]) -> str | None:
-        """Of an operation on several values: the wider one decides."""
+        """Several values in one operation: the wider one decides."""
         widths = [self.width(n) for n in nodes]
         return WIDE if WIDE in widths else NARROW if NARROW in widths else None
 
@@ -144,7 +144,7 @@ class _Widths:
             return self.width(node.value)
         if not isinstance(node, ast.Call):
             widths = {self.width(child) for child in ast.iter_child_nodes(node)}
-            if isinstance(node, ast.Tuple):  # holds values beside each other, each with its own width
+            if isinstance(node, ast.Tuple):  # holds several values, each with its own width
                 return NARROW if NARROW in widths else WIDE if WIDE in widths else None
             return WIDE if WIDE in widths else NARROW if NARROW in widths else None
         return self.call(node)
@@ -170,7 +170,7 @@ class _Widths:
         return WIDE if WIDE in widths else NARROW if NARROW in widths else None
 
     def of_type(self, dtype: ast.AST) -> str | None:
-        """Of a value of this type: ACC, tl.float32 and an accumulator's own type are wide."""
+        """Width of this type: ACC, tl.float32 and an accumulator's own type are wide."""
         text = ast.unparse(dtype)
         if text == "ACC" or text in ("tl.float32", "tl.float64"):
             return WIDE

@@ -42,7 +42,7 @@ TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.floa
 
 
 def problems(arch: int, got: dict[str, Any]) -> list[str]:
-    """What is wrong with one compiled kernel, each with what to do."""
+    """The faults of one compiled kernel, each with a remedy."""
     found = []
     if not got["registers"]:
         found.append("ptxas said nothing about it; delete build/lock and run again")
@@ -154,7 +154,7 @@ def run(archs: list[int], cases: list[str], jobs: int) -> tuple[dict[str, Any], 
         for task, future in zip(tasks, futures, strict=True):
             try:
                 kernels_of_case, failures = future.result()
-            except Exception as error:  # a crash of the compiler takes the process and the cases after it along
+            except Exception as error:  # a compiler crash also ends the process and its later cases
                 failed.append(f"case {' '.join(map(str, task))}: {type(error).__name__}; try --case {task[0]} --jobs 1")
             else:
                 locked |= kernels_of_case

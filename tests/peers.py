@@ -43,7 +43,7 @@ def _import(name: str) -> ModuleType:
 def _make_torchvision_importable() -> None:
     """Declares the operators that torchvision asks for on import, where its own library cannot be loaded.
 
-    That is the case for a GPU build of torchvision beside a CPU build of torch. A working torchvision is left alone.
+    That is the case for a GPU build of torchvision with a CPU build of torch. A working torchvision is left alone.
     """
     spec = importlib.util.find_spec("torchvision")
     if spec is None or "torchvision" in sys.modules:

@@ -1,7 +1,7 @@
 """Makes Triton's CPU interpreter strict: an interpreted kernel computes what a GPU would, or raises `StrictError`.
 
 Plain ``TRITON_INTERPRET=1`` lets much pass that a GPU does not: it adds bfloat16 values by their bit patterns, reads
-and writes anywhere in the process, hands out 0 for masked-off lanes, wraps integers, and runs programs one after
+and writes anywhere in the process, returns 0 for masked-off lanes, wraps integers, and runs programs one after
 another so that two of them may share an output. ``install()`` replaces the few parts of `triton.runtime.interpreter`
 where these things happen, ``uninstall()`` puts them back.
 
@@ -33,7 +33,7 @@ _NAN_BF16 = 0x7FFF  # what cvt.rn.bf16 gives for every NaN
 
 
 class StrictError(InterpreterError):
-    """An interpreted kernel did something that a GPU would compute differently, or not survive."""
+    """An interpreted kernel did something that fails or gives another result on a GPU."""
 
 
 def to_bf16(x: np.ndarray) -> np.ndarray:
@@ -80,7 +80,7 @@ def _check_binary_overflow(lhs: tl.tensor, rhs: tl.tensor, binary_op: Callable[.
 
 
 def _check_reduction(self: interp.ReduceScanOpInterface, inputs: tuple[tl.tensor, ...]) -> None:
-    """Stands before every tl.reduce and tl.associative_scan."""
+    """Runs before every tl.reduce and tl.associative_scan."""
     _plain_check_tensor(self, inputs)
     name = self.combine_fn.__name__
     for x in inputs:
@@ -167,14 +167,14 @@ def _implicit_cvt(arg: Any) -> Any:
 
 
 def _set_attr(self: interp.TensorHandle, key: str, value: Any) -> None:
-    """A promise that the compiler would build on, as ``tl.multiple_of`` makes one, must be true."""
+    """A promise to the compiler, as by ``tl.multiple_of``, must be true."""
     if key == "tt.divisibility" and np.any(self.data % math.gcd(*value)):
         raise StrictError(f"multiple_of({value}) of {self.data[self.data % math.gcd(*value) != 0].flat[0]}")
     _plain_set_attr(self, key, value)
 
 
 def _patch_lang(fn: Callable[..., Any]) -> Any:
-    """Prepares tl once a launch, not again at every call of a device function: a third of the interpreter's time."""
+    """Prepares tl once per launch, not at every call of a device function: a third of the interpreter's time."""
     langs = {id(value) for value in fn.__globals__.values() if value is tl or value is tl.core}
     patched = interp.interpreter_builder.patched
     if langs and langs <= patched:
@@ -197,7 +197,7 @@ def _keep_span(name: str) -> Callable[..., interp.TensorHandle]:
 
 
 def _poison(ptrs: interp.TensorHandle) -> interp.TensorHandle:
-    """What masked-off lanes read without ``other``: undefined on a GPU, so something that shows."""
+    """What masked-off lanes read without ``other``: undefined on a GPU, here NaN or the maximum."""
     ty = ptrs.get_element_ty()
     dtype = interp._get_np_dtype(ty)
     value = _NAN_BF16 if ty == tl.bfloat16 else np.nan if dtype.kind == "f" else np.iinfo(dtype).max
@@ -268,7 +268,7 @@ class StrictBuilder(interp.InterpreterBuilder):
         return parts
 
     def _check_access(self, access: str, ptrs: interp.TensorHandle, mask: interp.TensorHandle) -> None:
-        """Every address in bounds, none touched after another program wrote it; a store is written down."""
+        """Checks that each address is in bounds and not written by another program; records stores."""
         lanes = np.broadcast_to(mask.data, ptrs.data.shape).astype(bool, copy=False)
         addresses = ptrs.data.ravel() if lanes.all() else ptrs.data[lanes]
         if not addresses.size:
@@ -362,7 +362,7 @@ class StrictBuilder(interp.InterpreterBuilder):
 
 
 class StrictGridExecutor(interp.GridExecutor):
-    """Runs one launch, and reports what broke as a `StrictError` with kernel, program and source line."""
+    """Runs one launch, and reports a failure as a `StrictError` with kernel, program and source line."""
 
     def _init_args_hst(self, args_dev, kwargs):
         args, kwargs = super()._init_args_hst(args_dev, kwargs)
@@ -376,7 +376,7 @@ class StrictGridExecutor(interp.GridExecutor):
             with np.errstate(all="ignore"):  # inf and NaN are values; a GPU does not warn about them
                 super().__call__(*args_dev, **kwargs)
         except Exception as error:
-            chain: list[BaseException] = [error]  # each jitted function on the way out has wrapped the error once more
+            chain: list[BaseException] = [error]  # each jitted function wraps the error again
             while chain[-1].__cause__ is not None:
                 chain.append(chain[-1].__cause__)
             if not isinstance(chain[-1], StrictError):
@@ -412,7 +412,7 @@ def install() -> None:
     builder = interp.interpreter_builder
     replacements = [
         (builder, "__class__", StrictBuilder),
-        (builder, "options", dataclasses.replace(builder.options, debug=True)),  # without, device_assert is skipped
+        (builder, "options", dataclasses.replace(builder.options, debug=True)),  # else device_assert is skipped
         (interp.interpreter_semantic, "binary_op_sanitize_overflow_impl", _check_binary_overflow),
         (interp.ReduceScanOpInterface, "check_tensor", _check_reduction),
         (interp, "TensorDescHandle", StrictDescriptor),

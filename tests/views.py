@@ -12,7 +12,7 @@ from vit.kernels import runtime
 
 
 def nan_padded(t: Tensor) -> Tensor:
-    """The values of t as a view into a larger buffer whose every other element is NaN."""
+    """The values of t as a view into a larger buffer whose other elements are NaN."""
     buffer = torch.full([n + 2 for n in t.shape], float("nan"), dtype=t.dtype, device=t.device)
     view = buffer[tuple(slice(1, n + 1) for n in t.shape)]
     view.copy_(t)
@@ -20,7 +20,7 @@ def nan_padded(t: Tensor) -> Tensor:
 
 
 def wide_rows(t: Tensor) -> Tensor:
-    """The values of t as columns of a wider buffer, whose others are NaN: its rows keep one stride, a longer one."""
+    """The values of t as columns of a wider buffer of NaN: the rows still have one common stride, a longer one."""
     buffer = torch.full([*t.shape[:-1], t.shape[-1] + 8], float("nan"), dtype=t.dtype, device=t.device)
     view = buffer[..., : t.shape[-1]]
     view.copy_(t)
@@ -29,7 +29,7 @@ def wide_rows(t: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def last_programs_only(count: int) -> Iterator[None]:
-    """Of every interpreted launch inside the last ``count`` programs run, under their own numbers; the grid is on x."""
+    """Interpreted launches inside run only their last ``count`` programs, with their own ids; the grid is on x."""
     launch, builder = runtime.launch, interpreter.interpreter_builder
 
     def few(kernel, grid, **args):

@@ -1,4 +1,4 @@
-"""The kernels keep the rules that only their source shows, and the lint that says so can fail."""
+"""The kernels keep the rules that only their source shows, and the lint can fail."""
 
 import re
 from pathlib import Path

@@ -13,7 +13,7 @@ CHOSEN = mutate.MUTANTS[:: 1 if os.environ.get("THOROUGH") else 10]
 
 
 def marked(mutants):
-    """Those whose tests compare with other libraries have the mark of such tests."""
+    """Mutants whose tests compare with other libraries are marked `peers`."""
     return [pytest.param(m, id=m.name, marks=[pytest.mark.peers] if mutate.compares(m) else []) for m in mutants]
 
 

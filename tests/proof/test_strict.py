@@ -1,4 +1,4 @@
-"""The strict interpreter against kernels that are wrong in one way each, and their right twins.
+"""The strict interpreter on kernels with one error each, and on their correct twins.
 
 Every wrong kernel is first run on Triton's own interpreter, which must let it pass: a check that stock Triton already
 makes would prove nothing here.

@@ -11,7 +11,7 @@ from vit.testing import Report, Tally, as_good, check, check_mirror, check_op, m
 
 
 def results(dtype, shape=(64, 96)):
-    """fp64 values, and two right roundings of them to ``dtype`` that differ in how they got there."""
+    """fp64 values, and two correct roundings of them to ``dtype``, computed in different ways."""
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(shape[0], 256, generator=generator).to(dtype)
     b = torch.randn(256, shape[1], generator=generator).to(dtype)
@@ -120,9 +120,9 @@ def model_results(seed):
 
 
 def test_chance_passes_where_draws_are_pooled():
-    """The same sums in another order: alone, a draw has more than twice eager's largest error now and then.
+    """The same sums in another order: a single draw sometimes has more than twice eager's largest error.
 
-    As many draws as `vit.testing.parity.enough_draws` takes of a model of this size. 8 are too few on some CPUs.
+    As many draws as `vit.testing.parity.enough_draws` takes for this model size. 8 are too few on some CPUs.
     """
     draws = [model_results(seed) for seed in range(96)]
     ratios = []
@@ -131,7 +131,7 @@ def test_chance_passes_where_draws_are_pooled():
         for name in exact:
             report = check(reversed_[name], eager[name], exact[name], scope="model", name=name)
             ratios.append(report.max / report.max_eager)
-    assert max(ratios) > 1.2, "no chance in it: is this the same computation?"
+    assert max(ratios) > 1.2, "no difference: is this the same computation?"
 
 
 def test_shapes_and_dtypes_must_agree():
@@ -167,7 +167,7 @@ class Spoiled(torch.autograd.Function):
 @pytest.mark.parametrize("how", ["nan", "infinite", "large"])
 @pytest.mark.parametrize("where", ["output", "gradient"])
 def test_every_judge_sees_an_error_that_any_would(how, where, dtype):
-    """`check_op`, `check_mirror` and `as_good`; and each passes what is right."""
+    """`check_op`, `check_mirror` and `as_good`; each accepts correct results."""
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
 
     def right(x):
@@ -200,7 +200,7 @@ def test_the_mirrors_error_has_no_floor_in_16_bits(dtype):
         as_good(ours, mirror, exact)
 
 
-# ---- every limit, worked out anew --------------------------------------------------------------------------------
+# ---- every limit, by hand ----------------------------------------------------------------------------------------
 
 # (factor of eager's rms, factor of its maximum, least signed bias in eager's rms): the table of CONTRIBUTING.md.
 LIMITS = {
@@ -214,7 +214,7 @@ LIMITS = {
 
 
 def two_roundings(exact, dtype):
-    """What becomes of each value with 0.3 added and taken away again in ``dtype``."""
+    """Twice the largest change from adding and subtracting 0.3 in ``dtype``."""
     r = exact.to(dtype)
     there = (r.double() + torch.tensor(0.3, dtype=torch.float64)).to(dtype)
     return 2 * max(abs(a - b) for a, b in zip((there - 0.3).tolist(), r.tolist(), strict=True))
@@ -223,7 +223,7 @@ def two_roundings(exact, dtype):
 @pytest.mark.parametrize("n", [40, 4000])
 @pytest.mark.parametrize(("scope", "dtype"), LIMITS)
 def test_errors_and_limits_by_hand(scope, dtype, n):
-    """Of few numbers and of many: 5/sqrt(n) is the larger or the smaller of the two least biases."""
+    """For few and many numbers: 5/sqrt(n) is the larger or the smaller of the two least biases."""
     generator = torch.Generator().manual_seed(0)
     exact, noise, other = (torch.randn(n, generator=generator, dtype=torch.float64) for _ in range(3))
     ours, eager = (exact + 0.02 * noise + 0.01 * exact.sign()).to(dtype), (exact - 0.03 * other.abs()).to(dtype)
@@ -289,7 +289,7 @@ def test_a_name_and_a_scope_reach_the_message():
 
 @pytest.mark.parametrize("size", [2047, 2048])
 def test_all_computations_start_from_the_same_rounded_numbers(size, dtype):
-    """Inputs and cotangents; of fewer than 2048 numbers there are eight cotangents. None stays None."""
+    """Inputs and cotangents; fewer than 2048 numbers get eight cotangents. None stays None."""
     x = torch.randn(size, generator=torch.Generator().manual_seed(0))
     seen, cotangents = [], []
 
@@ -317,7 +317,7 @@ def test_all_computations_start_from_the_same_rounded_numbers(size, dtype):
 
 @pytest.mark.parametrize("what", ["output 0", "output 1", "grad a", "grad b"])
 def test_each_output_and_each_gradient_is_judged_under_its_name(what):
-    """The first and the later ones; all that fail have a line, and no other."""
+    """The first and the later ones; only those that fail have a line."""
     inputs = {k: torch.randn(16, 8, generator=torch.Generator().manual_seed(i)) for i, k in enumerate("ab")}
 
     def right(a, b):
@@ -340,7 +340,7 @@ def test_each_output_and_each_gradient_is_judged_under_its_name(what):
 
 
 def test_the_mirrors_factor(dtype):
-    """At most 1.25 times its error; what is zero has no rounding floor in any dtype."""
+    """At most 1.25 times its error; zeros have no rounding floor in any dtype."""
     exact = torch.zeros(64, dtype=torch.float64)
     mirror = torch.ones(64).to(dtype)
     as_good(mirror * 1.25, mirror, exact)
@@ -358,7 +358,7 @@ def test_the_mirrors_factor(dtype):
 
 
 def test_only_fp32_may_be_a_rounding_worse_than_the_mirror():
-    """A mirror without any error: two roundings of 1 are within the floor of fp32, and nothing is in 16 bits."""
+    """A mirror without any error: fp32's floor allows two roundings of 1, 16 bits allow nothing."""
     for dtype in (torch.float32, *HALF):
         mirror = torch.linspace(1, 2, 64).to(dtype)
         exact, ulp = mirror.double(), torch.finfo(dtype).eps
@@ -371,7 +371,7 @@ def test_only_fp32_may_be_a_rounding_worse_than_the_mirror():
 
 
 def test_rounding_floor_by_hand():
-    """In bf16, 1 + 0.3 is 1.296875, and that less 0.3 is 0.99609375: twice 0.00390625. Of nothing it is nothing."""
+    """In bf16, 1 + 0.3 is 1.296875, and that minus 0.3 is 0.99609375: twice 0.00390625. Without values it is 0."""
     assert rounding_floor(torch.tensor([0.0, 1.0], dtype=torch.float64), torch.bfloat16) == 2 * 0.00390625
     assert rounding_floor(torch.empty(0, dtype=torch.float64), torch.bfloat16) == 0
 

@@ -63,7 +63,7 @@ def single_precision(s: Subject):
     return s.gradients(s.model().float(), s.image().float())
 
 
-@case(limit=0.1)  # that the path runs; how near it is, the policy in test_accelerate.py says
+@case(limit=0.1)  # shows that the path runs; test_accelerate.py judges the error
 def bfloat16(s: Subject):
     return logits(s.model().bfloat16()(s.image().bfloat16()))
 
@@ -79,7 +79,7 @@ def autocast(s: Subject):
 
 @case()
 def double_after_single(s: Subject):
-    """A model that has run in one dtype runs in the next, without what it kept from the first."""
+    """A model that has run in one dtype runs in the next, with nothing kept from the first."""
     model = s.model().float()
     model(s.image().float())
     return logits(model.double()(s.image()))
@@ -124,7 +124,7 @@ def module_walk(s: Subject):
 
 @case()
 def every_attribute(s: Subject):
-    """Names of what a module holds, but for the ``forward`` that may be there."""
+    """Attribute names of each module, except ``forward``, which may be there."""
     return {name: sorted(set(vars(m)) - {"forward"}) for name, m in s.model().named_modules()}
 
 
@@ -157,7 +157,7 @@ def layout_of_convolutions(s: Subject):
 
 @case()
 def convolution_then_batch_norm(s: Subject):
-    """A convolution whose stride is its kernel, in a branch that is no ViT, before a BatchNorm in training."""
+    """A convolution whose stride equals its kernel, outside the ViT, before a BatchNorm in training."""
     branch = nn.Sequential(nn.Conv2d(3, 5, 8, 8, dtype=s.dtype), nn.BatchNorm2d(5, dtype=s.dtype), nn.Flatten())
     for p in branch.parameters():
         nn.init.normal_(p, generator=torch.Generator().manual_seed(0))

@@ -84,7 +84,7 @@ def shallow_copies_of_blocks(s: Subject):
 
 
 def _with_other_parameters(module: nn.Module) -> nn.Module:
-    """As `torch.nn.parallel.replicate` does it: new objects, the same attributes, other parameters."""
+    """Like `torch.nn.parallel.replicate`: new objects, the same attributes, other parameters."""
     memo = {m: m._replicate_for_data_parallel() for m in module.modules()}
     for original, replica in memo.items():
         for name, child in original._modules.items():
@@ -132,7 +132,7 @@ def averaged_model(s: Subject):
 
 @case()
 def changed_class(s: Subject):
-    """Another class for a module that lives, as ToMe does it."""
+    """Changes the class of an existing module, as ToMe does."""
     model = s.model()
     for block in blocks(model):
 
@@ -159,7 +159,7 @@ def parts_replaced(s: Subject):
 
 
 class LowRank(nn.Module):
-    """What LoRA puts in the place of a linear layer."""
+    """What LoRA puts in place of a linear layer."""
 
     def __init__(self, base: nn.Linear):
         super().__init__()

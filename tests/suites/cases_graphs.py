@@ -127,7 +127,7 @@ def script_saved(s: Subject):
 
 @case()
 def script_leaves_the_process_sound(s: Subject):
-    """After an attempt on this model, a model of the same class that was never touched can be scripted."""
+    """After an attempt on this model, an untouched model of the same class can be scripted."""
     try:
         torch.jit.script(s.model())
     finally:
@@ -180,7 +180,7 @@ def feature_extractor_trains(s: Subject):
 
 @case(only="timm torchvision")
 def graph_node_names(s: Subject):
-    """The places that people pick features at: those of modules."""
+    """The nodes where users take features: those of modules."""
     modules = {name for name, _ in s.untouched().named_modules()}
     return [name for name in _node_names(s.model()) if name in modules]
 

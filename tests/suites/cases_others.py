@@ -22,7 +22,7 @@ def encoder_alone(s: Subject):
 
 @case(only="torchvision")
 def attention_maps_from_a_hook(s: Subject):
-    """As explainers do it: ``need_weights`` switched on in a pre-hook."""
+    """As explainers do: a pre-hook switches ``need_weights`` on."""
     model, maps = s.model(), []
     for _, module in parts(model, nn.MultiheadAttention):
         module.register_forward_pre_hook(

@@ -21,9 +21,9 @@ Touch = Callable[[nn.Module], nn.Module]
 def side_by_side(
     run: Callable[[Touch], object], limit: float = 0.0, reason: str | None = None, impl: str = "auto"
 ) -> None:
-    """``run(touch)`` with a ``touch`` that does nothing, then with `vit.accelerate`: the second returns the same.
+    """``run(touch)`` with a ``touch`` that does nothing, then with `vit.accelerate`: both return the same.
 
-    Skips where the library itself cannot do it. With a ``reason`` why the second cannot, it must fail.
+    Skips where the library itself fails. With a ``reason`` why the second run fails, it must fail.
     """
     made, accelerated = [], []
 
@@ -87,7 +87,7 @@ def source_of(library: str) -> Path | None:
 
 
 def assert_equal(ours: object, theirs: object, limit: float, where: str = "result") -> None:
-    """Tensors are near, everything else in them is the same."""
+    """Tensors are close, everything else is equal."""
     assert type(ours) is type(theirs), f"{where}: {type(ours).__name__} for {type(theirs).__name__}"
     if isinstance(theirs, torch.Tensor):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype), where

@@ -29,7 +29,7 @@ MODELS = {
     )
 }  # fmt: skip
 HEAVY = ("timm registers", "torchvision ViT", "hf Dinov2 eager")  # for cases that take long
-SINGLE_SOFTMAX = ("hf ViT eager", "hf DeiT eager")  # compute a softmax in single precision whatever the model's dtype
+SINGLE_SOFTMAX = ("hf ViT eager", "hf DeiT eager")  # compute a softmax in single precision in any dtype of the model
 
 
 @dataclasses.dataclass

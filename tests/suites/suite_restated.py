@@ -1,4 +1,4 @@
-"""Our own statement of what the libraries' tests and users ask of a model, on small models of each library."""
+"""Our own cases of what the libraries' tests and users do with a model, on small models of each library."""
 
 import cases_calls  # noqa: F401 (each enters its cases into CASES)
 import cases_copies  # noqa: F401
@@ -23,7 +23,7 @@ PAIRS = [
     for model in MODELS
     if model.split()[0] in case.only.split() and (model in HEAVY or not case.heavy)
 ]
-# What views and in-place writes, which the CPU path takes as they come, may break in the kernels.
+# Cases where views and in-place writes, which the CPU path accepts, may break the kernels.
 IN_KERNELS = (
     "backward",
     "forward_hooks_see_every_module",

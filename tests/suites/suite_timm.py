@@ -13,7 +13,7 @@ pytestmark = pytest.mark.peers
 SMALL = ("test_vit", "test_vit2", "test_vit3")
 MODELS = (*SMALL, "deit_tiny_distilled_patch16_224", "vit_tiny_r_s16_p8_224")
 SLOW = ("test_prune_intermediate_layers_contract",)
-EXCEPTIONS: dict[str, str] = {}  # a case: why it cannot pass accelerated; it must not
+EXCEPTIONS: dict[str, str] = {}  # case: why it must fail accelerated
 DOWNLOADS = ("test_model_inference", "test_model_load_pretrained", "test_model_features_pretrained")
 
 
@@ -30,7 +30,7 @@ def _their_module():
 
 
 def _arguments(function) -> list[dict[str, object]]:
-    """Every combination of what its ``parametrize`` marks say."""
+    """Every combination of its ``parametrize`` marks."""
     rows = []
     for mark in getattr(function, "pytestmark", []):
         if mark.name == "parametrize":

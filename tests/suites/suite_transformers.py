@@ -1,6 +1,6 @@
 """transformers' own tests of a model, from its source package, on its four ViTs.
 
-The package carries the tests that all models share, but no file of a single model: the sizes are given here.
+The package has the tests that all models share, but no file of a single model: the sizes are given here.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from side_by_side import Touch, side_by_side, source_of
 pytestmark = pytest.mark.peers
 
 FAMILIES = ("ViT", "DeiT", "Dinov2", "Dinov2WithRegisters")
-EXCEPTIONS: dict[tuple[str, str], str] = {}  # (test, family): why it cannot pass accelerated; it must not
+EXCEPTIONS: dict[tuple[str, str], str] = {}  # (test, family): why it must fail accelerated
 LEFT_OUT = {  # files that the source package lacks, and the mixin that is imported from each
     "exporters.test_export": "ExportTesterMixin",
     "generation.test_utils": "GenerationTesterMixin",
