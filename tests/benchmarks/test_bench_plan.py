@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import subprocess
 import time
 from pathlib import Path
 
@@ -115,6 +116,16 @@ def test_a_copy_without_a_checkout_is_told_its_commit(tmp_path, monkeypatch):
     assert record.git_commit() is None
     monkeypatch.setenv("COMMIT", "abc1234")
     assert record.git_commit() == "abc1234"
+
+
+def test_a_checkout_knows_its_commit_better_than_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMMIT", "abc1234")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    assert record.git_commit() and head.startswith(record.git_commit())
 
 
 def test_every_record_on_disk_says_where_it_is_from(tmp_path):

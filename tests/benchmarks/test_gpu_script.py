@@ -148,6 +148,8 @@ def test_one_bit_is_seen():
     assert cases.same_bits([a], [[a.clone()], [a.clone()]])["ok"]
     assert cases.same_bits([a, a], [[a, a], [a, b]])["differing"] == {1: 1}
     assert not cases.same_bits([a, a], [[a, b]])["ok"]
+    several = cases.same_bits([a, a], [[b, a], [b, a], [a, a]])  # the last repeat is right
+    assert not several["ok"] and several["differing"] == {0: 2} and several["times"] == 3
     nan = torch.full_like(a, float("nan"))
     assert not cases.same_bits([nan], [[nan]])["ok"]
 

@@ -146,6 +146,20 @@ def test_classify_computes_what_the_model_does(photo, tmp_path):
     assert len(classify.classify(photo, tmp_path / "folder", top=99).splitlines()) == 8
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_classify_takes_another_size_if_the_model_does(dynamic, photo, tmp_path):
+    model = saved(tmp_path / "folder", dynamic_img_size=dynamic)
+    (tmp_path / "folder/preprocessor_config.json").write_text('{"size": {"height": 64, "width": 48}}')
+    if not dynamic:
+        with pytest.raises(ValueError, match="makes 48 x 64 pixels, but the model takes 32 x 32"):
+            classify.classify(photo, tmp_path / "folder")
+        return
+    pixels = preprocess.of_folder(tmp_path / "folder", (32, 32))(preprocess.open_photo(photo))
+    probs = model(pixels)[0].softmax(0)
+    assert pixels.shape[2:] == (64, 48)
+    assert f"{100 * probs.max():.2f} %" in classify.classify(photo, tmp_path / "folder").splitlines()[1]
+
+
 def test_classify_prepares_as_it_is_told(photo, tmp_path):
     saved(tmp_path / "folder")
     of_folder = classify.classify(photo, tmp_path / "folder")

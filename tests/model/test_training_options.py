@@ -260,6 +260,24 @@ class Foreign(torch.nn.Module):
         return x + self.drop(self.fc(x).relu())
 
 
+@pytest.mark.parametrize("part", ["blocks.0", "blocks.0.attn", "blocks.1.mlp.fc2", "blocks.1.norm2", "blocks"])
+def test_a_hook_that_draws_draws_the_same_when_recomputed(part):
+    model = vit.VisionTransformer(SMALL, 0).eval()
+    randomise(model)
+    model.get_submodule(part).register_forward_hook(lambda module, args, out: torch.dropout(out, 0.5, True))
+    image = torch.randn(4, 3, 16, 24, generator=torch.Generator().manual_seed(1))
+
+    def run():
+        torch.manual_seed(0)
+        return outputs_and_gradients(model, model, image)
+
+    direct = run()
+    assert not torch.equal(direct["output"], model(image))
+    model.set_grad_checkpointing()
+    again = run()
+    assert all(torch.equal(direct[k], again[k]) for k in direct)
+
+
 @pytest.mark.parametrize("rates", [{}, RATES], ids=["", "drops"])
 def test_a_foreign_block_is_recomputed_with_its_own_mask(rates):
     model = vit.VisionTransformer(dataclasses.replace(SMALL, **rates), 0)
