@@ -308,6 +308,22 @@ def test_seeded_weights_are_the_seeds_and_others_are_drawn_from_pytorch(cls):
 
 @pytest.mark.parametrize("mode", ["", "zeros", "jax", "jax_nlhb"])
 @pytest.mark.parametrize("cls", [vit.VisionTransformer, Reference])
+def test_a_seed_determines_every_initial_weight(cls, mode):
+    """PyTorch's own generator has no part in any of them."""
+    config = vit.ViTConfig(
+        img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=4, reg_tokens=1, init_values=0.5,
+        use_mask_token=True, representation_size=24, qk_norm=True, weight_init=mode,
+    )  # fmt: skip
+    states = []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        states.append(cls(config, seed=0).state_dict())
+    differ = [name for name, t in states[0].items() if not torch.equal(t, states[1][name])]
+    assert differ == []
+
+
+@pytest.mark.parametrize("mode", ["", "zeros", "jax", "jax_nlhb"])
+@pytest.mark.parametrize("cls", [vit.VisionTransformer, Reference])
 def test_initial_weights_by_hand(cls, mode):
     """With a patch that is not square and an image with five channels."""
     config = vit.ViTConfig(

@@ -117,6 +117,15 @@ def test_16_bit_position_embedding_is_rounded_once(half):
     assert (error <= exact.abs() * torch.finfo(half).eps * 0.501 + 1e-6).all()
 
 
+@pytest.mark.parametrize("mode", ["bicubic", "bicubic_antialias"])
+def test_fp64_position_embedding_is_resized_in_fp64(mode):
+    config = dataclasses.replace(SMALL, interpolation=mode)
+    pos = torch.randn(1, config.pos_embed_len, 64, generator=torch.Generator().manual_seed(0)).double()
+    grid = pos[:, 1:].unflatten(1, config.grid_size).permute(0, 3, 1, 2)
+    exact = F.interpolate(grid, (7, 9), mode="bicubic", antialias="antialias" in mode).flatten(2).mT
+    torch.testing.assert_close(resize_pos_embed(pos, config, (7, 9))[:, 1:], exact, rtol=1e-14, atol=1e-14)
+
+
 def test_position_embedding_is_resized_with_kernels(device):
     config = dataclasses.replace(SMALL, depth=1, impl="triton")
     assert_parity(config, torch.float32, device, size=(48, 24), interpolate_pos_encoding=True)

@@ -46,6 +46,7 @@ def other_weights():
         lambda s: {"net": {"state_dict": s}},
         lambda s: {k.replace("blocks.0.", "blocks.0._fsdp_wrapped_module."): v for k, v in s.items()},
         lambda s: {k.replace("blocks.1.", "blocks.1._checkpoint_wrapped_module."): v for k, v in s.items()},
+        lambda s: {f"_orig_mod.{k.replace('.norm', '._fsdp_wrapped_module._orig_mod.norm')}": v for k, v in s.items()},
     ],
 )
 def test_wrappers(wrap, tmp_path):
@@ -885,6 +886,24 @@ def test_files_of_a_folder_by_hand(size, tmp_path):
     assert load(tmp_path / "vit.v2", in_chans=1).config.grid_size == (size[0] // 8, size[1] // 4)
     with pytest.raises(ValueError, match=r"x\.json has no suffix"):
         vit.save_pretrained(model, tmp_path / "x.json", "hf")
+
+
+@pytest.mark.parametrize(
+    ("rates", "told"),
+    [
+        ({"pos_drop_rate": 0.1, "proj_drop_rate": 0.1, "act_drop_rate": 0.0}, 0.1),
+        ({"pos_drop_rate": 0.1, "proj_drop_rate": 0.1}, None),  # act_drop_rate is proj_drop_rate then
+        ({"pos_drop_rate": 0.1, "proj_drop_rate": 0.1, "act_drop_rate": 0.2}, None),
+        ({"pos_drop_rate": 0.1, "proj_drop_rate": 0.2, "act_drop_rate": 0.0}, None),
+        ({}, 0.0),
+    ],
+)
+def test_config_json_tells_a_dropout_only_if_it_is_transformers(rates, told, tmp_path):
+    """There one rate is that of the embeddings and of both projections, and nothing drops after the activation."""
+    pytest.importorskip("safetensors")
+    vit.save_pretrained(make(**rates), tmp_path / "m", "hf")
+    assert json.loads((tmp_path / "m/config.json").read_text()).get("hidden_dropout_prob") == told
+    assert load(tmp_path / "m").config == make(**rates).config
 
 
 @pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "quick_gelu"])
