@@ -130,6 +130,24 @@ def test_gradients_are_those_of_the_reference(call, device):
         torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.interpreted
+@every_call
+def test_fp64_is_kept_throughout(call, device):
+    """Results and gradients are within 1e-11 of the reference. Only the factor of dropout is an fp32 number."""
+    op, inputs, options = make(call, device)
+    options = {n: o.double() if n == "row_scale" else o for n, o in options.items()}
+    options |= {"return_lse": True} if op.startswith("attention") else {}
+    inputs, found = {n: t.double() for n, t in inputs.items()}, []
+    for module in (kernels, reference):
+        leaves = {n: t.detach().requires_grad_() for n, t in inputs.items()}
+        outs = run(op, leaves, options, module)
+        learnt = [out for out in outs if out.requires_grad]
+        found.append([*outs, *torch.autograd.grad(learnt, list(leaves.values()), directions(learnt))])
+    limit = 5e-7 if "seed" in options else 1e-12
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, atol=10 * limit, rtol=limit)
+
+
 @every_call
 def test_each_gradient_alone(call, device):
     """Where one argument learns and all others are frozen, it learns what it learns beside them."""
