@@ -50,39 +50,49 @@ def grouped_tile(pid, TILES_M, TILES_N, GROUP_M: tl.constexpr):
 def gelu_and_grad(x, ACTIVATION: tl.constexpr, CHEAP: tl.constexpr):
     """gelu(x) and gelu'(x). The compiler removes the one that is not used.
 
-    ACTIVATION "gelu": x·Φ(x) and Φ(x) + x·φ(x). CHEAP replaces erf (more than 30 instructions) for results that will be
-    rounded to 16 bits: Φ(−|x|) = ½ erfc(|x|/√2) by Abramowitz & Stegun 7.1.26, which shares its exponential with φ.
+    ACTIVATION "gelu": x·Φ(x) and Φ(x) + x·φ(x), with the normal distribution Φ and its density φ.
     The others: x·σ(v) and σ(v) + x·σ'(v)·v', with the logistic function σ.
     ACTIVATION "gelu_tanh": v = 2·√(2/π)·(x + 0.044715·x³), because ½(1 + tanh u) = σ(2u).
     ACTIVATION "quick_gelu": v = 1.702·x.
+    CHEAP is for results that will be rounded to 16 bits: a polynomial instead of erf, and 1/√(d²) instead of 1/d, which
+    takes seven instructions more.
     """
     if ACTIVATION == "gelu":
-        exp = tl.exp(-0.5 * x * x)
+        pdf = tl.exp2(x * x * -0.7213475204444817 - 1.3257480647361595)  # log₂ φ(x) = −½ log₂e · x² − ½ log₂(2π)
         if CHEAP:
-            t = 1.0 / (1.0 + 0.2316418882663604 * tl.abs(x))
-            tail = 0.5307027145 * t - 0.7265760135
-            tail = tail * t + 0.7107068705
-            tail = tail * t - 0.142248368
-            tail = tail * t + 0.127414796
-            tail *= t * exp
-            cdf = tl.where(x < 0.0, tail, 1.0 - tail)
+            # Φ(−|x|)/φ(x) as a polynomial in t, a minimax fit. The error of Φ times max(1, |x|) is below 6e-8. That of
+            # Φ(−|x|), relative to it, is below 2e-4 for |x| < 6.5, and below 6e-3 until φ underflows.
+            d = tl.abs(x) + 2.99
+            t = tl.rsqrt(d * d + 1.0)
+            ratio = 60.979835 * t - 4.3995163
+            ratio = ratio * t + 5.0244771
+            ratio = ratio * t + 0.83858463
+            ratio = ratio * t + 0.0050716971
+            cdf = tl.abs(tl.where(x < 0.0, 0.0, 1.0) - pdf * ratio)
         else:
             cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-        return x * cdf, cdf + x * (exp * 0.3989422804014327)
+        return x * cdf, cdf + x * pdf
     else:
         if ACTIVATION == "gelu_tanh":
-            square = tl.minimum(x * x, 1e6)  # finite, so that 0 · v' below is 0; σ is 0 or 1 long before
-            v = x * (1.5957691216057308 + 0.07135481627260025 * square)
-            slope = 1.5957691216057308 + 0.21406444881780076 * square
+            square = x * x
+            w = x * (-2.302208198144325 - 0.1029432395800235 * square)  # −v · log₂e
+            # Finite, so that 0 · v' below is 0. σ is 0 or 1 long before.
+            slope = 1.5957691216057308 + 0.21406444881780076 * tl.minimum(square, 1e6)
         else:
             tl.static_assert(ACTIVATION == "quick_gelu", "unknown activation")
-            v = 1.702 * x
+            w = -2.4554669595930156 * x
             slope = tl.full(x.shape, 1.702, x.dtype)
-        # The exponential of −|v| cannot overflow. 1 − σ is computed from it, because a subtraction would cancel.
-        exp = tl.exp(-tl.abs(v))
-        small = 1.0 / (1.0 + exp)
-        cdf = tl.where(v < 0.0, exp * small, small)
-        return x * cdf, cdf + x * (exp * small * small * slope)
+        if CHEAP:
+            exp = 1.0 + tl.exp2(w)
+            cdf = tl.rsqrt(exp * exp)
+            y = x * cdf
+            return y, cdf + y * (1.0 - cdf) * slope
+        else:
+            # The exponential of −|v| cannot overflow. 1 − σ is computed from it, because a subtraction would cancel.
+            exp = tl.exp2(-tl.abs(w))
+            small = 1.0 / (1.0 + exp)
+            cdf = tl.where(w > 0.0, exp * small, small)
+            return x * cdf, cdf + x * (exp * small * small * slope)
 
 
 @triton.jit

@@ -194,7 +194,7 @@ MUTANTS = [
         "mlp: the backward multiplies by gelu instead of its derivative",
         "kernels/linear.py",
         "            acc *= factor\n",
-        "            acc *= second\n",
+        "            acc *= aux\n",
         (f"{MLP}::test_mlp",),
     ),
     Mutant(
@@ -326,9 +326,23 @@ MUTANTS = [
     Mutant(
         "gelu_tanh: slope off by a factor of three in x squared",
         "kernels/tile.py",
-        "0.21406444881780076 * square",
-        "0.07135481627260025 * square",
+        "0.21406444881780076 * tl.minimum",
+        "0.07135481627260025 * tl.minimum",
         ("tests/kernels/test_gelu.py::test_gelu_and_grad",),
+    ),
+    Mutant(
+        "gelu: the cheap form's tail is off by 0.1 %",
+        "kernels/tile.py",
+        "ratio = ratio * t + 0.0050716971",
+        "ratio = 0.999 * (ratio * t + 0.0050716971)",
+        ("tests/kernels/test_gelu.py::test_every_number_of_16_bits",),
+    ),
+    Mutant(
+        "gelu: the cheap form loses infinity",
+        "kernels/tile.py",
+        "cdf = tl.abs(tl.where(x < 0.0, 0.0, 1.0) - pdf * ratio)",
+        "cdf = tl.maximum(x, 0.0) / x - tl.where(x < 0.0, -1.0, 1.0) * pdf * ratio",
+        ("tests/kernels/test_gelu.py::test_infinity_and_nan",),
     ),
     Mutant(
         "gemm: the cheap erf in fp32",
