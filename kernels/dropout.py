@@ -20,7 +20,7 @@ from . import configs, reference, runtime, tile
 from .checks import check_dropout, check_floating
 
 
-@triton.jit(do_not_specialize=["OFFSET"])
+@triton.jit(do_not_specialize=["M", "OFFSET"])
 def _dropout_kernel(
     x_ptr, seed_ptr, y_ptr,
     M, D, OFFSET, stride_xm,

@@ -15,6 +15,8 @@ Saved: x if W requires grad, W if x does, h with an activation.
 
 Every sum has one fixed order: a program walks all of K, from front to back, and db is one reduction over rows. Operands
 are read through tensor descriptors, which read zeros beyond the edges.
+
+No batch compiles a kernel again: its size is M or K, and Triton does not specialise on these two.
 """
 
 from __future__ import annotations
@@ -31,14 +33,20 @@ from .checks import check_activation, check_floating, check_layer
 
 
 @triton.jit
-def _describe(x, stride, ROWS, COLS, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, TRANS: tl.constexpr):
-    """The descriptor of an operand [ROWS, COLS], stored transposed if TRANS. Without a stride x is a descriptor."""
+def _describe(
+    x, stride, ROWS, COLS, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, TRANS: tl.constexpr, ALIGN: tl.constexpr
+):
+    """The descriptor of an operand [ROWS, COLS], stored transposed if TRANS. Without a stride x is a descriptor.
+
+    ALIGN divides the length of a stored row. The compiler has to know it: where it makes plain loads of a descriptor,
+    they are wide only then.
+    """
     if stride is None:
         return x
     elif TRANS:
-        return tl.make_tensor_descriptor(x, [COLS, ROWS], [stride, 1], [BLOCK_COLS, BLOCK_ROWS])
+        return tl.make_tensor_descriptor(x, [COLS, ROWS // ALIGN * ALIGN], [stride, 1], [BLOCK_COLS, BLOCK_ROWS])
     else:
-        return tl.make_tensor_descriptor(x, [ROWS, COLS], [stride, 1], [BLOCK_ROWS, BLOCK_COLS])
+        return tl.make_tensor_descriptor(x, [ROWS, COLS // ALIGN * ALIGN], [stride, 1], [BLOCK_ROWS, BLOCK_COLS])
 
 
 @triton.jit
@@ -46,23 +54,22 @@ def _load(desc, row, col, TRANS: tl.constexpr):
     return desc.load([col, row]).T if TRANS else desc.load([row, col])
 
 
-@triton.jit(do_not_specialize=["OFFSET"])  # one kernel for all blocks of a network
+@triton.jit(do_not_specialize=["M", "K", "OFFSET"])  # one kernel for all batches and all blocks of a network
 def _gemm_kernel(
     a_ptr, b_ptr, bias_ptr, preact_ptr, seed_ptr, out_ptr, aux_ptr,
     M, N, K, OFFSET,
     stride_a, stride_b,
-    TRANS_A: tl.constexpr, TRANS_B: tl.constexpr, ACTIVATION: tl.constexpr, P: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr,
+    TRANS_A: tl.constexpr, TRANS_B: tl.constexpr, ALIGN_A: tl.constexpr, ALIGN_B: tl.constexpr,
+    ACTIVATION: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SPLIT: tl.constexpr, CHEAP: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    pid_m, pid_n = tile.grouped_tile(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    start_m = (pid_m * BLOCK_M).to(tl.int32)  # descriptors take 32-bit coordinates
-    start_n = (pid_n * BLOCK_N).to(tl.int32)
+    pid_m, pid_n = tile.grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    start_m = (pid_m.to(tl.int64) * BLOCK_M).to(tl.int32)  # descriptors take 32-bit coordinates, and `gemm` checks them
+    start_n = (pid_n.to(tl.int64) * BLOCK_N).to(tl.int32)
 
-    a_desc = _describe(a_ptr, stride_a, M, K, BLOCK_M, BLOCK_K, TRANS_A)
-    b_desc = _describe(b_ptr, stride_b, K, N, BLOCK_K, BLOCK_N, TRANS_B)
+    a_desc = _describe(a_ptr, stride_a, M, K, BLOCK_M, BLOCK_K, TRANS_A, ALIGN_A)
+    b_desc = _describe(b_ptr, stride_b, K, N, BLOCK_K, BLOCK_N, TRANS_B, ALIGN_B)
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
     for start_k in tl.range(0, K, BLOCK_K, warp_specialize=WARP_SPECIALIZE):
         a = _load(a_desc, start_m, start_k, TRANS_A)
@@ -76,9 +83,10 @@ def _gemm_kernel(
     if SPLIT == 4:
         pieces = _halves(pieces[0]) + _halves(pieces[1])
     for i in tl.static_range(SPLIT):
+        offs_n = start_n + i * (BLOCK_N // SPLIT) + tl.arange(0, BLOCK_N // SPLIT)
         _epilogue(
-            pieces[i], pid_m, start_n + i * (BLOCK_N // SPLIT), bias_ptr, preact_ptr, seed_ptr, out_ptr, aux_ptr,
-            M, N, OFFSET, ACTIVATION, P, CHEAP,
+            pieces[i], start_m, tl.arange(0, BLOCK_M), offs_n,
+            bias_ptr, preact_ptr, seed_ptr, out_ptr, aux_ptr, M, N, OFFSET, ACTIVATION, P, CHEAP,
         )  # fmt: skip
 
 
@@ -90,21 +98,18 @@ def _halves(x):
 
 @triton.jit
 def _epilogue(
-    acc, pid_m, start_n,
+    acc, start_m, offs_m, offs_n,
     bias_ptr, preact_ptr, seed_ptr, out_ptr, aux_ptr,
     M, N, OFFSET,
     ACTIVATION: tl.constexpr, P: tl.constexpr, CHEAP: tl.constexpr,
 ):  # fmt: skip
-    """Bias, activation and dropout for the rows of tile row pid_m and the columns from start_n, and the stores.
+    """Bias, activation and dropout for the rows start_m + offs_m and the columns offs_n, and the stores.
 
     CHEAP: GELU uses an approximation of erf, see `tile.gelu_and_grad`. None: only for results of 16 bits.
     """
-    BLOCK_M: tl.constexpr = acc.shape[0]
-    first_row = pid_m * BLOCK_M  # 64-bit; the offsets from there on are not, which halves their registers
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_n = start_n + tl.arange(0, acc.shape[1])
+    first = start_m.to(tl.int64) * N  # 64-bit; the offsets from there on are not, which halves their registers
     mask_n = offs_n < N
-    mask = (first_row + offs_m < M)[:, None] & mask_n[None, :]
+    mask = (start_m + offs_m < M)[:, None] & mask_n[None, :]
     offs_out = offs_m[:, None] * N + offs_n[None, :]
 
     if bias_ptr is not None:
@@ -112,7 +117,7 @@ def _epilogue(
     if ACTIVATION is not None:
         NO_ERF: tl.constexpr = out_ptr.dtype.element_ty.primitive_bitwidth == 16 if CHEAP is None else CHEAP
         if preact_ptr is not None:
-            preact = tl.load(preact_ptr + first_row * N + offs_out, mask=mask, other=0.0).to(acc.dtype)
+            preact = tl.load(preact_ptr + first + offs_out, mask=mask, other=0.0).to(acc.dtype)
             aux, factor = tile.gelu_and_grad(preact, ACTIVATION, NO_ERF)
             acc *= factor
         else:
@@ -120,33 +125,34 @@ def _epilogue(
             acc, _ = tile.gelu_and_grad(acc, ACTIVATION, NO_ERF)
         if seed_ptr is not None:
             drop_scale = tile.dropout_scale(
-                tl.load(seed_ptr), OFFSET, (first_row + offs_m)[:, None], offs_n[None, :], P
+                tl.load(seed_ptr), OFFSET, (start_m + offs_m).to(tl.int64)[:, None], offs_n[None, :], P
             ).to(acc.dtype)
             acc *= drop_scale
             if preact_ptr is not None:
                 aux *= drop_scale
         if aux_ptr is not None:
-            tl.store(aux_ptr + first_row * N + offs_out, aux.to(aux_ptr.dtype.element_ty), mask=mask)
+            tl.store(aux_ptr + first + offs_out, aux.to(aux_ptr.dtype.element_ty), mask=mask)
 
-    tl.store(out_ptr + first_row * N + offs_out, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + first + offs_out, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["OFFSET"])
+@triton.jit(do_not_specialize=["M", "OFFSET"])
 def _activation_kernel(
     x_ptr, preact_ptr, seed_ptr, out_ptr,
     M, N, OFFSET,
     ACTIVATION: tl.constexpr, P: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The epilogue alone, on a matrix in memory."""
-    pid = tl.program_id(0).to(tl.int64)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    pid_m, start_n = pid // tiles_n, (pid % tiles_n).to(tl.int32) * BLOCK_N
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    pid_m, pid_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
+    start_m, start_n = (pid_m.to(tl.int64) * BLOCK_M).to(tl.int32), (pid_n.to(tl.int64) * BLOCK_N).to(tl.int32)
+    offs_m = tl.arange(0, BLOCK_M)
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    mask = (start_m + offs_m < M)[:, None] & (offs_n < N)[None, :]
+    offs = offs_m[:, None] * N + offs_n[None, :]
 
-    x = tl.load(x_ptr + offs_m[:, None] * N + offs_n[None, :], mask=mask, other=0.0).to(ACC)
-    _epilogue(x, pid_m, start_n, None, preact_ptr, seed_ptr, out_ptr, None, M, N, OFFSET, ACTIVATION, P, None)
+    x = tl.load(x_ptr + start_m.to(tl.int64) * N + offs, mask=mask, other=0.0).to(ACC)
+    _epilogue(x, start_m, offs_m, offs_n, None, preact_ptr, seed_ptr, out_ptr, None, M, N, OFFSET, ACTIVATION, P, None)
 
 
 def _operand(x: Tensor) -> Tensor:
@@ -189,7 +195,7 @@ def gemm(
     arch, precision = runtime.arch(a.device), runtime.precision(a.dtype)
     config = configs.gemm(arch, a.dtype, precision)
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
-    if max(M, K, N * block_m) > 2**31 - block_k:
+    if max(M + block_m, K + block_k, N * block_m + block_n) >= 2**31:
         raise ValueError(f"a product of [{M}, {K}] and [{K}, {N}] has a side too long for 32-bit tile coordinates")
     out, aux_out = a.new_empty(M, N), a.new_empty((M, N) if aux else 0)
     if M == 0 or N == 0:
@@ -199,6 +205,7 @@ def gemm(
     a, b = _operand(a), _operand(b)
     # The host makes the descriptors, except for warps that split a tile: the compiler narrows only a kernel's own.
     host = configs.has_tma(arch) and not config.warp_specialize
+    align_a, align_b = (16 if not host and x.shape[1] % 16 == 0 else 1 for x in (a, b))
     if config.warp_specialize:
         runtime.allow_descriptors(a.device)
     runtime.launch(
@@ -208,8 +215,8 @@ def gemm(
         bias_ptr=bias, preact_ptr=preact, seed_ptr=seed, out_ptr=out, aux_ptr=aux_out if aux else None,
         M=M, N=N, K=K, OFFSET=offset,
         stride_a=None if host else a.stride(0), stride_b=None if host else b.stride(0),
-        TRANS_A=trans_a, TRANS_B=trans_b, ACTIVATION=activation, P=dropout_p,
-        PRECISION=precision, ACC=runtime.acc_type(a.dtype),
+        TRANS_A=trans_a, TRANS_B=trans_b, ALIGN_A=align_a, ALIGN_B=align_b,
+        ACTIVATION=activation, P=dropout_p, PRECISION=precision, ACC=runtime.acc_type(a.dtype),
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=config.group_m,
         SPLIT=config.split, CHEAP=config.cheap, WARP_SPECIALIZE=config.warp_specialize,
         num_warps=config.num_warps, num_stages=config.num_stages,
@@ -221,7 +228,7 @@ def activate(
     x: Tensor, activation: str, preact: Tensor | None = None,
     *, seed: Tensor | None = None, dropout_p: float = 0.0, offset: int = 0,
 ) -> Tensor:  # fmt: skip
-    """gelu(x), or x · gelu'(preact), then dropout as in `gemm`, rounded once; contiguous matrices [M, N]."""
+    """gelu(x), or x · gelu'(preact), then dropout as in `gemm`, rounded once; contiguous matrices, long as `gemm`'s."""
     out, (M, N) = torch.empty_like(x), x.shape
     config = configs.elementwise(runtime.arch(x.device), N)
     runtime.launch(

@@ -39,7 +39,10 @@ def row_stats(x, mask, D, eps):
 
 @triton.jit
 def grouped_tile(pid, TILES_M, TILES_N, GROUP_M: tl.constexpr):
-    """(tile row, tile column) of a program: GROUP_M tile rows go column by column, so that operands stay in L2."""
+    """(tile row, tile column) of a program: GROUP_M tile rows go column by column, so that operands stay in L2.
+
+    pid may have 32 bits, and so have the results then. Dividing 64-bit numbers takes a hundred instructions.
+    """
     first_m = pid // (GROUP_M * TILES_N) * GROUP_M
     rows = tl.minimum(TILES_M - first_m, GROUP_M)
     in_group = pid % (GROUP_M * TILES_N)

@@ -27,6 +27,7 @@ def problems(sources: Mapping[str, str]) -> list[str]:
     found = [(file, line, what) for file, tree in trees.items() for line, what in _forbidden(tree)]
     for file, kernel in kernels:
         found += [(file, line, what) for line, what in _calls(kernel, file == "tile.py" and kernel.name == "dot")]
+        found += [(file, line, what) for line, what in _multiplied_ids(kernel)]
         found += [(file, kernel.lineno, what) for what in _specialised(kernel)]
     found += _Widths(kernels).narrow_reductions()
     return [f"{file}:{line}: {what}" for file, line, what in sorted(set(found))]
@@ -64,8 +65,12 @@ def _calls(kernel: ast.FunctionDef, is_tile_dot: bool) -> Iterator[tuple[int, st
     """Rules about a single call or loop."""
     widened = set()
     for node in ast.walk(kernel):
-        if isinstance(node, ast.Call) and _name(node) == "to" and [ast.unparse(a) for a in node.args] == ["tl.int64"]:
+        if _is_int64(node):
             widened.add(node.func.value)
+        elif isinstance(node, ast.BinOp) and isinstance(node.op, (ast.FloorDiv, ast.Mod)):
+            widened.add(node.left)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "tile.grouped_tile":
+            widened.add(node.args[0])
     for node in ast.walk(kernel):
         if isinstance(node, ast.While):
             yield node.lineno, "while: a loop with no bound may wait for another program; use range"
@@ -76,7 +81,30 @@ def _calls(kernel: ast.FunctionDef, is_tile_dot: bool) -> Iterator[tuple[int, st
         elif _is_tl(node, "dot", "dot_scaled") and not is_tile_dot:
             yield node.lineno, "tl.dot: every dot goes through tile.dot"
         elif _is_tl(node, "program_id", "num_programs") and node not in widened:
-            yield node.lineno, f"{ast.unparse(node)} is 32 bits; follow it with .to(tl.int64) at once"
+            yield node.lineno, f"{ast.unparse(node)} is 32 bits; follow it with .to(tl.int64), or divide it, at once"
+
+
+def _is_int64(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and _name(node) == "to" and [ast.unparse(a) for a in node.args] == ["tl.int64"]
+
+
+def _multiplied_ids(kernel: ast.FunctionDef) -> Iterator[tuple[int, str]]:
+    """Products of a program id, or of what an id was divided into, in 32 bits."""
+    narrow: set[str] = set()
+
+    def is_narrow(node: ast.AST) -> bool:
+        if _is_int64(node):
+            return False
+        if _is_tl(node, "program_id", "num_programs") or (isinstance(node, ast.Name) and node.id in narrow):
+            return True
+        return any(map(is_narrow, ast.iter_child_nodes(node)))
+
+    for node in (n for n in ast.walk(kernel) if isinstance(n, ast.Assign)):
+        if is_narrow(node.value):
+            narrow |= {n.id for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+    for node in ast.walk(kernel):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult) and is_narrow(node):
+            yield node.lineno, f"{ast.unparse(node)} may need more than 32 bits; cast the id with .to(tl.int64) first"
 
 
 def _specialised(kernel: ast.FunctionDef) -> Iterator[str]:

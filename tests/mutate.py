@@ -345,6 +345,27 @@ MUTANTS = [
         ("tests/kernels/test_gelu.py::test_infinity_and_nan",),
     ),
     Mutant(
+        "gelu: 1/d by a division",
+        "kernels/tile.py",
+        "t = tl.rsqrt(d * d + 1.0)",
+        "t = 1.0 / tl.sqrt(d * d + 1.0)",
+        ("tests/kernels/test_linear_compiled.py::test_the_epilogue_of_a_product_with_gelu_is_short",),
+    ),
+    Mutant(
+        "gemm: every other batch compiles a kernel",
+        "kernels/linear.py",
+        '@triton.jit(do_not_specialize=["M", "K", "OFFSET"])',
+        '@triton.jit(do_not_specialize=["M", "OFFSET"])',
+        ("tests/kernels/test_linear_compiled.py::test_no_batch_compiles_a_kernel_again",),
+    ),
+    Mutant(
+        "gemm: rows and columns of a tile in 32 bits from the first element of the matrix",
+        "kernels/linear.py",
+        "first = start_m.to(tl.int64) * N",
+        "first = start_m * N",
+        ("tests/kernels/test_mlp_offsets.py::test_product",),
+    ),
+    Mutant(
         "gemm: the cheap erf in fp32",
         "kernels/linear.py",
         "primitive_bitwidth == 16",

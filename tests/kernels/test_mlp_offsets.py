@@ -53,7 +53,7 @@ def test_product(randn, program, backward):
         a_ptr=TensorDescriptor.from_tensor(a, [BLOCK_M, K]), b_ptr=TensorDescriptor.from_tensor(b, [K, BLOCK_N]),
         bias_ptr=None, preact_ptr=pre if backward else None, seed_ptr=seed, out_ptr=out, aux_ptr=second,
         M=M, N=N, K=K, OFFSET=3, stride_a=None, stride_b=None,
-        TRANS_A=False, TRANS_B=False, PRECISION="ieee", BLOCK_N=BLOCK_N, BLOCK_K=K, GROUP_M=1,
+        TRANS_A=False, TRANS_B=False, ALIGN_A=1, ALIGN_B=1, PRECISION="ieee", BLOCK_N=BLOCK_N, BLOCK_K=K, GROUP_M=1,
         SPLIT=2, CHEAP=None, WARP_SPECIALIZE=False, **META,
     )  # fmt: skip
     h = a[ROWS].float() @ b[:, COLUMNS].float()
