@@ -5,7 +5,8 @@ the forward (x·Wᵀ), the gradient of the input (dy·W) and that of the weight 
 the accumulator's type:
     acc + bias
     h = acc + bias, out = gelu(h), and h itself as a second output if the backward will need it
-    out = acc · gelu'(h), and gelu(h) as a second output, so that the forward need not save it
+    out = acc · gelu'(h), gelu(h) as a second output, so that the forward need not save it, and for the gradient of the
+        bias Σ_rows of out: a row of partial sums from each row of tiles, which one sum adds
 With a seed, dropout follows the activation: gelu and gelu' are multiplied by the element's `tile.dropout_scale`.
 
 Forward:  y = x·Wᵀ + b, or h = x·Wᵀ + b and y = gelu(h).
@@ -56,7 +57,7 @@ def _load(desc, row, col, TRANS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "K", "OFFSET"])  # one kernel for all batches and all blocks of a network
 def _gemm_kernel(
-    a_ptr, b_ptr, bias_ptr, preact_ptr, seed_ptr, out_ptr, aux_ptr,
+    a_ptr, b_ptr, bias_ptr, preact_ptr, seed_ptr, out_ptr, aux_ptr, sum_ptr,
     M, N, K, OFFSET,
     stride_a, stride_b,
     TRANS_A: tl.constexpr, TRANS_B: tl.constexpr, ALIGN_A: tl.constexpr, ALIGN_B: tl.constexpr,
@@ -84,10 +85,24 @@ def _gemm_kernel(
         pieces = _halves(pieces[0]) + _halves(pieces[1])
     for i in tl.static_range(SPLIT):
         offs_n = start_n + i * (BLOCK_N // SPLIT) + tl.arange(0, BLOCK_N // SPLIT)
-        _epilogue(
-            pieces[i], start_m, tl.arange(0, BLOCK_M), offs_n,
-            bias_ptr, preact_ptr, seed_ptr, out_ptr, aux_ptr, M, N, OFFSET, ACTIVATION, P, CHEAP,
-        )  # fmt: skip
+        if sum_ptr is None:
+            _epilogue(
+                pieces[i], start_m, tl.arange(0, BLOCK_M), offs_n,
+                bias_ptr, preact_ptr, seed_ptr, out_ptr, aux_ptr, M, N, OFFSET, ACTIVATION, P, CHEAP,
+            )  # fmt: skip
+        else:
+            # Half of the rows at a time. A thread has rows r and r + 8 of the product, so nothing moves, and it adds
+            # its own rows first. Rows beyond M are zero, because their operands read zeros.
+            halves = pieces[i].reshape(BLOCK_M // 16, 2, 8, BLOCK_N // SPLIT).permute(0, 2, 3, 1).split()
+            offs_m = tl.arange(0, BLOCK_M // 2) // 8 * 16 + tl.arange(0, BLOCK_M // 2) % 8
+            sums = ()
+            for j in tl.static_range(2):
+                half = _epilogue(
+                    halves[j].reshape(BLOCK_M // 2, BLOCK_N // SPLIT), start_m, offs_m + 8 * j, offs_n,
+                    bias_ptr, preact_ptr, seed_ptr, out_ptr, aux_ptr, M, N, OFFSET, ACTIVATION, P, CHEAP,
+                )  # fmt: skip
+                sums += (tl.sum(half.reshape(2, BLOCK_M // 4, BLOCK_N // SPLIT), axis=0),)
+            tl.store(sum_ptr + pid_m.to(tl.int64) * N + offs_n, tl.sum(sums[0] + sums[1], axis=0), mask=offs_n < N)
 
 
 @triton.jit
@@ -134,6 +149,7 @@ def _epilogue(
             tl.store(aux_ptr + first + offs_out, aux.to(aux_ptr.dtype.element_ty), mask=mask)
 
     tl.store(out_ptr + first + offs_out, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    return acc
 
 
 @triton.jit(do_not_specialize=["M", "OFFSET"])
@@ -180,15 +196,17 @@ def gemm(
     trans_a: bool = False,
     trans_b: bool = False,
     aux: bool = False,
+    sums: bool = False,
     seed: Tensor | None = None,
     dropout_p: float = 0.0,
     offset: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Launches the kernel and returns (out, aux). aux is empty unless the argument ``aux`` is True.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches the kernel and returns (out, aux, sums). aux and sums are empty unless arguments ask for them.
 
     a is [M, K], or [K, M] with ``trans_a``; b is [K, N], or [N, K] with ``trans_b``; any strides. With ``activation``
-    out is gelu(acc + bias) and aux is acc + bias. With ``preact`` [M, N] as well, out is acc · gelu'(preact) and aux is
-    gelu(preact). bias and preact are contiguous. With ``seed`` dropout follows the gelu, see `vit.kernels.mlp`.
+    out is gelu(acc + bias) and aux is acc + bias. With ``preact`` [M, N] as well, out is acc · gelu'(preact), aux is
+    gelu(preact), and sums [N] are Σ_rows of out before it is rounded. bias and preact are contiguous. With ``seed``
+    dropout follows the gelu, see `vit.kernels.mlp`.
     """
     M, K = a.shape[::-1] if trans_a else a.shape
     N = b.shape[0] if trans_b else b.shape[1]
@@ -198,8 +216,11 @@ def gemm(
     if max(M + block_m, K + block_k, N * block_m + block_n) >= 2**31:
         raise ValueError(f"a product of [{M}, {K}] and [{K}, {N}] has a side too long for 32-bit tile coordinates")
     out, aux_out = a.new_empty(M, N), a.new_empty((M, N) if aux else 0)
+    tiles_m, partial = triton.cdiv(M, block_m), None
+    if sums:  # of each row of tiles
+        partial = a.new_empty(tiles_m, N, dtype=torch.promote_types(a.dtype, torch.float32))
     if M == 0 or N == 0:
-        return out, aux_out
+        return out, aux_out, a.new_zeros(N if sums else 0)
     if K == 0:  # a descriptor has no empty dimension; a product over one zero is as good
         K, a, b = 1, a.new_zeros((1, M) if trans_a else (M, 1)), b.new_zeros((N, 1) if trans_b else (1, N))
     a, b = _operand(a), _operand(b)
@@ -209,10 +230,11 @@ def gemm(
     if config.warp_specialize:
         runtime.allow_descriptors(a.device)
     runtime.launch(
-        _gemm_kernel, triton.cdiv(M, block_m) * triton.cdiv(N, block_n),
+        _gemm_kernel, tiles_m * triton.cdiv(N, block_n),
         a_ptr=TensorDescriptor.from_tensor(a, [block_k, block_m] if trans_a else [block_m, block_k]) if host else a,
         b_ptr=TensorDescriptor.from_tensor(b, [block_n, block_k] if trans_b else [block_k, block_n]) if host else b,
         bias_ptr=bias, preact_ptr=preact, seed_ptr=seed, out_ptr=out, aux_ptr=aux_out if aux else None,
+        sum_ptr=partial,
         M=M, N=N, K=K, OFFSET=offset,
         stride_a=None if host else a.stride(0), stride_b=None if host else b.stride(0),
         TRANS_A=trans_a, TRANS_B=trans_b, ALIGN_A=align_a, ALIGN_B=align_b,
@@ -221,7 +243,7 @@ def gemm(
         SPLIT=config.split, CHEAP=config.cheap, WARP_SPECIALIZE=config.warp_specialize,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return out, aux_out
+    return out, aux_out, partial.sum(dim=0).to(a.dtype) if sums else a.new_empty(0)
 
 
 def activate(
@@ -261,8 +283,8 @@ def reshaped(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def column_sum(dy: Tensor) -> Tensor:
-    """Σ_rows of a contiguous matrix, accumulated in fp32 or wider in one fixed order."""
-    return dy.sum(dim=0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(dy.dtype)
+    """Σ_rows of a contiguous matrix in one fixed order. PyTorch adds numbers of 16 bits in fp32 and rounds once."""
+    return dy.sum(dim=0)
 
 
 @torch.library.custom_op("vit::linear_fwd", mutates_args=())
@@ -273,7 +295,7 @@ def linear_fwd(
     shape = (*x.shape[:-1], weight.shape[0])
     if activation is None:
         return reshaped(matmul(rows(x), weight, bias, trans_b=True, impl=impl), shape), x.new_empty(0)
-    y, preact = gemm(rows(x), weight, bias, activation, trans_b=True, aux=save)
+    y, preact, _ = gemm(rows(x), weight, bias, activation, trans_b=True, aux=save)
     return reshaped(y, shape), reshaped(preact, shape) if save else preact
 
 

@@ -1,7 +1,7 @@
 """MLP block fc2(dropout(gelu(fc1(x)))) as one autograd op, on the GEMM of `linear`.
 
 Forward:  h = x·W1ᵀ + b1 and a = k · gelu(h) from one epilogue,  y = a·W2ᵀ + b2
-Backward: dh = (dy·W2) · k · gelu'(h) and a = k · gelu(h) again from one epilogue,
+Backward: dh = (dy·W2) · k · gelu'(h), a = k · gelu(h) again and db1 from one epilogue,
     dx = dh·W1,  dW1 = dhᵀ·x,  db1 = Σ_rows dh,  dW2 = dyᵀ·a,  db2 = Σ_rows dy
 Saved: x, h, W1, W2 and the seed, each only if a gradient needs it. a, which is as wide as h, and k, the dropout scale,
 are computed again. Without gradients h is not written at all.
@@ -29,7 +29,7 @@ def mlp_fwd(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, h); h is empty unless ``save``."""
     drop = {"seed": seed, "dropout_p": dropout_p, "offset": offset}
-    postact, preact = gemm(rows(x), fc1_weight, fc1_bias, activation, trans_b=True, aux=save, **drop)
+    postact, preact, _ = gemm(rows(x), fc1_weight, fc1_bias, activation, trans_b=True, aux=save, **drop)
     y = matmul(postact, fc2_weight, fc2_bias, trans_b=True, impl=impl)
     batch = x.shape[:-1]
     y = reshaped(y, (*batch, fc2_weight.shape[0]))
@@ -59,15 +59,14 @@ def mlp_bwd(
     postact = dpreact = None
     drop = {"seed": seed, "dropout_p": dropout_p, "offset": offset}
     if fc2_weight is not None:
-        dpreact, postact = gemm(dy_rows, fc2_weight, None, activation, rows(preact).contiguous(), aux=need_dw2, **drop)
+        h, outputs = rows(preact).contiguous(), {"aux": need_dw2, "sums": need_db1}
+        dpreact, postact, db1 = gemm(dy_rows, fc2_weight, None, activation, h, **outputs, **drop)
     elif need_dw2:  # nothing before fc2 requires grad
         postact = activate(rows(preact).contiguous(), activation, **drop)
     if fc1_weight is not None:
         dx = reshaped(matmul(dpreact, fc1_weight, impl=impl), (*dy.shape[:-1], fc1_weight.shape[1]))
     if x is not None:
         dw1 = matmul(dpreact, rows(x), trans_a=True, impl=impl)
-    if need_db1:
-        db1 = column_sum(dpreact)
     if need_dw2:
         dw2 = matmul(dy_rows, postact, trans_a=True, impl=impl)
     if need_db2:

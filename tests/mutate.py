@@ -352,6 +352,27 @@ MUTANTS = [
         ("tests/kernels/test_linear_compiled.py::test_the_epilogue_of_a_product_with_gelu_is_short",),
     ),
     Mutant(
+        "gemm: the sums of the columns leave half of the rows out",
+        "kernels/linear.py",
+        "tl.sum(sums[0] + sums[1], axis=0)",
+        "tl.sum(sums[0], axis=0)",
+        (f"{MLP}::test_mlp",),
+    ),
+    Mutant(
+        "gemm: all partial sums of the columns at one place",
+        "kernels/linear.py",
+        "sum_ptr + pid_m.to(tl.int64) * N + offs_n",
+        "sum_ptr + offs_n",
+        (f"{LINEAR}::test_sums_of_the_columns",),
+    ),
+    Mutant(
+        "gemm: partial sums of the columns are rounded before they are added",
+        "kernels/linear.py",
+        "partial.sum(dim=0).to(a.dtype)",
+        "partial.to(a.dtype).sum(dim=0)",
+        (f"{LINEAR}::test_sums_of_the_columns",),
+    ),
+    Mutant(
         "gemm: every other batch compiles a kernel",
         "kernels/linear.py",
         '@triton.jit(do_not_specialize=["M", "K", "OFFSET"])',
@@ -396,8 +417,8 @@ MUTANTS = [
     Mutant(
         "linear: the gradient of the bias is summed in 16 bits",
         "kernels/linear.py",
-        "dy.sum(dim=0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(dy.dtype)",
-        "sum(some.sum(dim=0) for some in dy.split(64))",
+        "return dy.sum(dim=0)",
+        "return sum(some.sum(dim=0) for some in dy.split(64))",
         (f"{LINEAR}::test_sums_over_many_rows",),
     ),
     Mutant(

@@ -54,8 +54,8 @@ def total(launches, field, phase=None):
 OURS = {
     "fwd": 4 + 4 + 2 + 4 + 5 + 5 + 4,  # qkv, attention, proj, add + norm, fc1 with GELU, fc2, add + norm
     "kept": 4,  # what the GELU saw
-    # Of fc2: dgrad with dGELU, wgrad, bias. Of fc1 dgrad, wgrad, bias; norm; of proj, attention, of qkv; norm.
-    "bwd": 13 + 5 + 1 + 5 + 5 + 4 + 4 + 2 + 2 + 1 + 8 + 4 + 4 + 3 + 4,
+    # Of fc2: dgrad with dGELU and fc1's bias, wgrad, bias. Of fc1 dgrad, wgrad; norm; of proj, attention, of qkv; norm.
+    "bwd": 13 + 5 + 1 + 5 + 5 + 4 + 2 + 2 + 1 + 8 + 4 + 4 + 3 + 4,
     "tokens": 1,  # the stem writes them once
     "once": 2,  # the first norm joins no residual gradient, and so needs a pass of its own for the sum
 }

@@ -83,7 +83,7 @@ def test_forms_of_the_gemm_agree(randn, monkeypatch, dtype):
     products = [
         lambda: gemm(a, b, bias, trans_b=True),
         lambda: gemm(a, b, bias, "gelu", trans_b=True, aux=True),
-        lambda: gemm(a, b, None, "gelu", pre, trans_b=True, aux=True),
+        lambda: gemm(a, b, None, "gelu", pre, trans_b=True, aux=True, sums=True),
     ]
 
     def results(**form):
@@ -99,6 +99,36 @@ def test_forms_of_the_gemm_agree(randn, monkeypatch, dtype):
     assert all(map(torch.equal, same, default)) and not all(map(torch.equal, other, default))
     for x, y in zip(erf, cheap, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-2 if dtype is torch.bfloat16 else 0.0, atol=2e-5)
+
+
+FP64 = pytest.param(torch.float64, marks=pytest.mark.interpreted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, FP64], ids=str)
+@pytest.mark.parametrize(("M", "K", "N"), [(1, 16, 10), (32, 24, 64), (33, 72, 168), (139, 40, 200)])
+def test_sums_of_the_columns(randn, dtype, M, K, N):
+    """Of the product with gelu', in the epilogue: of unrounded numbers in fp32, and rounded once. With dropout, too."""
+    a, b, pre = (randn(*s).to(dtype) for s in [(M, K), (K, N), (M, N)])
+    seed = torch.tensor([3], device=a.device)
+    for drop in ({}, {"seed": seed, "dropout_p": 0.5, "offset": 2}):
+        out, aux, sums = gemm(a, b, None, "gelu", pre, aux=True, sums=True, **drop)
+        plain = gemm(a, b, None, "gelu", pre, aux=True, **drop)
+        assert torch.equal(out, plain[0]) and torch.equal(aux, plain[1]) and plain[2].numel() == 0
+        leaf = pre.double().requires_grad_()
+        (slope,) = torch.autograd.grad(reference.gelu(leaf, "gelu").sum(), leaf)
+        exact = (a.double() @ b.double()) * slope
+        if drop:
+            exact *= reference.dropout_scale(seed, 2, exact.shape, 0.5)
+        exact, size = exact.sum(dim=0), exact.abs().sum(dim=0)
+        wide = torch.promote_types(dtype, torch.float32)
+        limit = 0.51 * torch.finfo(dtype).eps * exact.abs() + 8 * torch.finfo(wide).eps * size
+        assert sums.dtype is dtype and ((sums.double() - exact).abs() <= limit).all()
+
+
+def test_sums_over_no_rows(randn):
+    for M, K, N in [(0, 16, 8), (3, 0, 8), (3, 16, 0)]:
+        _, _, sums = gemm(randn(M, K), randn(K, N), None, "gelu", randn(M, N), sums=True)
+        assert torch.equal(sums, torch.zeros_like(sums)) and sums.shape == (N,)
 
 
 @pytest.mark.parametrize("arch", [80, 89, 90, 100])

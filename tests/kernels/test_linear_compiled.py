@@ -27,7 +27,8 @@ with compiled.compiling(90, lambda name, args, kernel: found.append(kernel)):
     gemm(x, fc1, bias, "gelu", trans_b=True)
     gemm(x, fc1, bias, "gelu", trans_b=True, aux=True)
     gemm(x, fc2, None, "gelu", pre, aux=True)
-for kernel, limit in zip(found, (20.5, 20.5, 24.5), strict=True):
+    gemm(x, fc2, None, "gelu", pre, aux=True, sums=True)
+for kernel, limit in zip(found, (20.5, 20.5, 24.5, 27.0), strict=True):
     figures, last = compiled.figures(kernel), kernel.asm["sass"].split("HGMMA")[-1]
     per_element = last.count(";") * figures["warps"] * 32 / (128 * 128)
     assert figures["registers"] * figures["warps"] * 32 * 2 <= 65_536 and not figures["spill"], figures

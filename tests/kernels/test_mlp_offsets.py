@@ -46,12 +46,14 @@ def test_product(randn, program, backward):
     a, b, seed = torch.zeros(M, K, dtype=torch.float16), randn(K, N).half(), torch.tensor([5])
     a[ROWS] = randn(M - FIRST, K).half()
     pre, out, second = matrices(3)
+    sums = torch.from_numpy(np.zeros((M // BLOCK_M + 1, N), dtype=np.float32)) if backward else None
     if backward:
         pre[ROWS, COLUMNS] = randn(M - FIRST, BLOCK_N).half()
     runtime.launch(
         _gemm_kernel, 1,
         a_ptr=TensorDescriptor.from_tensor(a, [BLOCK_M, K]), b_ptr=TensorDescriptor.from_tensor(b, [K, BLOCK_N]),
         bias_ptr=None, preact_ptr=pre if backward else None, seed_ptr=seed, out_ptr=out, aux_ptr=second,
+        sum_ptr=sums,
         M=M, N=N, K=K, OFFSET=3, stride_a=None, stride_b=None,
         TRANS_A=False, TRANS_B=False, ALIGN_A=1, ALIGN_B=1, PRECISION="ieee", BLOCK_N=BLOCK_N, BLOCK_K=K, GROUP_M=1,
         SPLIT=2, CHEAP=None, WARP_SPECIALIZE=False, **META,
@@ -65,6 +67,8 @@ def test_product(randn, program, backward):
         wanted = h * slope * keep(seed), wanted[0]
     for got, want in zip((out, second), wanted, strict=True):
         torch.testing.assert_close(got[ROWS, COLUMNS].float(), want, rtol=2e-3, atol=2e-3)
+    if backward:
+        torch.testing.assert_close(sums[-1, COLUMNS], wanted[0].sum(dim=0), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.interpreted
