@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 endif
 PIP = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint test-peers test-suites gpu bench roofline memory report profile tune bench-smoke \
+.PHONY: demo test lint test-peers test-suites gpu bench roofline cycles memory report profile tune bench-smoke \
 	lock lock-3.6 mutate peers clean
 
 demo: $(READY)
@@ -51,6 +51,10 @@ bench: $(READY)
 roofline: $(READY)
 	$(PY) -m benchmarks.roofline $(ARGS)
 
+# A cycle model of the compiled kernels, no GPU: make cycles ARGS="--kernel attention", in a minute; a model takes three
+cycles: $(READY)
+	$(PY) -m benchmarks.cycles $(ARGS)
+
 # Counted, no GPU: make memory ARGS="--shape vit_base_patch16_224/b256 --largest 79"
 memory: $(READY)
 	$(PY) -m benchmarks.memory $(ARGS)
@@ -75,6 +79,7 @@ bench-smoke: $(READY)
 	$(PY) -m benchmarks --rehearse
 	$(PY) -m pytest benchmarks --benchmark-only --benchmark-columns=median -q
 	$(PY) -m benchmarks.roofline --shape vit_tiny_patch16_224/b64 --arch 90
+	$(PY) -m benchmarks.cycles --shape vit_tiny_patch16_224/b64 --kernel layer_norm_fwd
 	$(PY) -m benchmarks.memory --shape vit_tiny_patch16_224/b64
 	$(PY) -m benchmarks.tune layer_norm --limit 2
 	$(PY) -m benchmarks.tune gemm_fc1 --limit 2
