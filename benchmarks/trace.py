@@ -70,9 +70,10 @@ FLOPS: dict[str, Callable[[dict[str, Any]], int]] = {
     "_patch_embed_fwd_kernel": _patches("image_ptr"),
     "_patch_embed_dw_kernel": _patches("image_ptr"),
     "_patch_embed_dimage_kernel": _patches("dimage_ptr"),
-    **dict.fromkeys(
-        ("_layer_norm_fwd_kernel", "_layer_norm_bwd_kernel", "_activation_kernel", "_dropout_kernel"), lambda a: 0
-    ),
+    **{
+        f"_{name}_kernel": lambda a: 0
+        for name in ("layer_norm_fwd", "layer_norm_bwd", "partial_sums", "activation", "dropout")
+    },
 }
 
 

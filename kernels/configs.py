@@ -48,6 +48,11 @@ def layer_norm(arch: int, width: int, redraws: bool = False) -> Config:
     )
 
 
+def partial_sums(arch: int) -> Config:
+    """Tiles of the sum of partial sums: few columns a program, because there are few columns and many rows."""
+    return Config(block_m=4, block_n=32) if arch == 0 else Config(block_m=128, block_n=32)
+
+
 def elementwise(arch: int, width: int) -> Config:
     """Tiles of a pass that only reads and writes."""
     if arch == 0:

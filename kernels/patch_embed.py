@@ -14,7 +14,7 @@ Backward, from dy [B, T, D], with G the rows of dy that belong to patches, zero 
     sums = Σ_b dy,  dpos = sums (its last N rows),  dprefix = sums[:R],  dbias = Σ G
     dmask_token = Σ of the rows of masked patches
     dW = Gᵀ·P: a program owns one tile of dW and one range of patches, walks it in order and writes a partial tile; the
-        partials are then summed in one fixed order
+        partials are then summed in one fixed order, together with what is left of the sums above
     dP = G·W, stored straight to the pixels: each belongs to exactly one patch, so these are plain stores
 There are no atomics, so the result has the same bits every time. Products and sums accumulate in fp32 (fp64 for fp64
 tensors, interpreted only). If tokens are fp32 and pixels have 16 bits, G is rounded to 16 bits for the products.
@@ -32,6 +32,7 @@ from torch import Tensor
 from . import configs, reference, runtime, tile
 from .autocast import autocasts
 from .checks import check_floating
+from .partial_sums import sum_partials
 
 
 @triton.jit
@@ -221,35 +222,36 @@ def _patch_embed_fwd_fake(image, weight, bias, pos_embed, prefix, mask_token, ma
     return image.new_empty(B, T, D, dtype=torch.promote_types(image.dtype, added.dtype))
 
 
-def _fill_sums(
+def _sums_over_images(
     dy: Tensor, g: Tensor, is_masked: Tensor | None, num_prefix: int,
     dbias: Tensor, dpos: Tensor, dprefix: Tensor, dmask_token: Tensor,
-) -> None:  # fmt: skip
-    """Fills the gradients that are sums over the images, except empty ones.
+) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
+    """What `sum_partials` takes to fill the gradients that are sums over the images, except empty ones.
 
     g [B, T, D] is dy with zeros in masked rows, is_masked [B, T, 1].
     """
     wide = torch.promote_types(dy.dtype, torch.float32)
-    of_masked = None
+    sums = of_masked = None
     # Contiguous, because the order of PyTorch's sum depends on the strides.
     if dbias.numel() or dpos.numel() or dprefix.numel():
         sums = g.contiguous().sum(dim=0, dtype=wide)  # [T, D]
     if is_masked is not None and (dpos.numel() or dmask_token.numel()):
         of_masked = dy.contiguous().masked_fill(~is_masked, 0.0).sum(dim=0, dtype=wide)  # [T, D]
 
-    # Copies: if two gradients shared memory, clipping in place would scale them twice.
+    result = []
     if dbias.numel():
-        dbias.copy_(sums[num_prefix:].sum(dim=0))
+        result.append((sums[num_prefix:], dbias))
     if dprefix.numel():
-        dprefix.copy_(sums[None, :num_prefix])
+        result.append((sums[None, :num_prefix], dprefix))
     if dpos.numel():
-        dpos.copy_((sums if of_masked is None else sums + of_masked)[None, -dpos.shape[1] :])
+        result.append(((sums if of_masked is None else sums + of_masked)[None, -dpos.shape[1] :], dpos))
     if dmask_token.numel():
-        dmask_token.copy_(of_masked.sum(dim=0))
+        result.append((of_masked, dmask_token))
+    return result
 
 
-def _dw(g: Tensor, image: Tensor, masked: Tensor | None, patch_size: list[int], num_prefix: int) -> Tensor:
-    """Gᵀ·P [D, C, PH, PW], in the dtype of g."""
+def _dw_partials(g: Tensor, image: Tensor, masked: Tensor | None, patch_size: list[int], num_prefix: int) -> Tensor:
+    """Partial sums [splits, D, C, PH, PW] of Gᵀ·P."""
     (B, T, D), C, (PH, PW) = g.shape, image.shape[1], patch_size
     N = T - num_prefix
     precision = runtime.precision(g.dtype)
@@ -270,7 +272,7 @@ def _dw(g: Tensor, image: Tensor, masked: Tensor | None, patch_size: list[int], 
         BLOCK_M=config.block_m, BLOCK_D=config.block_n, BLOCK_K=config.block_k,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return partials.sum(dim=0).to(g.dtype)
+    return partials
 
 
 def _fill_dimage(g: Tensor, weight: Tensor, dimage: Tensor, num_prefix: int) -> None:
@@ -309,12 +311,13 @@ def patch_embed_bwd(
     if masked is not None:
         is_masked = torch.nn.functional.pad(masked, (num_prefix, 0)).unsqueeze(2)  # [B, T, 1]
         g = dy.masked_fill(is_masked, 0.0)
-    _fill_sums(dy, g, is_masked, num_prefix, dbias, dpos, dprefix, dmask_token)
+    sums = _sums_over_images(dy, g, is_masked, num_prefix, dbias, dpos, dprefix, dmask_token)
     g = g.to(dtype)
     if g.stride(2) != 1:
         g = g.contiguous()
     if image is not None:
-        dw = _dw(g, image, masked, patch_size, num_prefix)
+        sums.append((_dw_partials(g, image, masked, patch_size, num_prefix), dw))
+    sum_partials(sums)
     if weight is not None:
         _fill_dimage(g, weight, dimage, num_prefix)
     return dimage, dw, dbias, dpos, dprefix, dmask_token

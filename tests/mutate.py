@@ -282,6 +282,20 @@ MUTANTS = [
         (f"{LN}::test_fp32_stream_with_16_bit_branch",),
     ),
     Mutant(
+        "partial sums: the last rows are left out",
+        "kernels/partial_sums.py",
+        "for start_m in range(0, M, BLOCK_M):",
+        "for start_m in range(0, M - BLOCK_M + 1, BLOCK_M):",
+        ("tests/kernels/test_partial_sums.py",),
+    ),
+    Mutant(
+        "partial sums: the sums beyond the fifth are left out",
+        "kernels/partial_sums.py",
+        "for start in range(0, len(sums), _MAX_SUMS):",
+        "for start in range(0, min(len(sums), 1), _MAX_SUMS):",
+        ("tests/kernels/test_partial_sums.py",),
+    ),
+    Mutant(
         "attention: wrong head stride",
         "kernels/attention_tile.py",
         "h * stride[2]",
@@ -438,8 +452,8 @@ MUTANTS = [
     Mutant(
         "patch_embed: the first partial tile of dW alone",
         "kernels/patch_embed.py",
-        "partials.sum(dim=0).to(",
-        "partials[0].to(",
+        "    return partials\n",
+        "    return partials[:1]\n",
         (f"{PATCH}::test_sums_over_many_rows",),
     ),
     Mutant(
@@ -459,8 +473,8 @@ MUTANTS = [
     Mutant(
         "patch_embed: prefix tokens in the gradient of the bias",
         "kernels/patch_embed.py",
-        "sums[num_prefix:].sum(dim=0)",
-        "sums.sum(dim=0)",
+        "(sums[num_prefix:], dbias)",
+        "(sums, dbias)",
         (f"{PATCH}::test_patch_embed",),
     ),
     Mutant(

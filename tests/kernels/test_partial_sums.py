@@ -1,0 +1,111 @@
+"""sum_partials: accuracy, zero rows, several sums in one launch, the same bits whatever stands beside a sum."""
+
+import pytest
+import torch
+
+from vit import kernels
+from vit.kernels import configs, runtime
+from vit.kernels.partial_sums import sum_partials
+from vit.testing import check
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SIZES = [(1, 1), (3, 31), (4, 32), (5, 33), (16, 70), (301, 100)]
+
+
+def summed(*pairs):
+    """The sums of these (partials, dtype), from one call."""
+    outs = [p.new_empty(p.shape[1:], dtype=dtype) for p, dtype in pairs]
+    sum_partials([(p, out) for (p, _), out in zip(pairs, outs, strict=True)])
+    return outs
+
+
+@pytest.mark.parametrize("partials", DTYPES, ids=str)
+@pytest.mark.parametrize("shipped", [False, True])
+def test_each_sum_is_rounded_once_to_its_dtype(randn, monkeypatch, partials, shipped):
+    """Partials of 16 bits, too, are added in fp32."""
+    if shipped:
+        config = configs.partial_sums(90)
+        monkeypatch.setattr(configs, "partial_sums", lambda arch: config)
+    for i in range(3):
+        pairs = [(randn(*size).to(partials), DTYPES[(i + j) % 3]) for j, size in enumerate(SIZES[:5])]
+        pairs[0] = randn(*SIZES[5]).to(partials), DTYPES[i]
+        for (p, dtype), found in zip(pairs, summed(*pairs), strict=True):
+            assert found.dtype is dtype
+            check(found, p.float().sum(dim=0).to(dtype), p.double().sum(dim=0), name=str(tuple(p.shape)))
+
+
+@pytest.mark.interpreted
+def test_fp64(randn):
+    p = randn(7, 40).double()
+    (found,) = summed((p, torch.float64))
+    torch.testing.assert_close(found, p.sum(dim=0), rtol=1e-14, atol=1e-14)
+
+
+def test_sums_lose_no_small_terms(randn):
+    """One row of 2²⁰ beside ones, which fp32 adds exactly and 16 bits would lose."""
+    p = torch.ones(257, 5, device=randn(1).device)
+    p[100] = 2.0**20
+    (found,) = summed((p, torch.float32))
+    assert (found == 2.0**20 + 256).all()
+
+
+@pytest.mark.parametrize("n", range(8))
+def test_launches(randn, monkeypatch, n):
+    """One for five sums; none for none."""
+    launched, launch = [], runtime.launch
+    monkeypatch.setattr(runtime, "launch", lambda *args, **kwargs: launched.append(args) or launch(*args, **kwargs))
+    pairs = [(randn(2 + i, 10 * i + 1), torch.float32) for i in range(n)]
+    for (p, _), found in zip(pairs, summed(*pairs), strict=True):
+        torch.testing.assert_close(found, p.sum(dim=0))
+    assert len(launched) == [0, 1, 1, 1, 1, 1, 2, 2][n]
+
+
+def test_no_rows_are_zero(randn):
+    found = summed((randn(0, 7), torch.float16), (randn(3, 4), torch.float32), (randn(0, 2, 40), torch.float32))
+    assert not found[0].any() and not found[2].any() and found[2].shape == (2, 40) and found[1].all()
+
+
+def test_same_bits(randn):
+    """Again, alone or beside others, at an offset between NaN, with more dimensions; nothing else is written."""
+    pairs = [(randn(*size), DTYPES[i % 3]) for i, size in enumerate(SIZES[1:])]
+    first = summed(*pairs)
+    assert all(map(torch.equal, first, summed(*pairs)))
+    for pair, want in zip(pairs, first, strict=True):
+        assert torch.equal(summed(pair)[0], want)
+    p, want = pairs[-1][0], first[-1]
+    buffer = torch.full((307, 100), float("nan"), device=p.device)
+    buffer[3:304] = p
+    around = torch.full((102,), 5.0, dtype=want.dtype, device=p.device)
+    sum_partials([(buffer[3:304], around[1:101])])
+    assert torch.equal(around[1:101], want) and (around[[0, -1]] == 5.0).all()
+    (found,) = summed((p.view(301, 5, 4, 5), want.dtype))
+    assert torch.equal(found, want.view(5, 4, 5))
+
+
+@pytest.mark.parametrize("op", ["patch_embed"])
+def test_a_backward_ends_with_one_launch(op):
+    """All its sums and their casts; of patch_embed but for the sum of dy over the images, which is a pass."""
+    from benchmarks import trace  # here, because copies of the tests have no benchmarks
+
+    def make(*shape):
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta").requires_grad_()
+
+    vectors = dict(zip(("weight", "bias", "gamma", "branch_bias"), (make(48) for _ in range(4)), strict=True))
+    norm = {name: vectors[name] for name in ("weight", "bias")}
+    inputs = {
+        "layer_norm": {"x": make(2, 5, 48), **norm},
+        "residual_layer_norm": {"residual": make(2, 5, 48), "branch": make(2, 5, 48), **vectors},
+        "patch_embed": {
+            "image": make(2, 3, 16, 16).detach(), "weight": make(48, 3, 8, 8), "bias": make(48),
+            "pos_embed": make(1, 5, 48), "prefix": make(1, 1, 48),
+        },
+    }[op]  # fmt: skip
+    call = getattr(kernels, op)
+    with trace.recording() as launches:
+        outs = call(**inputs)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        leaves = [t for t in inputs.values() if t.requires_grad]
+        torch.autograd.grad(outs, leaves, [torch.empty_like(o) for o in outs])
+    backward = [launch.name for launch in launches if launch.phase == "bwd"]
+    first = {"patch_embed": ["sum", "_patch_embed_dw_kernel"]}.get(op, ["_layer_norm_bwd_kernel"])
+    assert backward == [*first, "_partial_sums_kernel"]
