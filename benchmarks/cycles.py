@@ -5,8 +5,10 @@
 Our kernels: `benchmarks.walk` executes the SASS of a few programs with the arguments of the launch, so trip counts need
 no table, and `benchmarks.sm` simulates a quadrant of a multiprocessor that runs them. It does so twice, with first
 programs that start together and apart; the prediction is the middle. cuBLAS, PyTorch's attention and passes over memory
-take the rates that others published (`published`). tests/benchmarks/test_bench_cycles.py holds the model within -20 and
-+25 % of what is published of Triton's attention and GEMM. Nothing else of it has been checked.
+take the rates that others published (`published`). Those hold for large batches. The host's time is not counted.
+
+tests/benchmarks/test_bench_cycles.py holds the model within -20 and +25 % of what is published of Triton's attention
+and GEMM. Nothing else of it has been checked.
 """
 
 from __future__ import annotations
