@@ -36,15 +36,16 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def layer_norm(arch: int, width: int, redraws: bool = False) -> Config:
+def layer_norm(arch: int, width: int, backward: bool = False, crowded: bool = False) -> Config:
     """Rows of ``width`` elements held whole in registers, about 4,096 elements a program.
 
-    Half as many in a backward that draws the mask of dropout again, which takes registers.
+    A thread of the backward has at most 8 columns up to a width of 4,096, because it keeps parameters and sums of each.
+    ``crowded`` halves the rows, for a backward that needs more registers an element.
     """
     block_d = next_power_of_2(width)
-    num_warps = min(max(block_d // 512, 4), 16)
+    num_warps = min(max(block_d // (256 if backward else 512), 4), 16)
     return Config(
-        block_m=2 if arch == 0 else max(1, (2048 if redraws else 4096) // block_d), block_n=block_d, num_warps=num_warps
+        block_m=2 if arch == 0 else max(1, (2048 if crowded else 4096) // block_d), block_n=block_d, num_warps=num_warps
     )
 
 

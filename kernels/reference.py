@@ -125,14 +125,20 @@ def residual_layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-6,
     *,
+    branch_bias: Tensor | None = None,
     gamma: Tensor | None = None,
     row_scale: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     offset: int = 0,
 ) -> ResidualLayerNorm:
-    """stream = residual + row_scale · gamma · dropout(branch), y = layer_norm(stream); y has the dtype of branch."""
+    """stream = residual + row_scale · gamma · dropout(branch + branch_bias), y = layer_norm(stream).
+
+    y has the dtype of branch.
+    """
     dtype = branch.dtype
+    if branch_bias is not None:
+        branch = branch + branch_bias
     branch = dropout(branch, dropout_p, seed, offset)
     if gamma is not None:
         branch = branch * gamma

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vit import kernels
+from vit.kernels.layer_norm import layer_norm_bwd
 
 Make = Callable[..., Tensor]  # make(*shape, dtype=None): a tensor that wants a gradient, contents undefined
 
@@ -28,9 +29,25 @@ def _norm(make: Make, batch: int, tokens: int, width: int) -> Tensor:
     return kernels.layer_norm(make(batch, tokens, width), make(width), make(width), impl="triton")
 
 
-def _residual(make: Make, width: int, scaled: bool, stream: torch.dtype | None = None, drop: bool = False) -> Any:
+def _norm_backward(make: Make, width: int, scaled: bool, stream: torch.dtype | None = None) -> Tensor:
+    """The backward with all that it gives on request: y again, and the column sums of the branch's gradient."""
+    rows, residual, stats = make(64, 197, width), make(64, 197, width, dtype=stream), torch.empty(64 * 197)
+    weight, bias, branch_bias, gamma = (make(width) for _ in range(4))
+    factors = (rows, branch_bias, gamma, torch.empty(64)) if scaled else (None,) * 4
+    sums = [rows.dtype if name != "gamma" or scaled else None for name in ("weight", "bias", "gamma", "branch_bias")]
+    with torch.no_grad():
+        norm = rows, residual, residual, stats, stats, weight, bias
+        layer_norm_bwd(*norm, *factors, None, 0.0, 0, scaled, True, *sums)
+    return rows  # of which the lock takes the gradient
+
+
+def _residual(
+    make: Make, width: int, scaled: bool, stream: torch.dtype | None = None, drop: bool = False, pending: bool = False
+) -> Any:
     residual, branch, weight, bias = make(64, 197, width, dtype=stream), make(64, 197, width), make(width), make(width)
     options = {"gamma": make(width), "row_scale": make(64).detach()} if scaled else {}
+    if pending:
+        options |= {"branch_bias": make(width)}
     if drop:
         options |= {"dropout_p": 0.1, "seed": torch.zeros(1, dtype=torch.int64), "offset": 2}
     return kernels.residual_layer_norm(residual, branch, weight, bias, **options, impl="triton")
@@ -103,6 +120,13 @@ CASES: dict[str, Case] = {
     "residual_b_autocast": Case("fp32 stream", lambda m: _residual(m, 768, True, torch.float32), HALF),
     "residual_b_dropout": Case("ViT-B with dropout", lambda m: _residual(m, 768, False, drop=True), ("bf16",)),
     "residual_h_dropout": Case("all at once", lambda m: _residual(m, 1280, True, drop=True), ("bf16",)),
+    "residual_b_bias": Case("bias of the branch", lambda m: _residual(m, 768, False, pending=True), NO_DOTS),
+    "residual_s_bias": Case("DINOv2-S with it", lambda m: _residual(m, 384, True, pending=True), ("bf16",)),
+    "residual_h_bias": Case("all of it", lambda m: _residual(m, 1280, True, drop=True, pending=True), ("bf16",)),
+    "residual_b_again": Case("backward writes y again", lambda m: _norm_backward(m, 768, False), NO_DOTS),
+    "residual_s_again": Case("with LayerScale", lambda m: _norm_backward(m, 384, True), NO_DOTS),
+    "residual_h_again": Case("ViT-H with LayerScale", lambda m: _norm_backward(m, 1280, True), ("bf16",)),
+    "residual_b_again_autocast": Case("fp32 stream", lambda m: _norm_backward(m, 768, True, torch.float32), ("bf16",)),
     "dropout_b": Case("ViT-B, after the embedding", lambda m: _dropout(m, 768), NO_DOTS),
     "linear_b_qkv": Case("ViT-B qkv; proj differs in nothing", lambda m: _linear(m, 768, 2304)),
     "linear_b_head": Case("1000 classes: not divisible by 16", lambda m: _linear(m, 768, 1000), ("bf16",)),

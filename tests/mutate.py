@@ -73,8 +73,8 @@ MUTANTS = [
     Mutant(
         "layer_norm: row scale of the wrong sample",
         "kernels/layer_norm.py",
-        "branch *= tl.load(row_scale_ptr + offs_m // ROWS_PER_SCALE",
-        "branch *= tl.load(row_scale_ptr + offs_m // (ROWS_PER_SCALE + 1)",
+        "ptr + offs_m // ROWS_PER_SCALE",
+        "ptr + offs_m // (ROWS_PER_SCALE + 1)",
         (f"{LN}::test_residual_layer_norm",),
     ),
     Mutant(
@@ -242,15 +242,15 @@ MUTANTS = [
     Mutant(
         "layer_norm: a masked load without other",
         "kernels/layer_norm.py",
-        "stride_xm + offs_d[None, :], mask=mask, other=0.0)",
-        "stride_xm + offs_d[None, :], mask=mask)",
+        "stride_m + offs_d[None, :], mask=mask, other=0.0)",
+        "stride_m + offs_d[None, :], mask=mask)",
         (f"{LN}::test_layer_norm",),
     ),
     Mutant(
         "layer_norm: the partial sums of the first program alone",
         "kernels/layer_norm.py",
-        "p.sum(dim=0) for p in",
-        "p[0] for p in",
+        "sum_partials([(p, out) for",
+        "sum_partials([(p[:1], out) for",
         (f"{LN}::test_layer_norm",),
     ),
     Mutant(
@@ -280,6 +280,55 @@ MUTANTS = [
         "return x.new_empty(0 if branch is None else x.shape), ",
         "return x.new_empty(0 if branch is None else x.shape, dtype=out_dtype), ",
         (f"{LN}::test_fp32_stream_with_16_bit_branch",),
+    ),
+    Mutant(
+        "layer_norm: the gradient of gamma without the bias of the branch",
+        "kernels/layer_norm.py",
+        "branch += branch_bias\n",
+        "branch += 0.0 * branch_bias\n",
+        (f"{LN}::test_residual_layer_norm",),
+    ),
+    Mutant(
+        "layer_norm: the gradient of the branch's bias before gamma",
+        "kernels/layer_norm.py",
+        """        if gamma_ptr is not None:
+            ds *= gamma
+        dbranch_bias += tl.sum(ds, axis=0)
+""",
+        """        dbranch_bias += tl.sum(ds, axis=0)
+        if gamma_ptr is not None:
+            ds *= gamma
+""",
+        (f"{LN}::test_residual_layer_norm",),
+    ),
+    Mutant(
+        "layer_norm: the bias of the branch after dropout",
+        "kernels/layer_norm.py",
+        """        if branch_bias_ptr is not None:
+            branch += _load_row(branch_bias_ptr, offs_d, mask_d, ACC)
+        if seed_ptr is not None:
+            branch *= tile.dropout_scale(tl.load(seed_ptr), OFFSET, offs_m[:, None], offs_d[None, :], P).to(ACC)
+""",
+        """        if seed_ptr is not None:
+            branch *= tile.dropout_scale(tl.load(seed_ptr), OFFSET, offs_m[:, None], offs_d[None, :], P).to(ACC)
+        if branch_bias_ptr is not None:
+            branch += _load_row(branch_bias_ptr, offs_d, mask_d, ACC)
+""",
+        ("tests/kernels/test_dropout.py::test_residual_layer_norm",),
+    ),
+    Mutant(
+        "layer_norm: y is the norm of the stream before it is rounded",
+        "kernels/layer_norm.py",
+        "        s = stream.to(ACC)\n",
+        "        s += branch\n",
+        (f"{LN}::test_backward_gives_y_again",),
+    ),
+    Mutant(
+        "layer_norm: y of the backward without its bias",
+        "kernels/layer_norm.py",
+        "b_ptr=bias if need_y else None,",
+        "b_ptr=None,",
+        (f"{LN}::test_backward_gives_y_again",),
     ),
     Mutant(
         "partial sums: the last rows are left out",
@@ -779,8 +828,8 @@ MUTANTS = [
     Mutant(
         "layer_norm: the fake of the backward has the strides of its input",
         "kernels/layer_norm.py",
-        "return s.new_empty(s.shape), dy.new_empty(s.shape if need_dbranch else 0), *sums",
-        "return torch.empty_like(s), dy.new_empty(s.shape if need_dbranch else 0), *sums",
+        "return s.new_empty(s.shape), *rows, *sums",
+        "return torch.empty_like(s), *rows, *sums",
         (f"{CONTRACT}::test_fakes_have_the_shapes_strides_and_types_of_the_real",),
     ),
     Mutant(

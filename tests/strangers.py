@@ -321,8 +321,8 @@ STRANGERS = [
     (
         "kernels: gamma's gradient is taken before the row scale",
         "kernels/layer_norm.py",
-        "        if row_scale_ptr is not None:\n            ds *= tl.load(row_scale_ptr + offs_m // ROWS_PER_SCALE, mask=mask_m, other=0.0).to(ACC)[:, None]\n        if seed_ptr is not None:\n            ds *= tile.dropout_scale(tl.load(seed_ptr), OFFSET, offs_m[:, None], offs_d[None, :], P).to(ACC)\n        if dgamma_ptr is not None:\n            offs_branch = offs_m[:, None] * stride_branchm + offs_d[None, :]\n            dgamma += tl.sum(ds * tl.load(branch_ptr + offs_branch, mask=mask, other=0.0).to(ACC), axis=0)\n",
-        "        if seed_ptr is not None:\n            ds *= tile.dropout_scale(tl.load(seed_ptr), OFFSET, offs_m[:, None], offs_d[None, :], P).to(ACC)\n        if dgamma_ptr is not None:\n            offs_branch = offs_m[:, None] * stride_branchm + offs_d[None, :]\n            dgamma += tl.sum(ds * tl.load(branch_ptr + offs_branch, mask=mask, other=0.0).to(ACC), axis=0)\n        if row_scale_ptr is not None:\n            ds *= tl.load(row_scale_ptr + offs_m // ROWS_PER_SCALE, mask=mask_m, other=0.0).to(ACC)[:, None]\n",
+        "        if row_scale_ptr is not None:\n            ds *= row_scale.to(ACC)\n        if seed_ptr is not None:\n            ds *= tile.dropout_scale(tl.load(seed_ptr), OFFSET, offs_m[:, None], offs_d[None, :], P).to(ACC)\n        if dgamma_ptr is not None:\n            branch = branch.to(ACC)\n            if branch_bias_ptr is not None:\n                branch += branch_bias\n            dgamma += tl.sum(ds * branch, axis=0)\n",
+        "        if seed_ptr is not None:\n            ds *= tile.dropout_scale(tl.load(seed_ptr), OFFSET, offs_m[:, None], offs_d[None, :], P).to(ACC)\n        if dgamma_ptr is not None:\n            branch = branch.to(ACC)\n            if branch_bias_ptr is not None:\n                branch += branch_bias\n            dgamma += tl.sum(ds * branch, axis=0)\n        if row_scale_ptr is not None:\n            ds *= row_scale.to(ACC)\n",
         "tests/kernels/test_layer_norm.py::test_residual_layer_norm",
     ),
     (

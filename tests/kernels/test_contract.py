@@ -39,11 +39,13 @@ CALLS = {
     "layer_norm": ("layer_norm", {"x": (2, 5, 24), **NORM}, {}),
     "layer_norm, no bias": ("layer_norm", {"x": (2, 5, 24), "weight": (24,)}, {}),
     "residual": ("residual_layer_norm", STREAM, {}),
+    "residual, branch bias": ("residual_layer_norm", {**STREAM, **NORM, "branch_bias": (24,)}, {}),
     "residual, gamma": ("residual_layer_norm", {**STREAM, **NORM, "gamma": (24,)}, {}),
     "residual, path": ("residual_layer_norm", {**STREAM, **NORM}, {"row_scale": torch.tensor([0.0, 2.0])}),
     "residual, dropout": ("residual_layer_norm", {**STREAM, **NORM}, DROP),
     "residual, all": (
-        "residual_layer_norm", {**STREAM, **NORM, "gamma": (24,)}, {"row_scale": torch.tensor([0.5, 2.0]), **DROP}
+        "residual_layer_norm", {**STREAM, **NORM, "branch_bias": (24,), "gamma": (24,)},
+        {"row_scale": torch.tensor([0.5, 2.0]), **DROP},
     ),
     "patch_embed": ("patch_embed", {**PATCHES, "bias": None, "pos_embed": None}, {}),
     "patch_embed, prefix": ("patch_embed", {**PATCHES, "prefix": (1, 2, 16)}, {}),
@@ -85,7 +87,7 @@ def directions(outs):
 
 def mixed(inputs):
     """fp16, and fp32 where that may stand beside it."""
-    wide = ("residual", "pos_embed", "prefix", "mask_token", "gamma")
+    wide = ("residual", "pos_embed", "prefix", "mask_token", "gamma", "branch_bias")
     return {n: t if n in wide else t.half() for n, t in inputs.items()}
 
 

@@ -96,7 +96,7 @@ def test_residual_layer_norm(randn, seed, dtype, gamma):
     scale = torch.tensor([0.0, 2.0, 2.0], device=seed.device)
     inputs = {
         "residual": randn(B, N, D), "branch": randn(B, N, D), "weight": randn(D) + 1, "bias": randn(D),
-        "gamma": randn(D) if gamma else None,
+        "gamma": randn(D) if gamma else None, "branch_bias": randn(D) if gamma else None,
     }  # fmt: skip
     drop = {"dropout_p": 0.25, "seed": seed, "offset": 9}
     check_op(
@@ -109,12 +109,12 @@ def test_residual_layer_norm(randn, seed, dtype, gamma):
 
 @pytest.mark.interpreted
 def test_gradcheck(seed):
-    def op(x, branch, gamma, weight, bias):
+    def op(x, branch, branch_bias, gamma, weight, bias):
         x = dropout(x, 0.2, seed, 1, impl="triton")
         drop = {"dropout_p": 0.4, "seed": seed, "offset": 2}
-        return residual_layer_norm(x, branch, weight, bias, gamma=gamma, **drop, impl="triton")
+        return residual_layer_norm(x, branch, weight, bias, branch_bias=branch_bias, gamma=gamma, **drop, impl="triton")
 
-    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in [(1, 2, 4)] * 2 + [(4,)] * 3]
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in [(1, 2, 4)] * 2 + [(4,)] * 4]
     assert torch.autograd.gradcheck(op, leaves)
 
 

@@ -74,7 +74,8 @@ CALLS = {
     "patch_embed, mask": ("patch_embed", TOKENS | {"mask_token": (1, 1, 19)}, MASK),
     "layer_norm": ("layer_norm", {"x": (2, 5, 24), "weight": (24,), "bias": (24,)}, {}),
     "residual_layer_norm": (
-        "residual_layer_norm", {"residual": (2, 5, 24), "branch": (2, 5, 24), "weight": (24,), "gamma": (24,)}, DROP
+        "residual_layer_norm",
+        {"residual": (2, 5, 24), "branch": (2, 5, 24), "weight": (24,), "branch_bias": (24,), "gamma": (24,)}, DROP,
     ),
     "dropout": ("dropout", {"x": (2, 5, 24)}, {"p": 0.4}),
 }  # fmt: skip

@@ -32,13 +32,14 @@ def test_layer_norm_without_weight_or_bias(randn, dtype):
     check_op(ours_layer_norm, reference.layer_norm, {"x": randn(5, 192), "weight": randn(192), "bias": None}, dtype)
 
 
+@pytest.mark.parametrize("pending", [False, True])
 @pytest.mark.parametrize("gamma", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_residual_layer_norm(randn, dtype, gamma, scaled):
-    B, N, D = 3, 17, 192
+def test_residual_layer_norm(randn, dtype, gamma, scaled, pending):
+    B, N, D = 3, 17, 100 if pending else 192
     inputs = {
         "residual": randn(B, N, D), "branch": randn(B, N, D), "weight": randn(D) + 1, "bias": randn(D),
-        "gamma": randn(D) if gamma else None,
+        "gamma": randn(D) if gamma else None, "branch_bias": randn(D) if pending else None,
     }  # fmt: skip
     row_scale = torch.tensor([0.0, 1.25, 1.25]).to(inputs["residual"].device) if scaled else None
 
@@ -55,22 +56,22 @@ def test_residual_layer_norm(randn, dtype, gamma, scaled):
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 def test_fp32_stream_with_16_bit_branch(randn, half):
-    """The stream stays fp32, y and the gradient of the branch have the branch's dtype."""
+    """The stream stays fp32, y and the gradients of the branch and of its bias have the branch's dtype."""
     B, N, D = 2, 17, 192
     residual, cotangent = randn(B, N, D), randn(B, N, D)
-    branch, weight, bias = randn(B, N, D).to(half), (randn(D) + 1).to(half), randn(D).to(half)
+    branch, weight, bias, pending = randn(B, N, D).to(half), (randn(D) + 1).to(half), *randn(2, D).to(half)
 
     def run(fn, wide: bool):
-        leaves = [t.double() if wide else t.clone() for t in (residual, branch, weight, bias)]
+        leaves = [t.double() if wide else t.clone() for t in (residual, branch, weight, bias, pending)]
         leaves = [t.detach().requires_grad_() for t in leaves]
-        stream, y = fn(*leaves)
+        stream, y = fn(*leaves[:4], branch_bias=leaves[4])
         dstream, dy = cotangent.to(stream.dtype), cotangent.to(half).to(y.dtype)
         return [stream, y, *torch.autograd.grad([stream, y], leaves, [dstream, dy])]
 
-    ours = run(lambda *a: residual_layer_norm(*a, impl="triton"), wide=False)
+    ours = run(lambda *a, **k: residual_layer_norm(*a, **k, impl="triton"), wide=False)
     eager, exact = run(reference.residual_layer_norm, wide=False), run(reference.residual_layer_norm, wide=True)
-    assert [t.dtype for t in ours] == [torch.float32, half, torch.float32, half, half, half]
-    names = ["stream", "y", "dresidual", "dbranch", "dweight", "dbias"]
+    assert [t.dtype for t in ours] == [torch.float32, half, torch.float32, half, half, half, half]
+    names = ["stream", "y", "dresidual", "dbranch", "dweight", "dbias", "dbranch_bias"]
     for name, a, b, c in zip(names, ours, eager, exact, strict=True):
         check(a, b, c, name=name)
 
@@ -78,16 +79,18 @@ def test_fp32_stream_with_16_bit_branch(randn, half):
 class Mirror(torch.autograd.Function):
     """The algorithm of the kernels in PyTorch: statistics and sums in fp32, each result rounded once.
 
-    The backward sees the stream as it was stored, rounded, beside statistics of the unrounded one.
+    The norm, and the backward, see the stream as it was stored: rounded.
     """
 
     @staticmethod
-    def forward(ctx, x, branch, weight, bias, gamma, row_scale, eps=1e-6):
-        s, factor = x.float(), torch.ones((), device=x.device)
+    def forward(ctx, x, branch, weight, bias, gamma, row_scale, branch_bias, eps=1e-6):
+        stream, factor = x, torch.ones((), device=x.device)
         if branch is not None:
             for t in (None if gamma is None else gamma, None if row_scale is None else row_scale[:, None, None]):
                 factor = factor if t is None else factor * t.float()
-            s = s + branch.float() * factor
+            whole = branch.float() if branch_bias is None else branch.float() + branch_bias.float()
+            stream = (x.float() + whole * factor).to(x.dtype)
+        s = stream.float()
         mean = s.mean(dim=-1, keepdim=True)
         shift = (s - mean).mean(dim=-1, keepdim=True)
         variance = (s - mean).square().mean(dim=-1, keepdim=True) - shift.square()
@@ -95,13 +98,12 @@ class Mirror(torch.autograd.Function):
         y = (s - mean) * rstd
         y = y if weight is None else y * weight.float()
         y = y if bias is None else y + bias.float()
-        stream = s.to(x.dtype)
-        ctx.save_for_backward(stream, mean, rstd, branch, weight, bias, gamma, row_scale, factor)
+        ctx.save_for_backward(stream, mean, rstd, branch, weight, bias, gamma, row_scale, branch_bias, factor)
         return stream, y.to(x.dtype if branch is None else branch.dtype)
 
     @staticmethod
     def backward(ctx, dstream, dy):
-        stream, mean, rstd, branch, weight, bias, gamma, row_scale, factor = ctx.saved_tensors
+        stream, mean, rstd, branch, weight, bias, gamma, row_scale, branch_bias, factor = ctx.saved_tensors
         x_hat, dy = (stream.float() - mean) * rstd, dy.float()
         rows = tuple(range(dy.dim() - 1))
         dweight, dbias = (dy * x_hat).sum(dim=rows), dy.sum(dim=rows)
@@ -112,7 +114,8 @@ class Mirror(torch.autograd.Function):
         dgamma = None
         if gamma is not None:
             scale = 1.0 if row_scale is None else row_scale.float()[:, None, None]
-            dgamma = (ds * scale * branch.float()).sum(dim=rows).to(gamma.dtype)
+            whole = branch.float() if branch_bias is None else branch.float() + branch_bias.float()
+            dgamma = (ds * scale * whole).sum(dim=rows).to(gamma.dtype)
         return (
             ds.to(stream.dtype),
             None if branch is None else (ds * factor).to(branch.dtype),
@@ -120,6 +123,7 @@ class Mirror(torch.autograd.Function):
             None if bias is None else dbias.to(bias.dtype),
             dgamma,
             None,
+            None if branch_bias is None else (ds * factor).sum(dim=rows).to(branch_bias.dtype),
         )
 
 
@@ -129,24 +133,25 @@ def test_layer_norm_as_good_as_its_mirror(randn, dtype, width, offset):
     inputs = {"x": randn(3, 17, width) * 2 + offset, "weight": randn(width) + 1, "bias": randn(width)}
     check_mirror(
         ours_layer_norm,
-        lambda x, weight, bias: Mirror.apply(x, None, weight, bias, None, None)[1],
+        lambda x, weight, bias: Mirror.apply(x, None, weight, bias, None, None, None)[1],
         reference.layer_norm,
         inputs,
         dtype,
     )
 
 
+@pytest.mark.parametrize("pending", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_residual_layer_norm_as_good_as_its_mirror(randn, dtype, scaled):
+def test_residual_layer_norm_as_good_as_its_mirror(randn, dtype, scaled, pending):
     B, N, D = 3, 17, 192
     inputs = {
         "residual": randn(B, N, D), "branch": randn(B, N, D), "weight": randn(D) + 1, "bias": randn(D),
-        "gamma": randn(D) if scaled else None,
+        "gamma": randn(D) if scaled else None, "branch_bias": randn(D) if pending else None,
     }  # fmt: skip
     scale = {"row_scale": torch.tensor([0.0, 1.25, 1.25], device=inputs["residual"].device) if scaled else None}
 
-    def mirror(residual, branch, weight, bias, gamma):
-        return Mirror.apply(residual, branch, weight, bias, gamma, scale["row_scale"])
+    def mirror(residual, branch, weight, bias, gamma, branch_bias):
+        return Mirror.apply(residual, branch, weight, bias, gamma, scale["row_scale"], branch_bias)
 
     check_mirror(
         lambda **a: ours_residual(**a, **scale), mirror, lambda **a: reference.residual_layer_norm(**a, **scale),
@@ -190,27 +195,30 @@ def test_layer_norm_under_autocast(randn, half, impl, stream):
 @HALF
 @IMPL
 @pytest.mark.parametrize("stream", [torch.float32, "half"], ids=str)
-@pytest.mark.parametrize("with_gamma", [False, True])
-def test_residual_layer_norm_under_autocast(randn, half, impl, stream, with_gamma):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_residual_layer_norm_under_autocast(randn, half, impl, stream, scaled):
     """A stream of any dtype beside fp32 parameters and a 16-bit branch; stream keeps its dtype, y has autocast's."""
     x, branch, dstream, dy = (randn(3, 7, 96) for _ in range(4))
     x, branch = x.to(half if stream == "half" else stream), branch.to(half)
-    leaves = [x, branch, randn(96) + 1, randn(96), randn(96) if with_gamma else None]
+    leaves = [x, branch, randn(96) + 1, randn(96), *(randn(2, 96) if scaled else [None, None])]
     cotangents = [dstream.to(x.dtype), dy.to(half)]
 
-    def eager(x, branch, weight, bias, gamma):
-        s = x + (branch if gamma is None else branch * gamma).to(x.dtype)
+    def eager(x, branch, weight, bias, gamma, branch_bias):
+        s = x + (branch if gamma is None else (branch + branch_bias) * gamma).to(x.dtype)
         return s, torch.nn.functional.layer_norm(s, (96,), weight, bias, 1e-6).to(half)
 
-    got = _autocast_grads(lambda *a: residual_layer_norm(*a[:4], gamma=a[4], impl=impl), leaves, cotangents, half)
+    def ours(*args):
+        return residual_layer_norm(*args[:4], gamma=args[4], branch_bias=args[5], impl=impl)
+
+    got = _autocast_grads(ours, leaves, cotangents, half)
     theirs = _autocast_grads(eager, leaves, cotangents, half)
     exact = _autocast_grads(
-        lambda *a: reference.residual_layer_norm(*a[:4], gamma=a[4]),
+        lambda *a: reference.residual_layer_norm(*a[:4], gamma=a[4], branch_bias=a[5]),
         [None if t is None else t.double() for t in leaves], [t.double() for t in cotangents], None,
     )  # fmt: skip
     dtypes = [x.dtype, half, x.dtype, half, torch.float32, torch.float32]
-    assert [t.dtype for t in got] == dtypes + ([torch.float32] if with_gamma else [])
-    names = ["stream", "y", "dresidual", "dbranch", "dweight", "dbias", "dgamma"]
+    assert [t.dtype for t in got] == dtypes + ([torch.float32] * 2 if scaled else [])
+    names = ["stream", "y", "dresidual", "dbranch", "dweight", "dbias", "dgamma", "dbranch_bias"]
     for name, a, b, c in zip(names, got, theirs, exact, strict=False):
         check(a, b, c, name=name)
 
@@ -257,7 +265,7 @@ def test_extreme_rows(randn, dtype, kind):
 def test_variance_of_rows_far_from_zero(randn):
     """What backward multiplies by is exact where the mean itself has few digits left: x − mean is exact there."""
     x = 1000 + 1e-3 * randn(64, 700)
-    _, _, _, rstd = layer_norm_fwd(x, None, None, None, None, None, None, 1e-12, 0.0, 0, torch.float32, True)
+    _, _, _, rstd = layer_norm_fwd(x, *[None] * 7, 1e-12, 0.0, 0, torch.float32, True)
     want = x.double().var(dim=1, correction=0).add(1e-12).rsqrt()
     torch.testing.assert_close(rstd.double().flatten(), want, rtol=1e-4, atol=0)
 
@@ -275,22 +283,30 @@ def test_sums_over_many_rows(randn, monkeypatch):
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("case", ["alone", "residual", "gamma and row scale", "stream unused", "y unused"])
+@pytest.mark.parametrize(
+    "case", ["alone", "residual", "gamma and row scale", "branch bias", "everything", "stream unused", "y unused"]
+)
 def test_gradcheck(randn, case):
-    shapes = [(2, 3, 7), (2, 3, 7), (7,), (7,), (7,)]
-    x, branch, weight, bias, gamma = (randn(*s).double().requires_grad_() for s in shapes)
+    shapes = [(2, 3, 7), (2, 3, 7), (7,), (7,), (7,), (7,)]
+    x, branch, weight, bias, gamma, branch_bias = (randn(*s).double().requires_grad_() for s in shapes)
     row_scale = torch.tensor([0.0, 1.5], dtype=torch.float64)
 
     def residual(*args):
         return residual_layer_norm(*args, impl="triton")
 
     def scaled(*args):
-        return residual_layer_norm(*args[:4], gamma=args[4], row_scale=row_scale, impl="triton")
+        pending = args[5] if len(args) == 6 else None
+        return residual_layer_norm(*args[:4], branch_bias=pending, gamma=args[4], row_scale=row_scale, impl="triton")
+
+    def pending(*args):
+        return residual_layer_norm(*args[:4], branch_bias=args[4], impl="triton")
 
     fn, inputs = {
         "alone": (lambda *args: layer_norm(*args, impl="triton"), (x, weight, bias)),
         "residual": (residual, (x, branch, weight, bias)),
         "gamma and row scale": (scaled, (x, branch, weight, bias, gamma)),
+        "branch bias": (pending, (x, branch, weight, bias, branch_bias)),
+        "everything": (scaled, (x, branch, weight, bias, gamma, branch_bias)),
         "stream unused": (lambda *args: residual(*args)[1], (x, branch, weight, bias)),
         "y unused": (lambda *args: residual(*args)[0], (x, branch, weight, bias)),
     }[case]
@@ -301,20 +317,21 @@ def test_gradcheck(randn, case):
 def test_opcheck(randn, with_branch):
     B, N, D = 2, 3, 20
     x, branch, row_scale = randn(B, N, D).requires_grad_(), randn(B, N, D).requires_grad_(), randn(B).abs()
-    weight, bias, gamma = (randn(D).requires_grad_() for _ in range(3))
-    extra = (branch, gamma, row_scale) if with_branch else (None, None, None)
+    weight, bias, gamma, branch_bias = (randn(D).requires_grad_() for _ in range(4))
+    extra = (branch, branch_bias, gamma, row_scale) if with_branch else (None,) * 4
     drop = (torch.tensor([7], device=x.device), 1e-6, 0.3, 2) if with_branch else (None, 1e-6, 0.0, 0)
     torch.library.opcheck(layer_norm_fwd, (x, *extra, weight, bias, *drop, torch.float32, True))
     s, mean, rstd = x.detach(), randn(B * N), randn(B * N).abs()
     extra = tuple(None if t is None else t.detach() for t in extra)
-    needs = (with_branch, True, True, with_branch)
-    drop = (drop[0], *drop[2:])
-    torch.library.opcheck(layer_norm_bwd, (randn(B, N, D), s, s, mean, rstd, weight.detach(), *extra, *drop, *needs))
+    sums = (torch.float32, torch.float64, *(torch.float16 if with_branch else None,) * 2)
+    given = (randn(B, N, D), s, s, mean, rstd, weight.detach(), bias.detach(), *extra, drop[0], *drop[2:])
+    torch.library.opcheck(layer_norm_bwd, (*given, with_branch, True, *sums))
+    torch.library.opcheck(layer_norm_bwd, (*given, False, False, None, None, None, None))
 
 
-def _grads(x, branch, weight, bias, gamma, cotangents):
-    leaves = [t.detach().requires_grad_() for t in (x, branch, weight, bias, gamma)]
-    outs = residual_layer_norm(*leaves[:4], gamma=leaves[4], impl="triton")
+def _grads(x, branch, weight, bias, gamma, branch_bias, cotangents):
+    leaves = [t.detach().requires_grad_() for t in (x, branch, weight, bias, gamma, branch_bias)]
+    outs = residual_layer_norm(*leaves[:4], gamma=leaves[4], branch_bias=leaves[5], impl="triton")
     return [*outs, *torch.autograd.grad(outs, leaves, cotangents)]
 
 
@@ -322,25 +339,90 @@ def test_same_bits(randn, dtype):
     """Run to run, strided or not, NaN around the buffers or not, incoming gradients of any strides."""
     B, N, D = 3, 7, 48
     x, branch, dy, ds = (randn(B, N, D).to(dtype) for _ in range(4))
-    weight, bias, gamma = (randn(D).to(dtype) for _ in range(3))
-    first = _grads(x, branch, weight, bias, gamma, (ds, dy))
+    vectors = tuple(randn(D).to(dtype) for _ in range(4))
+    first = _grads(x, branch, *vectors, (ds, dy))
 
     def transposed(t):
         return t.transpose(0, 1).contiguous().transpose(0, 1)
 
+    wide = randn(4, D, 2).to(dtype)
+    wide[..., 0] = torch.stack(vectors)
     variants = {
-        "again": (x, branch, weight, bias, gamma, (ds, dy)),
-        "transposed": (transposed(x), transposed(branch), weight, bias, gamma, (transposed(ds), transposed(dy))),
-        "padded": (*map(nan_padded, (x, branch, weight, bias, gamma)), (nan_padded(ds), nan_padded(dy))),
-        "column-major": (x.mT.contiguous().mT, branch, weight, bias, gamma, (ds.mT.contiguous().mT, dy)),
+        "again": (x, branch, *vectors, (ds, dy)),
+        "transposed": (transposed(x), transposed(branch), *vectors, (transposed(ds), transposed(dy))),
+        "padded": (*map(nan_padded, (x, branch, *vectors)), (nan_padded(ds), nan_padded(dy))),
+        "column-major": (x.mT.contiguous().mT, branch, *vectors, (ds.mT.contiguous().mT, dy)),
+        "strided parameters": (x, branch, *wide[..., 0], (ds, dy)),
     }
     for name, variant in variants.items():
         for a, b in zip(first, _grads(*variant), strict=True):
             assert torch.equal(a, b), name
     expanded = torch.ones((), dtype=dtype, device=x.device).expand(B, N, D)  # what .sum().backward() hands over
-    dense = _grads(x, branch, weight, bias, gamma, (expanded.contiguous(), expanded.contiguous()))
-    for a, b in zip(dense, _grads(x, branch, weight, bias, gamma, (expanded, expanded)), strict=True):
+    dense = _grads(x, branch, *vectors, (expanded.contiguous(), expanded.contiguous()))
+    for a, b in zip(dense, _grads(x, branch, *vectors, (expanded, expanded)), strict=True):
         assert torch.equal(a, b)
+
+
+NORMED = {  # which of branch, branch_bias, gamma, row scale, weight, bias and seed there are
+    "alone": "weight bias",
+    "weight alone": "weight",
+    "bias alone": "bias",
+    "no parameters": "",
+    "residual": "branch weight bias",
+    "branch bias": "branch branch_bias weight bias",
+    "everything": "branch branch_bias gamma row_scale weight bias seed",
+}
+STREAMS = [(d, d) for d in (torch.float16, torch.bfloat16, torch.float32)]
+STREAMS += [(torch.float32, torch.float16), (torch.float32, torch.bfloat16)]  # under autocast
+STREAMS += [pytest.param(torch.float64, torch.float64, marks=pytest.mark.interpreted)]
+
+
+def _forward(randn, case, shape, stream_dtype, dtype):
+    """(s, y, mean, rstd) of the forward op, and the arguments of the backward between weight and need_dbranch."""
+    given, (B, *_, D) = NORMED[case].split(), shape
+    tensors = {
+        "branch": randn(*shape).to(dtype), "branch_bias": randn(D).to(dtype), "gamma": randn(D).to(dtype),
+        "row_scale": randn(B).abs(), "weight": randn(D).to(dtype) + 1, "bias": randn(D).to(dtype),
+        "seed": torch.tensor([-5], device=randn(1).device),
+    }  # fmt: skip
+    branch, branch_bias, gamma, row_scale, weight, bias, seed = (
+        t if name in given else None for name, t in tensors.items()
+    )
+    x, factors, drop = 2 * randn(*shape).to(stream_dtype) + 1, (branch, branch_bias, gamma, row_scale), (0.3, 2)
+    stream, *rest = layer_norm_fwd(x, *factors, weight, bias, seed, 1e-6, *drop, dtype, True)
+    return (x if branch is None else stream, *rest), (weight, bias, *factors, seed, *drop)
+
+
+@pytest.mark.parametrize("case", NORMED)
+@pytest.mark.parametrize(("stream", "out"), STREAMS, ids=str)
+@pytest.mark.parametrize("shape", [(3, 17, 100), (2, 5, 1)], ids=str)
+def test_backward_gives_y_again(randn, case, stream, out, shape):
+    """On request, with the bits of the forward: in its dtype, from the stream as it was stored."""
+    (s, y, mean, rstd), given = _forward(randn, case, shape, stream, out)
+    assert s.dtype is stream and y.dtype is out
+    dy, ds_out = randn(*shape).to(out), randn(*shape).to(stream)
+    sums = [out if name in NORMED[case].split() else None for name in ("weight", "bias", "gamma", "branch_bias")]
+    _, _, again, *_ = layer_norm_bwd(dy, ds_out, s, mean, rstd, *given, False, True, *sums)
+    assert again.dtype is out and torch.equal(again, y)
+
+
+@pytest.mark.parametrize("case", ["residual", "everything"])
+def test_column_sums_on_request(randn, dtype, case):
+    """Of the gradient of the branch, whatever became of a bias; beside the sum of exact gradients."""
+    shape = (3, 17, 100)
+    (s, _, mean, rstd), given = _forward(randn, case, shape, dtype, dtype)
+    weight, _, _, _, gamma, row_scale, seed, p, offset = given
+    dy, ds_out = randn(*shape).to(dtype), randn(*shape).to(dtype)
+    found = layer_norm_bwd(dy, ds_out, s, mean, rstd, *given, False, False, None, None, None, torch.float32)
+    assert found[6].dtype is torch.float32 and [t.numel() for t in found[1:6]] == [0] * 5
+    exact = s.double().requires_grad_()
+    y = torch.nn.functional.layer_norm(exact, shape[-1:], weight.double(), None, 1e-6)
+    (want,) = torch.autograd.grad(y, exact, dy.double())
+    want = want + ds_out.double()
+    if case == "everything":
+        want = want * gamma.double() * row_scale.double()[:, None, None]
+        want = want * reference.dropout_scale(seed, offset, want.shape, p)
+    torch.testing.assert_close(found[6].double(), want.sum(dim=(0, 1)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("block_m", [1, 2, 4, 16])
@@ -420,6 +502,7 @@ def test_bad_input(change, error, message):
     [
         ({"branch": torch.ones(2, 4, 8)}, ValueError, "branch must have the shape of residual"),
         ({"gamma": torch.ones(4)}, ValueError, "gamma must have shape"),
+        ({"branch_bias": torch.ones(2, 16)}, ValueError, r"branch_bias must have shape \(16,\), got \(2, 16\)"),
         ({"row_scale": torch.ones(4)}, ValueError, r"row_scale must have shape \(2,\)"),
         ({"row_scale": torch.ones(2, requires_grad=True)}, ValueError, "carries no gradient"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\)"),
@@ -509,6 +592,10 @@ def test_what_is_saved(randn):
     assert learns == sorted([rows, rows, *stats, row, row, (9,)])
     frozen = saved_by(lambda: residual_layer_norm(x, branch, weight, bias, gamma=gamma.detach(), impl="triton"))
     assert frozen == sorted([rows, *stats, row, row])
+    pending = saved_by(lambda: residual_layer_norm(x, branch, weight, bias, branch_bias=gamma, impl="triton"))
+    assert pending == sorted([rows, *stats, row])
+    both = saved_by(lambda: residual_layer_norm(x, branch, weight, branch_bias=bias, gamma=gamma, impl="triton"))
+    assert both == sorted([rows, rows, *stats, row, row, row])
 
 
 KINDS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -517,10 +604,13 @@ HALVES = (torch.float16, torch.bfloat16)
 
 @pytest.mark.parametrize("branch", KINDS, ids=str)
 @pytest.mark.parametrize("other", KINDS, ids=str)
-@pytest.mark.parametrize("names", [("residual",), ("weight", "bias"), ("gamma",), ("weight",), ("bias",)], ids="+".join)
+@pytest.mark.parametrize(
+    "names", [("residual",), ("weight", "bias"), ("gamma",), ("branch_bias",), ("weight",), ("bias",)], ids="+".join
+)
 def test_dtypes_that_go_together(names, branch, other):
     """That of the branch, or fp32 beside a branch of 16 bits; the LayerNorm's two parameters share theirs."""
-    shapes = {"residual": (2, 3, 8), "branch": (2, 3, 8), "weight": (8,), "bias": (8,), "gamma": (8,)}
+    shapes = {"residual": (2, 3, 8), "branch": (2, 3, 8)} | dict.fromkeys(("weight", "bias", "gamma"), (8,))
+    shapes |= {"branch_bias": (8,)}
     args = {n: torch.ones(shape, dtype=other if n in names else branch) for n, shape in shapes.items()}
     wide = other is torch.float32 and branch in HALVES and names not in (("weight",), ("bias",))
     if other is branch or wide:
@@ -534,26 +624,38 @@ def test_dtypes_that_go_together(names, branch, other):
         assert any(f"{name} is {other}" in str(raised.value) for name in names)
 
 
-@pytest.mark.parametrize("redraws", [False, True])
-def test_shipped_tiles_hold_a_whole_row(redraws):
-    """Of any width, about 4,096 elements a program and half as many where a mask is drawn again; 4 to 16 warps."""
-    budget = 2048 if redraws else 4096
+@pytest.mark.parametrize("crowded", [False, True])
+def test_shipped_tiles_hold_a_whole_row(crowded):
+    """Of any width, about 4,096 elements a program and half as many where registers are short; 4 to 16 warps."""
+    budget = 2048 if crowded else 4096
     for arch in (80, 90, 100):
         for width in (1, 2, 3, 31, 32, 33, 192, 384, 512, 768, 1024, 1025, 2048, 2049, 4096, 8192, 8193, 65_536):
-            config = configs.layer_norm(arch, width, redraws)
             whole = next(2**i for i in range(17) if 2**i >= width)
-            assert config.block_n == whole and config.block_m == max(1, budget // whole), width
-            assert config.num_warps == {True: 4, False: min(16, whole // 512)}[whole <= 2048]
+            for backward, columns in ((False, 512), (True, 256)):  # of a warp
+                config = configs.layer_norm(arch, width, backward, crowded)
+                assert config.block_n == whole and config.block_m == max(1, budget // whole), width
+                assert config.num_warps == min(16, max(4, whole // columns))
             flat = configs.elementwise(arch, width)
             assert flat.block_n == min(whole, 1024) and flat.block_m == 2048 // flat.block_n
-    assert configs.layer_norm(90, 768) == configs.layer_norm(90, 768, False)
+    assert configs.layer_norm(90, 768) == configs.layer_norm(90, 768, False, False)
 
 
-def test_only_a_backward_that_draws_again_has_the_smaller_tile(randn, monkeypatch):
+def test_which_backward_has_the_smaller_tile(randn, monkeypatch):
+    """One that draws again, reads fp32 gradients, or a branch beside an fp32 stream or while y is written."""
     asked, plain = [], configs.layer_norm
     monkeypatch.setattr(configs, "layer_norm", lambda *args: asked.append(args[1:]) or plain(*args))
-    x, seed = randn(4, 24).requires_grad_(), torch.tensor([3], device=randn(1).device)
-    layer_norm(x, impl="triton").sum().backward()
-    for p in (0.0, 0.5):
-        residual_layer_norm(x, x, dropout_p=p, seed=seed, impl="triton").y.sum().backward()
-    assert asked == [(24,), (24, False), (24,), (24, False), (24,), (24, True)]
+    x, seed = randn(4, 24).half(), torch.tensor([3], device=randn(1).device)
+    wide, gamma, drop = x.float(), x[0], {"dropout_p": 0.5, "seed": seed}
+    for residual, branch, options, crowded in (
+        (x, x, {}, False), (x, x, {"gamma": gamma}, False), (x, x, drop, True), (wide, x, {}, False),
+        (wide, x, {"gamma": gamma}, True), (wide, wide, {}, True),
+    ):  # fmt: skip
+        leaves = [t.detach().requires_grad_() for t in (residual, branch)]
+        options = {n: t.detach().requires_grad_() if n == "gamma" else t for n, t in options.items()}
+        residual_layer_norm(*leaves, **options, impl="triton").y.sum().backward()
+        assert asked == [(24,), (24, True, crowded)]
+        asked.clear()
+    for need_y, dgamma in ((True, None), (False, torch.float16), (True, torch.float16)):
+        rows, rest = (x, x, x, *wide.mT.contiguous()[:2]), (None, None, x, None, gamma, None, None, 0.0, 0)
+        layer_norm_bwd(*rows, *rest, False, need_y, None, None, dgamma, None)
+    assert asked == [(24, True, False), (24, True, False), (24, True, True)]

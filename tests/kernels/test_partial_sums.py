@@ -82,7 +82,7 @@ def test_same_bits(randn):
     assert torch.equal(found, want.view(5, 4, 5))
 
 
-@pytest.mark.parametrize("op", ["patch_embed"])
+@pytest.mark.parametrize("op", ["layer_norm", "residual_layer_norm", "patch_embed"])
 def test_a_backward_ends_with_one_launch(op):
     """All its sums and their casts; of patch_embed but for the sum of dy over the images, which is a pass."""
     from benchmarks import trace  # here, because copies of the tests have no benchmarks

@@ -64,7 +64,7 @@ def drop(draw):
 def residual_cases(draw):
     B, N, D = draw(batch), draw(small), draw(widths)
     shapes = {"residual": (B, N, D), "branch": (B, N, D)}
-    shapes |= {name: draw(maybe((D,))) for name in ("weight", "bias", "gamma")}
+    shapes |= {name: draw(maybe((D,))) for name in ("weight", "bias", "branch_bias", "gamma")}
     scale = torch.randint(3, (B,)).float() if draw(st.booleans()) else None
     return shapes, {"row_scale": scale} | draw(drop())
 
