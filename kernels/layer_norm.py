@@ -51,10 +51,10 @@ def _load_rows(ptr, stride_m, offs_m, offs_d, mask):
 
 
 @triton.jit
-def _load_scales(ptr, offs_m, mask_m, ROWS_PER_SCALE):
-    """The scale of each row of a tile, [BLOCK_M, 1]; None for None."""
+def _load_scales(ptr, offs_m, mask_m, M, ROWS_PER_SCALE):
+    """The scale of each row of a tile, [BLOCK_M, 1]; None for None. Divides in the type of M, mostly 32 bits."""
     if ptr is not None:
-        return tl.load(ptr + offs_m // ROWS_PER_SCALE, mask=mask_m, other=0.0)[:, None]
+        return tl.load(ptr + offs_m.to(M.dtype) // ROWS_PER_SCALE, mask=mask_m, other=0.0)[:, None]
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def _scale_and_shift(x_hat, w, b):
     return x_hat
 
 
-@triton.jit(do_not_specialize=["OFFSET"])
+@triton.jit(do_not_specialize=["M", "ROWS_PER_SCALE", "OFFSET"])
 def _layer_norm_fwd_kernel(
     x_ptr, branch_ptr, branch_bias_ptr, gamma_ptr, row_scale_ptr, w_ptr, b_ptr, seed_ptr,
     stream_ptr, y_ptr, mean_ptr, rstd_ptr,
@@ -100,7 +100,7 @@ def _layer_norm_fwd_kernel(
         if gamma_ptr is not None:
             branch *= _load_row(gamma_ptr, offs_d, mask_d, ACC)
         if row_scale_ptr is not None:
-            branch *= _load_scales(row_scale_ptr, offs_m, mask_m, ROWS_PER_SCALE).to(ACC)
+            branch *= _load_scales(row_scale_ptr, offs_m, mask_m, M, ROWS_PER_SCALE).to(ACC)
         stream = (s + branch).to(stream_ptr.dtype.element_ty)
         tl.store(stream_ptr + offs_out, stream, mask=mask)
         s = stream.to(ACC)
@@ -115,7 +115,7 @@ def _layer_norm_fwd_kernel(
         tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
 
 
-@triton.jit(do_not_specialize=["OFFSET"])
+@triton.jit(do_not_specialize=["M", "ROWS_PER_SCALE", "OFFSET"])
 def _layer_norm_bwd_kernel(
     dy_ptr, ds_out_ptr, s_ptr, mean_ptr, rstd_ptr, w_ptr, b_ptr,
     branch_ptr, branch_bias_ptr, gamma_ptr, row_scale_ptr, seed_ptr,
@@ -149,7 +149,7 @@ def _layer_norm_bwd_kernel(
         dy = _load_rows(dy_ptr, stride_dym, offs_m, offs_d, mask).to(ACC)
         ds_out = _load_rows(ds_out_ptr, stride_ds_outm, offs_m, offs_d, mask)
         branch = _load_rows(branch_ptr, stride_branchm, offs_m, offs_d, mask)
-        row_scale = _load_scales(row_scale_ptr, offs_m, mask_m, ROWS_PER_SCALE)
+        row_scale = _load_scales(row_scale_ptr, offs_m, mask_m, M, ROWS_PER_SCALE)
         mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
 

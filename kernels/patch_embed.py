@@ -61,7 +61,7 @@ def _pixel_offsets(k, stride_c, stride_h, stride_w, PH: tl.constexpr, PW: tl.con
     return tl.multiple_of(c * stride_c + i * stride_h, ALIGN) + j * stride_w
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "T", "NO_POS", "GRID_W"])
 def _patch_embed_fwd_kernel(
     image_ptr, w_ptr, bias_ptr, pos_ptr, prefix_ptr, mask_token_ptr, masked_ptr, out_ptr,
     M, D, C, T, R, NO_POS, GRID_W,
@@ -113,7 +113,7 @@ def _patch_embed_fwd_kernel(
     tl.store(out_ptr + offs_out, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N", "GRID_W", "ROWS_PER_SPLIT"])
 def _patch_embed_dw_kernel(
     dy_ptr, image_ptr, masked_ptr, dw_ptr,
     M, D, C, N, R, GRID_W, ROWS_PER_SPLIT,
@@ -133,8 +133,9 @@ def _patch_embed_dw_kernel(
     offs_pixel = _pixel_offsets(offs_k, stride_c, stride_h, stride_w, PH, PW, ALIGN)
 
     acc = tl.zeros([BLOCK_D, BLOCK_K], dtype=ACC)
-    for start_m in range(split * ROWS_PER_SPLIT, tl.minimum((split + 1) * ROWS_PER_SPLIT, M), BLOCK_M):
-        mask_m = start_m + tl.arange(0, BLOCK_M) < M
+    end_m = tl.minimum((split + 1) * ROWS_PER_SPLIT, M)
+    for start_m in range(split * ROWS_PER_SPLIT, end_m, BLOCK_M):
+        mask_m = tl.arange(0, BLOCK_M) < (end_m - start_m).to(tl.int32)
         b, n = _split_rows(start_m, N, BLOCK_M)
         if masked_ptr is not None:  # both factors become 0, because 0 times NaN is NaN
             mask_m = mask_m & (tl.load(masked_ptr + b * N + n, mask=mask_m, other=0) == 0)
@@ -149,7 +150,7 @@ def _patch_embed_dw_kernel(
     tl.store(dw_ptr + offs_dw, acc, mask=mask_d[:, None] & mask_k[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N", "GRID_W"])
 def _patch_embed_dimage_kernel(
     dy_ptr, w_ptr, dimage_ptr,
     M, D, C, N, R, GRID_W,

@@ -73,8 +73,8 @@ MUTANTS = [
     Mutant(
         "layer_norm: row scale of the wrong sample",
         "kernels/layer_norm.py",
-        "ptr + offs_m // ROWS_PER_SCALE",
-        "ptr + offs_m // (ROWS_PER_SCALE + 1)",
+        "offs_m.to(M.dtype) // ROWS_PER_SCALE",
+        "offs_m.to(M.dtype) // (ROWS_PER_SCALE + 1)",
         (f"{LN}::test_residual_layer_norm",),
     ),
     Mutant(
@@ -329,6 +329,15 @@ MUTANTS = [
         "b_ptr=bias if need_y else None,",
         "b_ptr=None,",
         (f"{LN}::test_backward_gives_y_again",),
+    ),
+    Mutant(
+        "layer_norm: a kernel for each number of rows that 16 divides",
+        "kernels/layer_norm.py",
+        """@triton.jit(do_not_specialize=["M", "ROWS_PER_SCALE", "OFFSET"])
+def _layer_norm_bwd_kernel(""",
+        """@triton.jit(do_not_specialize=["ROWS_PER_SCALE", "OFFSET"])
+def _layer_norm_bwd_kernel(""",
+        ("tests/kernels/test_compilations.py",),
     ),
     Mutant(
         "partial sums: the last rows are left out",
