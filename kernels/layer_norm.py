@@ -309,8 +309,9 @@ def _backward(ctx, ds_out, dy, _dmean, _drstd):
     need_dx, need_dbranch = ctx.needs_input_grad[:2]
     if dy is None:
         dy = s.new_zeros(s.shape, dtype=ctx.y_dtype)
-    # Without factors branch and residual have the same gradient, so one tensor is enough.
-    separate = need_dbranch and any(t is not None for t in (gamma, row_scale, seed))
+    # Without factors, and in one dtype, branch and residual have the same gradient, so one tensor is enough.
+    differ = s.dtype is not ctx.branch_dtype or any(t is not None for t in (gamma, row_scale, seed))
+    separate = need_dbranch and differ
     dw_dtype, db_dtype, dgamma_dtype, dbranch_bias_dtype = ctx.dtypes
     ds, dbranch, _, *sums = layer_norm_bwd(
         dy=dy, ds_out=ds_out if ctx.branch_dtype else None, s=s, mean=mean, rstd=rstd, weight=weight, bias=None,
@@ -319,8 +320,7 @@ def _backward(ctx, ds_out, dy, _dmean, _drstd):
         dw_dtype=dw_dtype, db_dtype=db_dtype, dgamma_dtype=dgamma_dtype, dbranch_bias_dtype=dbranch_bias_dtype,
     )  # fmt: skip
     dw, db, dgamma, dbranch_bias = (None if dtype is None else t for dtype, t in zip(ctx.dtypes, sums, strict=True))
-    if need_dbranch and not separate:
-        dbranch = ds.to(ctx.branch_dtype)
+    dbranch = dbranch if separate else ds
     return ds if need_dx else None, dbranch if need_dbranch else None, dbranch_bias, dgamma, None, dw, db, *[None] * 6
 
 

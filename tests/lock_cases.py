@@ -121,6 +121,9 @@ CASES: dict[str, Case] = {
     "residual_b_dropout": Case("ViT-B with dropout", lambda m: _residual(m, 768, False, drop=True), ("bf16",)),
     "residual_h_dropout": Case("all at once", lambda m: _residual(m, 1280, True, drop=True), ("bf16",)),
     "residual_b_bias": Case("bias of the branch", lambda m: _residual(m, 768, False, pending=True), NO_DOTS),
+    "residual_b_bias_autocast": Case(
+        "beside an fp32 stream", lambda m: _residual(m, 768, False, torch.float32, pending=True), ("bf16",)
+    ),
     "residual_s_bias": Case("DINOv2-S with it", lambda m: _residual(m, 384, True, pending=True), ("bf16",)),
     "residual_h_bias": Case("all of it", lambda m: _residual(m, 1280, True, drop=True, pending=True), ("bf16",)),
     "residual_b_again": Case("backward writes y again", lambda m: _norm_backward(m, 768, False), NO_DOTS),

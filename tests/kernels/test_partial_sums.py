@@ -82,27 +82,31 @@ def test_same_bits(randn):
     assert torch.equal(found, want.view(5, 4, 5))
 
 
-@pytest.mark.parametrize("op", ["layer_norm", "residual_layer_norm", "patch_embed"])
-def test_a_backward_ends_with_one_launch(op):
+@pytest.mark.parametrize(
+    "case", ["layer_norm", "residual_layer_norm", "residual_layer_norm, gamma", "fp32 stream", "patch_embed"]
+)
+def test_a_backward_ends_with_one_launch(case):
     """All its sums and their casts; of patch_embed but for the sum of dy over the images, which is a pass."""
     from benchmarks import trace  # here, because copies of the tests have no benchmarks
 
-    def make(*shape):
-        return torch.empty(shape, dtype=torch.bfloat16, device="meta").requires_grad_()
+    def make(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta").requires_grad_()
 
-    vectors = dict(zip(("weight", "bias", "gamma", "branch_bias"), (make(48) for _ in range(4)), strict=True))
-    norm = {name: vectors[name] for name in ("weight", "bias")}
+    norm = {"weight": make(48), "bias": make(48)}
+    pending = {"residual": make(2, 5, 48), "branch": make(2, 5, 48), "branch_bias": make(48), **norm}
     inputs = {
         "layer_norm": {"x": make(2, 5, 48), **norm},
-        "residual_layer_norm": {"residual": make(2, 5, 48), "branch": make(2, 5, 48), **vectors},
+        "residual_layer_norm": pending,
+        "residual_layer_norm, gamma": pending | {"gamma": make(48)},
+        "fp32 stream": pending | {"residual": make(2, 5, 48, dtype=torch.float32)},
         "patch_embed": {
             "image": make(2, 3, 16, 16).detach(), "weight": make(48, 3, 8, 8), "bias": make(48),
             "pos_embed": make(1, 5, 48), "prefix": make(1, 1, 48),
         },
-    }[op]  # fmt: skip
-    call = getattr(kernels, op)
+    }[case]  # fmt: skip
+    op = case.partition(",")[0] if case != "fp32 stream" else "residual_layer_norm"
     with trace.recording() as launches:
-        outs = call(**inputs)
+        outs = getattr(kernels, op)(**inputs)
         outs = outs if isinstance(outs, tuple) else (outs,)
         leaves = [t for t in inputs.values() if t.requires_grad]
         torch.autograd.grad(outs, leaves, [torch.empty_like(o) for o in outs])
