@@ -72,7 +72,7 @@ FLOPS: dict[str, Callable[[dict[str, Any]], int]] = {
     "_patch_embed_dimage_kernel": _patches("dimage_ptr"),
     **{
         f"_{name}_kernel": lambda a: 0
-        for name in ("layer_norm_fwd", "layer_norm_bwd", "partial_sums", "activation", "dropout")
+        for name in ("layer_norm_fwd", "layer_norm_bwd", "attention_delta", "partial_sums", "activation", "dropout")
     },
 }
 

@@ -11,16 +11,26 @@ Backward, from do:
     dv = Pᵀ do,  dk = scale · dSᵀ q,  dq = scale · dS k
 With dropout, K = `tile.dropout_scale` of row (b · H + h) · NQ + query and column key. K · P replaces P in P v and in
 Pᵀ do, and K · (do vᵀ) replaces do vᵀ. l, lse and delta stay as they are: Σ P · K · (do vᵀ) = Σ do · o.
-One launch has programs of two roles. Some own a tile of keys (dk, dv) and walk the queries. The others own a tile of
-queries (dq) and walk the keys. Each recomputes P, dS and delta, which makes seven products instead of five. But no
-program needs another's results: every sum has one fixed order, without atomics and without scratch memory.
+A small kernel computes delta [B, H, N]. Then one launch has programs of two roles. Some own a tile of keys (dk, dv) and
+walk the queries. The others own a tile of queries (dq) and walk the keys. Each recomputes P and dS, which makes seven
+products instead of five. But no program needs another's results: every sum has one fixed order, without atomics.
+
+16-bit inputs are wrong by more than 1e-5 themselves. So for them exp2(c · s − lse₂) takes one multiply-add before the
+exp2, with c = scale · log₂e and one number for each query: c · m forward, lse₂ = c · m + log₂ l backward.
+
+A program walks whole tiles, which need no mask, and then one narrower tile for the rows that are left, which has one.
+Sequence lengths are arguments, not compile-time constants: on sm_90 constants save nothing in the forward (1,852
+instructions a program instead of 1,835) and 3 % in the backward, but every new length would compile anew. So it is only
+a new kind of last tile that does (`configs.walk`).
 
 q, k and v are read in place with any batch, token and head strides. So packed qkv [B, N, 3, H, E] needs no copy, and
-its gradient is written straight into packed dqkv. Sequence lengths are compile-time constants. A head dimension that is
-not a power of two is split into parts: 80 = 64 + 16.
+its gradient is written straight into packed dqkv. A head dimension that is not a power of two is split into parts:
+80 = 64 + 16.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -29,6 +39,7 @@ from torch import Tensor
 
 from . import configs, reference, runtime, tile
 from .attention_tile import (
+    LOG2_E,
     attn_logits,
     attn_probs,
     dot_into_parts,
@@ -36,8 +47,13 @@ from .attention_tile import (
     exp_scaled,
     head_rows,
     load_parts,
+    load_stats,
+    loop_end,
     row_dot_parts,
+    rows_left,
     scale_parts,
+    skip_rows,
+    store_column_sums,
     store_parts,
     zero_parts,
 )
@@ -48,173 +64,234 @@ from .dropout import seed_and_offset
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
 
 
-@triton.jit(do_not_specialize=["OFFSET"])
+@triton.jit(do_not_specialize=["NQ", "NK", "OFFSET"])
 def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, seed_ptr, o_ptr, m_ptr, log_l_ptr,
-    HEADS, OFFSET,
+    NQ, NK, HEADS, OFFSET,
     stride_q, stride_k, stride_v, stride_o,  # each (batch, token, head)
-    NQ: tl.constexpr, NK: tl.constexpr, SCALE: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SCALE: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WALK_K: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
-    TILES: tl.constexpr = (NQ + BLOCK_M - 1) // BLOCK_M
-    head = pid // TILES
+    tiles = tl.cdiv(NQ, BLOCK_M)
+    head, pid_m = pid // tiles, (pid % tiles).to(tl.int32)
     b, h = head // HEADS, head % HEADS
-    offs_m = pid % TILES * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < NQ
-    q_rows = head_rows(q_ptr, stride_q, b, h, ALIGN)
-    k_rows = head_rows(k_ptr, stride_k, b, h, ALIGN)
-    v_rows = head_rows(v_ptr, stride_v, b, h, ALIGN)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = head * NQ + offs_m
+    kv_rows = head_rows(k_ptr, stride_k, b, h, ALIGN), head_rows(v_ptr, stride_v, b, h, ALIGN)
+    drop = (tl.load(seed_ptr), OFFSET, rows) if seed_ptr is not None else None
 
-    q = load_parts(q_rows, offs_m, mask_m, PARTS, ALIGN)
+    q = load_parts(head_rows(q_ptr, stride_q, b, h, ALIGN), offs_m, NQ, PARTS, ALIGN)
     m_i = tl.full([BLOCK_M], float("-inf"), dtype=ACC)
     l_i = tl.full([BLOCK_M], 0.0, dtype=ACC)
-    acc = zero_parts(BLOCK_M, PARTS, ACC)
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
-    for start_n in range(0, NK, BLOCK_N):
-        offs_n = start_n + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < NK
-        k = load_parts(k_rows, offs_n, mask_n, PARTS, ALIGN)
-        v = load_parts(v_rows, offs_n, mask_n, PARTS, ALIGN)
+    state = m_i, l_i, zero_parts(BLOCK_M, PARTS, ACC)
+    end = loop_end(NK, BLOCK_N, WALK_K)
+    for start_n in range(0, end, BLOCK_N):
+        left = rows_left(NK, start_n, WALK_K)
+        state = _fwd_step(state, q, kv_rows, start_n, left, drop, SCALE, P, PARTS, ALIGN, PRECISION, BLOCK_N)
+        kv_rows = skip_rows(kv_rows, BLOCK_N, ALIGN)
+    if WALK_K[1]:
+        state = _fwd_step(state, q, kv_rows, end, NK - end, drop, SCALE, P, PARTS, ALIGN, PRECISION, WALK_K[1])
 
-        logits = attn_logits(q, k, mask_n[None, :], PRECISION, ACC)  # [BLOCK_M, BLOCK_N]
-        m_new = tl.maximum(m_i, tl.max(logits, axis=1))  # finite: every tile has a key
-        p = exp_scaled(logits - m_new[:, None], SCALE)
-        alpha = exp_scaled(m_i - m_new, SCALE)
-        l_i = l_i * alpha + tl.sum(p, axis=1)
-        if seed_ptr is not None:
-            p *= tile.dropout_scale(seed, OFFSET, (head * NQ + offs_m)[:, None], offs_n[None, :], P).to(ACC)
-        acc = dot_into_parts(p, v, scale_parts(acc, alpha[:, None]), PRECISION)
-        m_i = m_new
-
+    m_i, l_i, acc = state
     o_rows = head_rows(o_ptr, stride_o, b, h, ALIGN)
-    store_parts(o_rows, scale_parts(acc, (1.0 / l_i)[:, None]), offs_m, mask_m, PARTS, ALIGN)
+    store_parts(o_rows, scale_parts(acc, (1.0 / l_i)[:, None]), offs_m, NQ, PARTS, ALIGN)
     if m_ptr is not None:
-        tl.store(m_ptr + head * NQ + offs_m, m_i, mask=mask_m)
-        tl.store(log_l_ptr + head * NQ + offs_m, tl.log(l_i), mask=mask_m)
+        tl.store(m_ptr + rows, m_i, mask=offs_m < NQ)
+        tl.store(log_l_ptr + rows, tl.log(l_i), mask=offs_m < NQ)
 
 
-@triton.jit(do_not_specialize=["OFFSET"])
+@triton.jit
+def _fwd_step(
+    state, q, kv_rows, start_n, left, drop,
+    SCALE: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """m, l and acc after WIDTH keys more, of which the first ``left`` exist (None: all)."""
+    m_i, l_i, acc = state
+    offs_n = tl.arange(0, WIDTH)
+    k = load_parts(kv_rows[0], offs_n, left, PARTS, ALIGN)
+    v = load_parts(kv_rows[1], offs_n, left, PARTS, ALIGN)
+
+    logits = attn_logits(q, k, offs_n, left, PRECISION, m_i.dtype)  # [BLOCK_M, WIDTH]
+    m_new = tl.maximum(m_i, tl.max(logits, axis=1))  # finite: every tile has a key
+    EXACT: tl.constexpr = k[0].dtype.primitive_bitwidth > 16
+    p = exp_scaled(logits, m_new[:, None], SCALE, EXACT)
+    alpha = exp_scaled(m_i, m_new, SCALE, EXACT)
+    l_i = l_i * alpha + tl.sum(p, axis=1)
+    if drop is not None:
+        seed, OFFSET, rows = drop
+        p *= tile.dropout_scale(seed, OFFSET, rows[:, None], (start_n + offs_n)[None, :], P).to(p.dtype)
+    return m_new, l_i, dot_into_parts(p, v, scale_parts(acc, alpha[:, None]), PRECISION)
+
+
+@triton.jit(do_not_specialize=["NQ"])
+def _attention_delta_kernel(
+    o_ptr, do_ptr, m_ptr, log_l_ptr, lse_ptr, delta_ptr,
+    NQ, HEADS,
+    stride_o, stride_do,  # each (batch, token, head)
+    SCALE: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """delta and lse₂ of BLOCK_M queries; without m_ptr log₂ l instead of lse₂."""
+    pid = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(NQ, BLOCK_M)
+    head, pid_m = pid // tiles, (pid % tiles).to(tl.int32)
+    b, h = head // HEADS, head % HEADS
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m, rows = offs_m < NQ, head * NQ + offs_m
+
+    o = load_parts(head_rows(o_ptr, stride_o, b, h, ALIGN), offs_m, NQ, PARTS, ALIGN)
+    do = load_parts(head_rows(do_ptr, stride_do, b, h, ALIGN), offs_m, NQ, PARTS, ALIGN)
+    tl.store(delta_ptr + rows, row_dot_parts(do, o, ACC), mask=mask_m)
+    lse = tl.load(log_l_ptr + rows, mask=mask_m, other=0.0) * LOG2_E
+    if m_ptr is not None:
+        lse += tl.load(m_ptr + rows, mask=mask_m, other=0.0) * (SCALE * LOG2_E)
+    tl.store(lse_ptr + rows, lse, mask=mask_m)
+
+
+@triton.jit(do_not_specialize=["NQ", "NK", "OFFSET"])
 def _attention_bwd_kernel(
-    q_ptr, k_ptr, v_ptr, seed_ptr, o_ptr, do_ptr, m_ptr, log_l_ptr, dq_ptr, dk_ptr, dv_ptr,
-    HEADS, OFFSET,
-    stride_q, stride_k, stride_v, stride_o, stride_do, stride_dq, stride_dk, stride_dv,  # each (batch, token, head)
-    NQ: tl.constexpr, NK: tl.constexpr, SCALE: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, seed_ptr, do_ptr, m_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr, sums_ptr,
+    NQ, NK, HEADS, OFFSET,
+    stride_q, stride_k, stride_v, stride_do, stride_dq, stride_dk, stride_dv,  # each (batch, token, head)
+    SCALE: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WALK_Q: tl.constexpr, WALK_K: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
-    TILES_K: tl.constexpr = (NK + BLOCK_M - 1) // BLOCK_M if dk_ptr is not None else 0
-    TILES_Q: tl.constexpr = (NQ + BLOCK_M - 1) // BLOCK_M if dq_ptr is not None else 0
+    tiles_k = tl.cdiv(NK, BLOCK_M) if dk_ptr is not None else 0
+    tiles_q = tl.cdiv(NQ, BLOCK_M) if dq_ptr is not None else 0
     # The programs of one head are neighbours, so that they find its rows in L2.
-    head, pid_m = pid // (TILES_K + TILES_Q), pid % (TILES_K + TILES_Q)
+    head, pid_m = pid // (tiles_k + tiles_q), (pid % (tiles_k + tiles_q)).to(tl.int32)
     b, h = head // HEADS, head % HEADS
-    m_ptr += head * NQ
-    log_l_ptr += head * NQ
-    q = head_rows(q_ptr, stride_q, b, h, ALIGN)
-    k = head_rows(k_ptr, stride_k, b, h, ALIGN)
-    v = head_rows(v_ptr, stride_v, b, h, ALIGN)
-    o = head_rows(o_ptr, stride_o, b, h, ALIGN)
-    do = head_rows(do_ptr, stride_do, b, h, ALIGN)
+    q_do_rows = head_rows(q_ptr, stride_q, b, h, ALIGN), head_rows(do_ptr, stride_do, b, h, ALIGN)
+    kv_rows = head_rows(k_ptr, stride_k, b, h, ALIGN), head_rows(v_ptr, stride_v, b, h, ALIGN)
+    stats = lse_ptr + head * NQ, delta_ptr + head * NQ
+    if m_ptr is not None:
+        stats += (m_ptr + head * NQ,)
 
-    if pid_m < TILES_K:
+    if pid_m < tiles_k:
         if dk_ptr is not None:
-            dk = head_rows(dk_ptr, stride_dk, b, h, ALIGN)
-            dv = head_rows(dv_ptr, stride_dv, b, h, ALIGN)
             offs_n = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-            _dk_dv(
-                q, k, v, seed_ptr, o, do, m_ptr, log_l_ptr, dk, dv, offs_n, head * NQ, OFFSET,
-                NQ, NK, SCALE, P, PARTS, ALIGN, PRECISION, ACC, BLOCK_M, BLOCK_N,
+            dk, dv = _dk_dv(
+                q_do_rows, kv_rows, stats, seed_ptr, offs_n, head * NQ, OFFSET, NQ, NK,
+                SCALE, P, PARTS, ALIGN, PRECISION, ACC, BLOCK_M, BLOCK_N, WALK_Q,
             )  # fmt: skip
+            store_parts(head_rows(dk_ptr, stride_dk, b, h, ALIGN), dk, offs_n, NK, PARTS, ALIGN)
+            store_parts(head_rows(dv_ptr, stride_dv, b, h, ALIGN), dv, offs_n, NK, PARTS, ALIGN)
+            if sums_ptr is not None:
+                row = (b * tiles_k + pid_m) * 3 * HEADS + h  # of [B, tiles, 3, HEADS] rows
+                store_column_sums(sums_ptr, row + HEADS, dk, offs_n, NK, PARTS)
+                store_column_sums(sums_ptr, row + 2 * HEADS, dv, offs_n, NK, PARTS)
     else:
         if dq_ptr is not None:
-            dq = head_rows(dq_ptr, stride_dq, b, h, ALIGN)
-            offs_m = (pid_m - TILES_K) * BLOCK_M + tl.arange(0, BLOCK_M)
-            _dq(
-                q, k, v, seed_ptr, o, do, m_ptr, log_l_ptr, dq, offs_m, head * NQ, OFFSET,
-                NQ, NK, SCALE, P, PARTS, ALIGN, PRECISION, ACC, BLOCK_M, BLOCK_N,
+            pid_m -= tiles_k
+            offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+            dq = _dq(
+                q_do_rows, kv_rows, stats, seed_ptr, offs_m, head * NQ, OFFSET, NQ, NK,
+                SCALE, P, PARTS, ALIGN, PRECISION, ACC, BLOCK_M, BLOCK_N, WALK_K,
             )  # fmt: skip
+            store_parts(head_rows(dq_ptr, stride_dq, b, h, ALIGN), dq, offs_m, NQ, PARTS, ALIGN)
+            if sums_ptr is not None:
+                store_column_sums(sums_ptr, (b * tiles_q + pid_m) * 3 * HEADS + h, dq, offs_m, NQ, PARTS)
 
 
 @triton.jit
 def _dk_dv(
-    q_rows, k_rows, v_rows, seed_ptr, o_rows, do_rows, m_ptr, log_l_ptr, dk_rows, dv_rows, offs_n, first_row, OFFSET,
-    NQ: tl.constexpr, NK: tl.constexpr, SCALE: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q_do_rows, kv_rows, stat_ptrs, seed_ptr, offs_n, first_row, OFFSET, NQ, NK,
+    SCALE: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of BLOCK_M keys, over all queries. P and dS are [keys, queries], the layout of the last two products.
+    """dk and dv of the keys offs_n, over all queries. Rows beyond the last key may hold inf."""
+    k = load_parts(kv_rows[0], offs_n, NK, PARTS, ALIGN)
+    v = load_parts(kv_rows[1], offs_n, NK, PARTS, ALIGN)
+    drop = (tl.load(seed_ptr), OFFSET, first_row, offs_n) if seed_ptr is not None else None
+    state = zero_parts(BLOCK_M, PARTS, ACC), zero_parts(BLOCK_M, PARTS, ACC)
+    end = loop_end(NQ, BLOCK_N, WALK)
+    for start_m in range(0, end, BLOCK_N):
+        left = rows_left(NQ, start_m, WALK)
+        state = _dk_dv_step(
+            state, k, v, q_do_rows, stat_ptrs, start_m, left, drop, SCALE, P, PARTS, ALIGN, PRECISION, BLOCK_N
+        )
+        q_do_rows = skip_rows(q_do_rows, BLOCK_N, ALIGN)
+    if WALK[1]:
+        state = _dk_dv_step(
+            state, k, v, q_do_rows, stat_ptrs, end, NQ - end, drop, SCALE, P, PARTS, ALIGN, PRECISION, WALK[1]
+        )
+    return scale_parts(state[0], SCALE), state[1]
 
-    Rows beyond the last key may hold inf; they are not stored. Columns beyond the last query have P = 0.
+
+@triton.jit
+def _dk_dv_step(
+    state, k, v, q_do_rows, stat_ptrs, start_m, left, drop,
+    SCALE: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """dk and dv after WIDTH queries more. P and dS are [keys, queries], the layout of the last two products.
+
+    Columns beyond the last query have P = 0.
     """
-    mask_n = offs_n < NK
-    k = load_parts(k_rows, offs_n, mask_n, PARTS, ALIGN)
-    v = load_parts(v_rows, offs_n, mask_n, PARTS, ALIGN)
+    dk, dv = state
+    offs_m = tl.arange(0, WIDTH)
+    q = load_parts(q_do_rows[0], offs_m, left, PARTS, ALIGN)
+    do = load_parts(q_do_rows[1], offs_m, left, PARTS, ALIGN)
+    stats = load_stats(stat_ptrs, start_m, offs_m, left, 0)
 
-    dk = zero_parts(BLOCK_M, PARTS, ACC)
-    dv = zero_parts(BLOCK_M, PARTS, ACC)
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
-    for start_m in range(0, NQ, BLOCK_N):
-        offs_m = start_m + tl.arange(0, BLOCK_N)
-        mask_m = offs_m < NQ
-        q = load_parts(q_rows, offs_m, mask_m, PARTS, ALIGN)
-        do = load_parts(do_rows, offs_m, mask_m, PARTS, ALIGN)
-        o = load_parts(o_rows, offs_m, mask_m, PARTS, ALIGN)
-        m = tl.load(m_ptr + offs_m, mask=mask_m, other=0.0)
-        log_l = tl.load(log_l_ptr + offs_m, mask=mask_m, other=0.0)
-        delta = row_dot_parts(do, o, ACC)
-
-        logits = attn_logits(k, q, mask_m[None, :], PRECISION, ACC)
-        p = attn_probs(logits, m[None, :], log_l[None, :], SCALE)
-        dp = dot_parts(v, do, PRECISION, ACC)
-        kept = p
-        if seed_ptr is not None:
-            drop_scale = tile.dropout_scale(
-                seed, OFFSET, (first_row + offs_m)[None, :], offs_n.to(tl.int32)[:, None], P
-            ).to(ACC)
-            kept *= drop_scale
-            dp *= drop_scale
-        ds = p * (dp - delta[None, :])
-        dv = dot_into_parts(kept, do, dv, PRECISION)
-        dk = dot_into_parts(ds, q, dk, PRECISION)
-
-    store_parts(dk_rows, scale_parts(dk, SCALE), offs_n, mask_n, PARTS, ALIGN)
-    store_parts(dv_rows, dv, offs_n, mask_n, PARTS, ALIGN)
+    ACC: tl.constexpr = dk[0].dtype
+    p = attn_probs(attn_logits(k, q, offs_m, left, PRECISION, ACC), stats, SCALE)
+    dp = dot_parts(v, do, PRECISION, ACC)
+    kept = p
+    if drop is not None:
+        seed, OFFSET, first_row, offs_n = drop
+        rows = first_row + start_m + offs_m
+        drop_scale = tile.dropout_scale(seed, OFFSET, rows[None, :], offs_n[:, None], P).to(ACC)
+        kept *= drop_scale
+        dp *= drop_scale
+    ds = p * (dp - stats[1])  # delta
+    dv = dot_into_parts(kept, do, dv, PRECISION)
+    return dot_into_parts(ds, q, dk, PRECISION), dv
 
 
 @triton.jit
 def _dq(
-    q_rows, k_rows, v_rows, seed_ptr, o_rows, do_rows, m_ptr, log_l_ptr, dq_rows, offs_m, first_row, OFFSET,
-    NQ: tl.constexpr, NK: tl.constexpr, SCALE: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q_do_rows, kv_rows, stat_ptrs, seed_ptr, offs_m, first_row, OFFSET, NQ, NK,
+    SCALE: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
-    """dq of BLOCK_M queries, over all keys."""
-    mask_m = offs_m < NQ
-    q = load_parts(q_rows, offs_m, mask_m, PARTS, ALIGN)
-    do = load_parts(do_rows, offs_m, mask_m, PARTS, ALIGN)
-    o = load_parts(o_rows, offs_m, mask_m, PARTS, ALIGN)
-    m = tl.load(m_ptr + offs_m, mask=mask_m, other=0.0)
-    log_l = tl.load(log_l_ptr + offs_m, mask=mask_m, other=0.0)
-    delta = row_dot_parts(do, o, ACC)
-
+    """dq of the queries offs_m, over all keys."""
+    q = load_parts(q_do_rows[0], offs_m, NQ, PARTS, ALIGN)
+    do = load_parts(q_do_rows[1], offs_m, NQ, PARTS, ALIGN)
+    stats = load_stats(stat_ptrs, 0, offs_m, NQ, 1)
+    drop = (tl.load(seed_ptr), OFFSET, first_row + offs_m) if seed_ptr is not None else None
     dq = zero_parts(BLOCK_M, PARTS, ACC)
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
-    for start_n in range(0, NK, BLOCK_N):
-        offs_n = start_n + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < NK
-        k = load_parts(k_rows, offs_n, mask_n, PARTS, ALIGN)
-        v = load_parts(v_rows, offs_n, mask_n, PARTS, ALIGN)
+    end = loop_end(NK, BLOCK_N, WALK)
+    for start_n in range(0, end, BLOCK_N):
+        left = rows_left(NK, start_n, WALK)
+        dq = _dq_step(dq, q, do, stats, kv_rows, start_n, left, drop, SCALE, P, PARTS, ALIGN, PRECISION, BLOCK_N)
+        kv_rows = skip_rows(kv_rows, BLOCK_N, ALIGN)
+    if WALK[1]:
+        dq = _dq_step(dq, q, do, stats, kv_rows, end, NK - end, drop, SCALE, P, PARTS, ALIGN, PRECISION, WALK[1])
+    return scale_parts(dq, SCALE)
 
-        logits = attn_logits(q, k, mask_n[None, :], PRECISION, ACC)
-        p = attn_probs(logits, m[:, None], log_l[:, None], SCALE)
-        dp = dot_parts(do, v, PRECISION, ACC)
-        if seed_ptr is not None:
-            dp *= tile.dropout_scale(seed, OFFSET, (first_row + offs_m)[:, None], offs_n[None, :], P).to(ACC)
-        ds = p * (dp - delta[:, None])
-        dq = dot_into_parts(ds, k, dq, PRECISION)
 
-    store_parts(dq_rows, scale_parts(dq, SCALE), offs_m, mask_m, PARTS, ALIGN)
+@triton.jit
+def _dq_step(
+    dq, q, do, stats, kv_rows, start_n, left, drop,
+    SCALE: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """dq after WIDTH keys more."""
+    offs_n = tl.arange(0, WIDTH)
+    k = load_parts(kv_rows[0], offs_n, left, PARTS, ALIGN)
+    v = load_parts(kv_rows[1], offs_n, left, PARTS, ALIGN)
+
+    ACC: tl.constexpr = dq[0].dtype
+    p = attn_probs(attn_logits(q, k, offs_n, left, PRECISION, ACC), stats, SCALE)
+    dp = dot_parts(do, v, PRECISION, ACC)
+    if drop is not None:
+        seed, OFFSET, rows = drop
+        dp *= tile.dropout_scale(seed, OFFSET, rows[:, None], (start_n + offs_n)[None, :], P).to(ACC)
+    ds = p * (dp - stats[1])  # delta
+    return dot_into_parts(ds, k, dq, PRECISION)
 
 
 def head_parts(head_dim: int) -> tuple[tuple[int, int, int], ...]:
@@ -249,40 +326,56 @@ def _launch_fwd(
     scale: float, seed: Tensor | None, dropout_p: float, offset: int,
 ) -> None:  # fmt: skip
     """Fills o, and m and log_l unless empty. q, o [B, NQ, H, E] and k, v [B, NK, H, E] with unit last stride."""
-    B, NQ, HEADS, HEAD_DIM = q.shape
-    config = configs.attention_fwd(runtime.arch(q.device), k.shape[1], HEAD_DIM, q.dtype, seed is not None)
+    (B, NQ, HEADS, HEAD_DIM), NK = q.shape, k.shape[1]
+    config = configs.attention_fwd(runtime.arch(q.device), NK, HEAD_DIM, q.dtype, seed is not None)
     runtime.launch(
         _attention_fwd_kernel, B * HEADS * triton.cdiv(NQ, config.block_m),
         q_ptr=q, k_ptr=k, v_ptr=v, seed_ptr=seed, o_ptr=o,
         m_ptr=m if m.numel() else None, log_l_ptr=log_l if m.numel() else None,
-        HEADS=HEADS, OFFSET=offset,
+        NQ=NQ, NK=NK, HEADS=HEADS, OFFSET=offset,
         stride_q=_strides(q), stride_k=_strides(k), stride_v=_strides(v), stride_o=_strides(o),
-        NQ=NQ, NK=k.shape[1], SCALE=scale, P=dropout_p, PARTS=head_parts(HEAD_DIM), ALIGN=_align(q, k, v, o),
+        SCALE=scale, P=dropout_p, PARTS=head_parts(HEAD_DIM), ALIGN=_align(q, k, v, o),
         PRECISION=runtime.precision(q.dtype), ACC=runtime.acc_type(q.dtype),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, WALK_K=configs.walk(NK, config),
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
 def _launch_bwd(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor, m: Tensor, log_l: Tensor,
-    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None,
+    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, sums: Tensor | None, scratch: Sequence[Tensor],
     scale: float, seed: Tensor | None, dropout_p: float, offset: int,
 ) -> None:  # fmt: skip
-    """Fills dq unless None, and dk and dv unless None. All are [B, N, H, E] with unit last stride."""
+    """Fills dq unless None, and dk and dv unless None. All are [B, N, H, E] with unit last stride.
+
+    Fills sums unless None: [B · tiles, 3 · H · E], contiguous, for q, k and v of one length and block_m tokens a tile.
+    Row i is the sum of dq, dk and dv over the tokens of tile i. scratch, two tensors like m, is overwritten.
+    """
     B, NQ, HEADS, HEAD_DIM = q.shape
     NK = k.shape[1]
     config = configs.attention_bwd(runtime.arch(q.device), max(NQ, NK), HEAD_DIM, q.dtype, seed is not None)
-    tiles = sum(triton.cdiv(t.shape[1], config.block_m) for t in (dk, dq) if t is not None)
+    exact = q.dtype not in runtime.HALF
+    lse, delta = scratch
+    tiles_q, tiles_k = (0 if t is None else triton.cdiv(t.shape[1], config.block_m) for t in (dq, dk))
     runtime.launch(
-        _attention_bwd_kernel, B * HEADS * tiles,
-        q_ptr=q, k_ptr=k, v_ptr=v, seed_ptr=seed, o_ptr=o, do_ptr=do, m_ptr=m, log_l_ptr=log_l,
-        dq_ptr=dq, dk_ptr=dk, dv_ptr=dv,
-        HEADS=HEADS, OFFSET=offset,
-        stride_q=_strides(q), stride_k=_strides(k), stride_v=_strides(v), stride_o=_strides(o), stride_do=_strides(do),
+        _attention_delta_kernel, B * HEADS * triton.cdiv(NQ, config.block_m),
+        o_ptr=o, do_ptr=do, m_ptr=None if exact else m, log_l_ptr=log_l, lse_ptr=lse, delta_ptr=delta,
+        NQ=NQ, HEADS=HEADS, stride_o=_strides(o), stride_do=_strides(do),
+        SCALE=scale, PARTS=head_parts(HEAD_DIM), ALIGN=_align(o, do), ACC=runtime.acc_type(q.dtype),
+        BLOCK_M=config.block_m, num_warps=config.num_warps, num_stages=1,
+    )  # fmt: skip
+    runtime.launch(
+        _attention_bwd_kernel, B * HEADS * (tiles_q + tiles_k),
+        q_ptr=q, k_ptr=k, v_ptr=v, seed_ptr=seed, do_ptr=do, m_ptr=m if exact else None, lse_ptr=lse, delta_ptr=delta,
+        dq_ptr=dq, dk_ptr=dk, dv_ptr=dv, sums_ptr=sums,
+        NQ=NQ, NK=NK, HEADS=HEADS, OFFSET=offset,
+        stride_q=_strides(q), stride_k=_strides(k), stride_v=_strides(v), stride_do=_strides(do),
         stride_dq=_strides(dq), stride_dk=_strides(dk), stride_dv=_strides(dv),
-        NQ=NQ, NK=NK, SCALE=scale, P=dropout_p, PARTS=head_parts(HEAD_DIM), ALIGN=_align(q, k, v, o, do, dq, dk, dv),
+        SCALE=scale, P=dropout_p, PARTS=head_parts(HEAD_DIM), ALIGN=_align(q, k, v, do, dq, dk, dv),
         PRECISION=runtime.precision(q.dtype), ACC=runtime.acc_type(q.dtype),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        WALK_Q=configs.walk(NQ, config), WALK_K=configs.walk(NK, config),
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
@@ -320,6 +413,7 @@ def attention_bwd(
     _launch_bwd(
         q=q, k=k, v=v, o=o.view(q.shape), do=do, m=m, log_l=log_l,
         dq=dq if need_dq else None, dk=dk if need_dkv else None, dv=dv if need_dkv else None,
+        sums=None, scratch=(torch.empty_like(m), torch.empty_like(m)),
         scale=scale, seed=seed, dropout_p=dropout_p, offset=offset,
     )  # fmt: skip
     return dq, dk, dv
@@ -354,22 +448,34 @@ def _attention_qkvpacked_fwd_fake(qkv, scale, save, seed=None, dropout_p=0.0, of
 @torch.library.custom_op("vit::attention_qkvpacked_bwd", mutates_args=())
 def attention_qkvpacked_bwd(
     do: Tensor, qkv: Tensor, o: Tensor, m: Tensor, log_l: Tensor, scale: float,
-    seed: Tensor | None = None, dropout_p: float = 0.0, offset: int = 0,
-) -> Tensor:  # fmt: skip
-    """Packed dqkv [B, N, 3, H, E], contiguous: the kernel writes into it."""
-    dqkv = qkv.new_empty(qkv.shape)
+    seed: Tensor | None = None, dropout_p: float = 0.0, offset: int = 0, need_dbias: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Packed dqkv [B, N, 3, H, E], contiguous: the kernel writes into it; and with ``need_dbias`` parts of its sum.
+
+    The parts are [B · tiles, 3 · H · E], fp32, before dqkv is rounded. Their sum over dimension 0 is the gradient of a
+    bias that was added to qkv. Without ``need_dbias`` they are empty.
+    """
+    dqkv, sums = _attention_qkvpacked_bwd_fake(do, qkv, o, m, log_l, scale, seed, need_dbias=need_dbias)
     qkv, do = _unit_rows(qkv, do.unflatten(-1, qkv.shape[3:]))
     (q, k, v), (dq, dk, dv) = qkv.unbind(dim=2), dqkv.unbind(dim=2)
     _launch_bwd(
         q=q, k=k, v=v, o=o.view(q.shape), do=do, m=m, log_l=log_l, dq=dq, dk=dk, dv=dv,
+        sums=sums if need_dbias else None, scratch=(torch.empty_like(m), torch.empty_like(m)),
         scale=scale, seed=seed, dropout_p=dropout_p, offset=offset,
     )  # fmt: skip
-    return dqkv
+    return dqkv, sums
 
 
 @attention_qkvpacked_bwd.register_fake
-def _attention_qkvpacked_bwd_fake(do, qkv, o, m, log_l, scale, seed=None, dropout_p=0.0, offset=0):
-    return qkv.new_empty(qkv.shape)
+def _attention_qkvpacked_bwd_fake(
+    do, qkv, o, m, log_l, scale, seed=None, dropout_p=0.0, offset=0, need_dbias=False
+):  # fmt: skip
+    B, N, _, HEADS, HEAD_DIM = qkv.shape
+    parts = 0
+    if need_dbias:
+        config = configs.attention_bwd(runtime.arch(qkv.device), N, HEAD_DIM, qkv.dtype, seed is not None)
+        parts = B * triton.cdiv(N, config.block_m), 3 * HEADS * HEAD_DIM
+    return qkv.new_empty(qkv.shape), m.new_empty(parts)
 
 
 def _setup_context(ctx, inputs, output):
@@ -384,7 +490,7 @@ def _attention_qkvpacked_backward(ctx, do, _dm, _dlog_l):
     if do is None:
         return (None,) * 6
     qkv, o, m, log_l, seed = ctx.saved_tensors
-    dqkv = attention_qkvpacked_bwd(
+    dqkv, _ = attention_qkvpacked_bwd(
         do=do, qkv=qkv, o=o, m=m, log_l=log_l, scale=ctx.scale, seed=seed, dropout_p=ctx.dropout_p, offset=ctx.offset
     )
     return dqkv, *[None] * 5

@@ -14,11 +14,13 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Tile sizes (0 if unused), warps per program and pipeline depth. The last three fields are for `gemm` alone.
+    """Tile sizes (0 if unused), warps per program and pipeline depth. The fields after these are for one op alone.
 
-    split: into how many pieces the epilogue splits the columns of a tile: 1, 2 or 4.
-    warp_specialize: some warps load and the others multiply, where the compiler can do so.
-    cheap: GELU uses an approximation of erf. None: only for results of 16 bits.
+    split, of `gemm`: into how many pieces the epilogue splits the columns of a tile: 1, 2 or 4.
+    warp_specialize, of `gemm`: some warps load and the others multiply, where the compiler can do so.
+    tail, of attention: what is left after the whole tiles is a narrower tile with code of its own. Whole tiles then
+        need no mask, but the program needs the registers of both.
+    cheap, of `gemm`: GELU uses an approximation of erf. None: only for results of 16 bits.
     """
 
     block_m: int = 0
@@ -29,6 +31,7 @@ class Config:
     num_stages: int = 1
     split: int = 2
     warp_specialize: bool = False
+    tail: bool = True
     cheap: bool | None = None
 
 
@@ -91,6 +94,17 @@ def gemm(arch: int, dtype: torch.dtype, precision: str) -> Config:
     return Config(block_m=128, block_n=128, block_k=64, group_m=8, num_warps=8, num_stages=3)
 
 
+def walk(n: int, config: Config) -> tuple[str, int]:
+    """How a program walks n rows, block_n at a time: what its loop does, and the width of the last tile after it.
+
+    "whole": the loop walks whole tiles. "none": no tile is whole, there is no loop. "masked": it walks all tiles.
+    """
+    if not config.tail:
+        return "masked" if n else "none", 0
+    left = n % config.block_n
+    return "whole" if n >= config.block_n else "none", max(next_power_of_2(left), 16) if left else 0
+
+
 def attention_fwd(arch: int, n: int, head_dim: int, dtype: torch.dtype, dropout: bool = False) -> Config:
     """Tile of block_m queries against block_n keys at a time; n is the number of keys.
 
@@ -99,13 +113,13 @@ def attention_fwd(arch: int, n: int, head_dim: int, dtype: torch.dtype, dropout:
     if arch == 0:
         return Config(block_m=32, block_n=32)
     if dtype is torch.float32:
-        return Config(block_m=32, block_n=16, num_warps=4 if dropout else 8, num_stages=2)
-    if head_dim > 64:
+        return Config(block_m=32, block_n=16, num_warps=4 if dropout else 8, num_stages=2, tail=False)
+    if dropout or (arch < 90 and head_dim > 112):
         wide = arch < 90 and head_dim > 96  # accumulators in registers, and none to spare for more columns of keys
-        return Config(block_m=64, block_n=32 if wide else 64, num_warps=4, num_stages=2)
-    if dropout:
-        return Config(block_m=64, block_n=64, num_warps=4, num_stages=2)
-    return Config(block_m=128 if arch >= 90 else 64, block_n=64, num_warps=4, num_stages=2 if arch >= 90 else 3)
+        return Config(block_m=64, block_n=32 if wide else 64, num_stages=2, tail=False)
+    if arch >= 100 and head_dim > 48:  # with 32 columns ptxas aims at 80 registers here, and spills
+        return Config(block_m=64, block_n=64, num_stages=2)
+    return Config(block_m=64, block_n=32, num_stages=3)  # few registers: four or five programs an SM of sm_90
 
 
 def attention_bwd(arch: int, n: int, head_dim: int, dtype: torch.dtype, dropout: bool = False) -> Config:
@@ -114,12 +128,12 @@ def attention_bwd(arch: int, n: int, head_dim: int, dtype: torch.dtype, dropout:
         return Config(block_m=32, block_n=32)
     if dtype is torch.float32:
         blocks = (32, 32) if head_dim > 112 else (64, 16) if arch >= 90 and not dropout else (32, 16)
-        return Config(*blocks, num_warps=8, num_stages=2)
-    num_warps = 4 if head_dim <= (80 if arch >= 90 else 64) else 8
-    if dropout:
-        num_stages = 1 if arch != 90 and head_dim > 80 else 2
-        return Config(block_m=64, block_n=16, num_warps=num_warps, num_stages=num_stages)
-    return Config(block_m=64, block_n=32, num_warps=num_warps, num_stages=2)
+        return Config(*blocks, num_warps=8, num_stages=2, tail=False)
+    if dropout or (arch < 90 and head_dim > 80):
+        return Config(block_m=64, block_n=16, num_stages=2, tail=False)
+    if arch >= 100:
+        return Config(block_m=64, block_n=32, num_stages=3 if head_dim <= 80 else 2)
+    return Config(block_m=64, block_n=32, num_stages=3, tail=head_dim <= 112)
 
 
 def patch_embed(arch: int, role: str, dtype: torch.dtype, precision: str) -> Config:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vit import kernels
+from vit.kernels.attention import attention_qkvpacked_bwd
 from vit.kernels.layer_norm import layer_norm_bwd
 
 Make = Callable[..., Tensor]  # make(*shape, dtype=None): a tensor that wants a gradient, contents undefined
@@ -87,6 +88,14 @@ def _packed(make: Make, tokens: int, heads: int, head_dim: int, dropout_p: float
     return kernels.attention_qkvpacked(qkv, dropout_p=dropout_p, seed=seed, offset=3, impl="triton")
 
 
+def _dbias(make: Make, tokens: int, heads: int, head_dim: int) -> Tensor:
+    """The backward alone, with the sums of dqkv that the gradient of a bias needs."""
+    qkv, stats = make(64, tokens, 3, heads, head_dim), torch.empty(64, heads, tokens)
+    o = torch.empty(64, tokens, heads * head_dim, dtype=qkv.dtype)
+    attention_qkvpacked_bwd(o, qkv.detach(), o, stats, stats, head_dim**-0.5, need_dbias=True)
+    return qkv.view_as(qkv)
+
+
 def _attention(make: Make, queries: int, keys: int, heads: int, head_dim: int) -> Tensor:
     q, k, v = (make(64, n, heads, head_dim) for n in (queries, keys, keys))
     return kernels.attention(q, k, v, impl="triton")
@@ -110,6 +119,11 @@ CASES: dict[str, Case] = {
     "attention_so400m": Case("64 + 8 of 16, 729 tokens", lambda m: _packed(m, 729, 16, 72), ("bf16",)),
     "attention_big_g": Case("ViT-G: 64 + 32 + 8 of 16", lambda m: _packed(m, 257, 16, 104), ("bf16",)),
     "attention_128": Case("widest head", lambda m: _packed(m, 257, 8, 128), ("bf16", "fp32")),
+    "attention_b32": Case("ViT-B/32, 50 tokens: the last tile is wide", lambda m: _packed(m, 50, 12, 64), ("bf16",)),
+    "attention_256": Case("256 tokens: whole tiles alone", lambda m: _packed(m, 256, 12, 64), ("bf16",)),
+    "attention_few": Case("7 tokens: no whole tile", lambda m: _packed(m, 7, 12, 64), ("bf16",)),
+    "attention_b_dbias": Case("ViT-B with the gradient of a bias", lambda m: _dbias(m, 197, 12, 64), NO_FP16),
+    "attention_h_dbias": Case("ViT-H with the gradient of a bias", lambda m: _dbias(m, 257, 16, 80), ("bf16",)),
     "attention_cls": Case("one query an image", lambda m: _attention(m, 1, 197, 12, 64), ("bf16",)),
     "norm_ti": Case("ViT-Ti, 192 wide: many rows a program", lambda m: _norm(m, 64, 197, 192), NO_DOTS),
     "norm_b": Case("ViT-B, 768 wide", lambda m: _norm(m, 64, 197, 768), ("bf16", "fp16", "fp32")),

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import mmap
 import os
 import traceback
 from collections.abc import Callable, Iterator
@@ -281,7 +282,10 @@ class StrictBuilder(interp.InterpreterBuilder):
             if owner is None and access == "load":
                 continue
             if owner is None:
-                owner = self.owners[span.storage] = np.zeros(span.nbytes, dtype=np.int32)
+                # Without reserving memory (0x4000; Python 3.11 has no name for it): most of a long tensor is not touched.
+                flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
+                owner = np.frombuffer(mmap.mmap(-1, 4 * span.nbytes, flags=flags), dtype=np.int32)
+                self.owners[span.storage] = owner
             cells = (part - np.uint64(span.storage)).astype(np.int64)[:, None] + np.arange(size)
             foreign = (owner[cells] != 0) & (owner[cells] != program)
             if foreign.any():

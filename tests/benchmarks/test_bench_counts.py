@@ -54,8 +54,11 @@ def total(launches, field, phase=None):
 OURS = {
     "fwd": 4 + 4 + 2 + 4 + 5 + 5 + 4,  # qkv, attention, proj, add + norm, fc1 with GELU, fc2, add + norm
     "kept": 4,  # what the GELU saw
-    # Of fc2: dgrad with dGELU and fc1's bias, wgrad, bias. Of fc1 dgrad, wgrad; norm; of proj, attention, of qkv; norm.
-    "bwd": 13 + 5 + 1 + 5 + 5 + 4 + 2 + 2 + 1 + 8 + 4 + 4 + 3 + 4,
+    # Of fc2: dgrad with dGELU and fc1's bias, wgrad, bias. Of fc1 dgrad, wgrad; norm; of proj; attention with delta; of
+    # qkv; norm.
+    "bwd": 13 + 5 + 1 + 5 + 5 + 4 + 2 + 2 + 1 + 7 + 2 + 4 + 4 + 3 + 4,
+    "per query": 6,  # fp32: the maximum and the sum become two numbers, which the backward of attention reads
+    "partials": 2,  # fp32: the sums of fc1's bias, of each tile of 128 rows
     "tokens": 1,  # the stem writes them once
     "once": 2,  # the first norm joins no residual gradient, and so needs a pass of its own for the sum
 }
@@ -80,7 +83,9 @@ def by_hand(shape, units, phase, train=False):
         moved = c.depth * (u * (units["fwd"] + units["kept"] * train) + weights) + u * (units["tokens"] + 2)
         return moved + image + stem + head
     # Backward: the gradient of the class token spread, the last norm, the bias and the weight of the stem.
-    moved = c.depth * (u * units["bwd"] + 2 * weights) + u * (units["once"] + 1 + 3 + 1 + 1)
+    per_query, partials = 4 * shape.rows * shape.heads, 4 * shape.hidden * -(-shape.rows // 128)
+    small = units.get("per query", 0) * per_query + units.get("partials", 0) * partials
+    moved = c.depth * (u * units["bwd"] + small + 2 * weights) + u * (units["once"] + 1 + 3 + 1 + 1)
     return moved + image + stem + 2 * head
 
 

@@ -1,6 +1,9 @@
 """attention and attention_qkvpacked: accuracy, gradients, determinism, strides."""
 
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -62,6 +65,27 @@ def test_unpacked(randn, dtype, NQ, NK, H, E):
 
 def test_vit_length(randn):
     check_op(ours_packed, reference_packed, {"qkv": randn(1, 197, 3, 1, 64)}, torch.bfloat16)
+
+
+LENGTHS = [2, 15, 16, 17, 31, 32, 33, 48, 49, 64]
+
+
+@pytest.mark.parametrize(("NQ", "NK"), [*zip(LENGTHS, reversed(LENGTHS), strict=True), (64, 64), (48, 48), (49, 49)])
+def test_every_kind_of_last_tile(randn, NQ, NK):
+    """Tiles of 32: none, one or two whole ones, and after them none, one of 16 or one of 32, of queries and of keys."""
+    inputs = {"q": randn(2, NQ, 2, 24), "k": randn(2, NK, 2, 24), "v": randn(2, NK, 2, 24)}
+    check_op(ours, reference_qkv, inputs, torch.float32)
+
+
+def test_last_tiles_cover_all_rows_and_few_more():
+    for block_n in (16, 32, 64, 128):
+        for n in range(3 * block_n + 1):
+            loop, tail = configs.walk(n, configs.Config(block_n=block_n))
+            left = n % block_n
+            assert loop == ("whole" if n >= block_n else "none")
+            assert tail == 0 if left == 0 else left <= tail <= max(16, 2 * left - 1) and tail in (16, 32, 64, 128)
+            masked = configs.walk(n, configs.Config(block_n=block_n, tail=False))
+            assert masked == ("masked" if n else "none", 0)
 
 
 @pytest.mark.parametrize("head_dim", range(16, 136, 8))
@@ -223,8 +247,10 @@ def test_empty(randn, shape):
     assert [t.shape for t in grads(ours, [q, k, v], randn(*shape[:2], 32))] == [out.shape, q.shape, k.shape, v.shape]
 
 
-def test_no_queries(randn):
+@pytest.mark.parametrize("tail", [True, False])
+def test_no_queries(randn, monkeypatch, tail):
     """Nothing looks at the keys: their gradients are zeros, and written."""
+    monkeypatch.setattr(configs, "attention_bwd", lambda *_: configs.Config(block_m=32, block_n=32, tail=tail))
     out, dq, dk, dv = grads(ours, [randn(2, 0, 2, 16), randn(2, 3, 2, 16), randn(2, 3, 2, 16)], randn(2, 0, 32))
     assert out.shape == (2, 0, 32) and dq.shape == (2, 0, 2, 16)
     assert torch.equal(dk, torch.zeros(2, 3, 2, 16)) and torch.equal(dv, dk)
@@ -253,7 +279,9 @@ def test_opcheck(randn):
     o, m, log_l = attention_qkvpacked_fwd(qkv, 0.25, True)
     torch.library.opcheck(attention_qkvpacked_fwd, (qkv.clone().requires_grad_(), 0.25, True))
     torch.library.opcheck(attention_qkvpacked_fwd, (qkv, 0.25, False))
-    torch.library.opcheck(attention_qkvpacked_bwd, (randn(*o.shape), qkv, o, m, log_l, 0.25))
+    for need_dbias in (False, True):
+        args = (randn(*o.shape), qkv, o, m, log_l, 0.25, None, 0.0, 0, need_dbias)
+        torch.library.opcheck(attention_qkvpacked_bwd, args)
 
 
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "qk", "kv", "qv"])
@@ -408,11 +436,45 @@ def test_inputs_are_read_in_place(randn, monkeypatch):
     (dqkv,) = torch.autograd.grad(ours_packed(qkv), qkv, do)
     k, v = randn(2, 2, 5, 16).transpose(1, 2), randn(2, 2, 5, 16).transpose(1, 2)
     ours(k, k, v)
-    assert [a["q_ptr"].data_ptr() for a in seen] == [qkv.data_ptr(), qkv.data_ptr(), k.data_ptr()]
-    assert seen[0]["k_ptr"].data_ptr() == qkv[:, :, 1].data_ptr() and seen[2]["v_ptr"].data_ptr() == v.data_ptr()
-    assert seen[1]["do_ptr"].data_ptr() == do.data_ptr()
-    assert seen[1]["dv_ptr"].untyped_storage().data_ptr() == dqkv.untyped_storage().data_ptr()
-    assert [a["ALIGN"] for a in seen] == [8, 8, 8]
+    packed, delta, backward, unpacked = seen
+    assert [a["q_ptr"].data_ptr() for a in (packed, backward, unpacked)] == [qkv.data_ptr()] * 2 + [k.data_ptr()]
+    assert packed["k_ptr"].data_ptr() == qkv[:, :, 1].data_ptr() and unpacked["v_ptr"].data_ptr() == v.data_ptr()
+    assert delta["do_ptr"].data_ptr() == backward["do_ptr"].data_ptr() == do.data_ptr()
+    assert backward["dv_ptr"].untyped_storage().data_ptr() == dqkv.untyped_storage().data_ptr()
+    assert [a["ALIGN"] for a in seen] == [8] * 4
+
+
+LENGTHS_PROGRAM = """
+import collections, sys
+import torch, triton
+from vit import kernels
+from vit.kernels.dry_run import dry_run
+
+found = collections.defaultdict(set)
+
+def note(key, fn, **_):
+    found[fn.name.rpartition(".")[2]].add(key)
+    return True  # nothing is compiled
+
+triton.knobs.runtime.jit_cache_hook = note
+with dry_run(90):
+    for tokens in range(1, 131):
+        qkv = torch.empty(1, tokens, 3, 3, 64, dtype=getattr(torch, sys.argv[1]), requires_grad=True)
+        kernels.attention_qkvpacked(qkv, impl="triton").sum().backward()
+print(" ".join(f"{name}={len(keys)}" for name, keys in sorted(found.items())))
+"""
+
+
+@pytest.mark.parametrize(("dtype", "kinds"), [("bfloat16", 5), ("float32", 1)])
+def test_a_new_length_compiles_nothing(dtype, kinds):
+    """Of 130 lengths. In 16 bits there are whole tiles or none, and a last tile of 16, of 32 or none."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", LENGTHS_PROGRAM, dtype], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    counts = dict(part.split("=") for part in done.stdout.split())
+    assert counts == {
+        "_attention_fwd_kernel": str(kinds), "_attention_delta_kernel": "1", "_attention_bwd_kernel": str(kinds)
+    }  # fmt: skip
 
 
 SHIPPED = [(arch, head_dim) for arch in (80, 90) for head_dim in (64, 80, 88)]
@@ -427,13 +489,60 @@ def test_shipped_tiles(randn, monkeypatch, arch, head_dim, tile_dtype):
     check_op(ours_packed, reference_packed, {"qkv": randn(1, 67, 3, 1, head_dim)}, torch.float16)
 
 
-@pytest.mark.parametrize(("block_m", "block_n"), [(16, 64), (64, 16), (16, 16)])
-def test_other_tiles(randn, monkeypatch, block_m, block_n):
-    config = configs.Config(block_m=block_m, block_n=block_n)
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize(("block_m", "block_n"), [(16, 64), (64, 16), (16, 32)])
+def test_other_tiles(randn, monkeypatch, block_m, block_n, tail):
+    config = configs.Config(block_m=block_m, block_n=block_n, tail=tail)
     monkeypatch.setattr(configs, "attention_fwd", lambda *_: config)
     monkeypatch.setattr(configs, "attention_bwd", lambda *_: config)
     inputs = {"q": randn(1, 33, 2, 72), "k": randn(1, 50, 2, 72), "v": randn(1, 50, 2, 72)}
     check_op(ours, reference_qkv, inputs, torch.float16)
+
+
+# ---- the gradient of a bias of qkv -----------------------------------------------------------------------------------
+
+
+def backward_with_sums(qkv: Tensor, do: Tensor, **drop) -> tuple[Tensor, Tensor]:
+    scale = qkv.shape[-1] ** -0.5
+    saved = attention_qkvpacked_fwd(qkv, scale, True, **drop)
+    return attention_qkvpacked_bwd(do, qkv, *saved, scale, **drop, need_dbias=True)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_column_sums(randn, dtype, dropout_p):
+    """Against the gradient of a bias that is added to qkv; dqkv has the same bits with and without the sums."""
+    B, N, H, E = 2, 50, 3, 24
+    qkv, do = randn(B, N, 3, H, E).to(dtype), randn(B, N, H * E).to(dtype)
+    drop = {"seed": torch.tensor([5], device=qkv.device), "dropout_p": dropout_p, "offset": 1} if dropout_p else {}
+
+    def dbias(dtype: torch.dtype) -> Tensor:
+        bias = torch.zeros(3, H, E, dtype=dtype, device=qkv.device, requires_grad=True)
+        out = reference.attention_qkvpacked(qkv.to(dtype) + bias, **drop)
+        return torch.autograd.grad(out, bias, do.to(dtype))[0].flatten()
+
+    dqkv, sums = backward_with_sums(qkv, do, **drop)
+    assert sums.dtype is torch.float32
+    check(sums.sum(0).to(dtype), dbias(dtype), dbias(torch.float64), name="dbias")
+    scale = E**-0.5
+    without, empty = attention_qkvpacked_bwd(do, qkv, *attention_qkvpacked_fwd(qkv, scale, True, **drop), scale, **drop)
+    assert torch.equal(dqkv, without) and empty.numel() == 0
+    bits_equal([dqkv, sums], backward_with_sums(qkv, do, **drop), "again")
+
+
+@pytest.mark.parametrize(("B", "N", "H", "E"), [(2, 50, 2, 16), (3, 33, 1, 80), (1, 64, 3, 24), (2, 5, 2, 40)])
+def test_column_sums_are_of_one_tile_each(randn, B, N, H, E):
+    """Row b · tiles + i: tokens 32 · i to 32 · i + 31 of sample b, every one of its 3 · H · E columns."""
+    dqkv, sums = backward_with_sums(randn(B, N, 3, H, E), randn(B, N, H * E))
+    block = configs.attention_bwd(runtime.arch(dqkv.device), N, E, dqkv.dtype).block_m
+    tiles = torch.stack([t.double().sum(1) for t in dqkv.split(block, dim=1)], dim=1)
+    torch.testing.assert_close(sums.double(), tiles.view(-1, 3 * H * E), rtol=1e-5, atol=1e-5)
+
+
+def test_column_sums_ignore_what_is_beyond_the_last_token(randn):
+    """Logits of −300 make P infinite in the rows of a tile that has no more keys, whose logits are 0."""
+    qkv = randn(1, 17, 3, 1, 32) / 8 + torch.tensor([8.0, -8.0, 0.0])[:, None, None].to(randn(1).device)
+    dqkv, sums = backward_with_sums(qkv, randn(1, 17, 32))
+    torch.testing.assert_close(sums.sum(0), dqkv.sum((0, 1)).flatten(), rtol=1e-4, atol=1e-4)
 
 
 # ---- limits ----------------------------------------------------------------------------------------------------------
@@ -454,9 +563,9 @@ def test_offsets_beyond_32_bits(device, far):
     apart.copy_(near)
     for tensors in (near, apart):
         q, k, v, o, do, *grads = tensors.unbind(2)
-        m, log_l = torch.empty(2, B, H, N, device=device)
+        m, log_l, *scratch = torch.empty(4, B, H, N, device=device)
         _launch_fwd(q, k, v, o, m, log_l, 0.25, None, 0.0, 0)
-        _launch_bwd(q, k, v, o, do, m, log_l, *grads, 0.25, None, 0.0, 0)
+        _launch_bwd(q, k, v, o, do, m, log_l, *grads, None, scratch, 0.25, None, 0.0, 0)
     assert torch.equal(near, apart)
 
 
@@ -465,7 +574,7 @@ def test_many_heads_go_on_grid_x(randn, monkeypatch):
     monkeypatch.setattr(runtime, "launch", lambda kernel, grid, **_: grids.append(grid))
     qkv = randn(1, 1, 3, 1, 16).expand(35_001, 1, 3, 2, 16).requires_grad_()
     ours_packed(qkv).sum().backward()
-    assert grids == [70_002, 140_004]
+    assert grids == [70_002, 70_002, 140_004]  # forward, delta, backward
 
 
 @pytest.mark.interpreted

@@ -160,7 +160,9 @@ def test_opcheck(randn, drop):
     qkv = randn(1, 3, 3, 2, 16)
     o, m, log_l = attention_qkvpacked_fwd(qkv, 0.25, True, *last)
     torch.library.opcheck(attention_qkvpacked_fwd, (qkv.clone().requires_grad_(), 0.25, True, *last))
-    torch.library.opcheck(attention_qkvpacked_bwd, (randn(*o.shape), qkv, o, m, log_l, 0.25, *last), test_utils=tests)
+    for need_dbias in (False, True):
+        args = (randn(*o.shape), qkv, o, m, log_l, 0.25, *last, need_dbias)
+        torch.library.opcheck(attention_qkvpacked_bwd, args, test_utils=tests)
 
 
 @pytest.mark.parametrize("wanted", ["q", "v", "kv"])
@@ -211,8 +213,8 @@ def test_rows_beyond_32_bits(randn, drop, tmp_path):
     B = 2**32 // N + 2
     q, k, v, do = (randn(1, N, 1, E) for _ in range(4))
     o, dq, dk, dv = (torch.empty(1, N, 1, E) for _ in range(4))
-    m, log_l = (
-        torch.from_numpy(np.memmap(tmp_path / name, dtype=np.float32, mode="w+", shape=(B, 1, N))) for name in "ml"
+    m, log_l, *scratch = (
+        torch.from_numpy(np.memmap(tmp_path / name, dtype=np.float32, mode="w+", shape=(B, 1, N))) for name in "mlsd"
     )
     logits = torch.einsum("bqhe,bkhe->bhqk", q, k)
     m[-1:] = logits.amax(-1)
@@ -221,7 +223,7 @@ def test_rows_beyond_32_bits(randn, drop, tmp_path):
     with last_programs_only(2):  # tiles of 32 queries
         _launch_fwd(*every[:4], m[:0], log_l[:0], scale, drop["seed"], p, drop["offset"])
     with last_programs_only(4):  # of keys, and of queries
-        _launch_bwd(*every[:5], m, log_l, *every[5:], scale, drop["seed"], p, drop["offset"])
+        _launch_bwd(*every[:5], m, log_l, *every[5:], None, scratch, scale, drop["seed"], p, drop["offset"])
 
     rows = torch.arange((B - 1) * N, B * N)[:, None]
     assert rows.min() >= 2**32
