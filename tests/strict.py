@@ -282,7 +282,7 @@ class StrictBuilder(interp.InterpreterBuilder):
             if owner is None and access == "load":
                 continue
             if owner is None:
-                # Without reserving memory (0x4000; Python 3.11 has no name for it): most of a long tensor is not touched.
+                # Memory is not reserved (0x4000; Python 3.11 has no name for it): most of a long tensor is not touched.
                 flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
                 owner = np.frombuffer(mmap.mmap(-1, 4 * span.nbytes, flags=flags), dtype=np.int32)
                 self.owners[span.storage] = owner
