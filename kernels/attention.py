@@ -50,7 +50,6 @@ from .attention_tile import (
     load_stats,
     loop_end,
     row_dot_parts,
-    rows_left,
     scale_parts,
     skip_rows,
     store_column_sums,
@@ -87,7 +86,7 @@ def _attention_fwd_kernel(
     state = m_i, l_i, zero_parts(BLOCK_M, PARTS, ACC)
     end = loop_end(NK, BLOCK_N, WALK_K)
     for start_n in range(0, end, BLOCK_N):
-        left = rows_left(NK, start_n, WALK_K)
+        left = NK - start_n if WALK_K[0] == "masked" else None
         state = _fwd_step(state, q, kv_rows, start_n, left, drop, SCALE, P, PARTS, ALIGN, PRECISION, BLOCK_N)
         kv_rows = skip_rows(kv_rows, BLOCK_N, ALIGN)
     if WALK_K[1]:
@@ -208,7 +207,7 @@ def _dk_dv(
     state = zero_parts(BLOCK_M, PARTS, ACC), zero_parts(BLOCK_M, PARTS, ACC)
     end = loop_end(NQ, BLOCK_N, WALK)
     for start_m in range(0, end, BLOCK_N):
-        left = rows_left(NQ, start_m, WALK)
+        left = NQ - start_m if WALK[0] == "masked" else None
         state = _dk_dv_step(
             state, k, v, q_do_rows, stat_ptrs, start_m, left, drop, SCALE, P, PARTS, ALIGN, PRECISION, BLOCK_N
         )
@@ -265,7 +264,7 @@ def _dq(
     dq = zero_parts(BLOCK_M, PARTS, ACC)
     end = loop_end(NK, BLOCK_N, WALK)
     for start_n in range(0, end, BLOCK_N):
-        left = rows_left(NK, start_n, WALK)
+        left = NK - start_n if WALK[0] == "masked" else None
         dq = _dq_step(dq, q, do, stats, kv_rows, start_n, left, drop, SCALE, P, PARTS, ALIGN, PRECISION, BLOCK_N)
         kv_rows = skip_rows(kv_rows, BLOCK_N, ALIGN)
     if WALK[1]:

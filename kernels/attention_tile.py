@@ -48,12 +48,6 @@ def loop_end(n, BLOCK: tl.constexpr, WALK: tl.constexpr):
 
 
 @triton.jit
-def rows_left(n, start, WALK: tl.constexpr):
-    """How many of n rows there are from ``start`` on; None where all tiles of the loop are whole."""
-    return n - start if WALK[0] == "masked" else None
-
-
-@triton.jit
 def _row_ptrs(rows, offs, ALIGN: tl.constexpr):
     offsets = offs.to(tl.int64) * rows[1]
     if ALIGN > 1:

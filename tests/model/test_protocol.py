@@ -349,6 +349,7 @@ def test_impl_reaches_every_op(case):
     assert {row.reason for row in rows} == {"asked for with impl='reference'"}, str(rows)
     ops = {"patch_embed", "layer_norm", "residual_layer_norm", "linear", "mlp"}
     ops.add("attention" if "qk_norm" in fields else "attention_qkvpacked")
+    ops |= {"attention"} if case == "plain" else set()  # of the class token alone
     assert {row.op for row in rows} == ops | ({"dropout"} if "drop" in case else set())
     assert {row.reason for row in vit.explain(make(**fields)[0], image)} == {
         "auto: a cpu tensor runs the eager reference"

@@ -70,7 +70,8 @@ def gradients(model, image, cotangent, **kwargs):
 
 def assert_parity(config, dtype, device, *, batch=2, size=None, **kwargs):
     """The policy of `vit.testing` for a model; each draw has its own weights, image and cotangent."""
-    draws = 2 if config.impl == "triton" and runtime.INTERPRETED else 8
+    slow = config.impl == "triton" and runtime.INTERPRETED
+    draws = 2 if slow and dtype is torch.float32 else 8  # 20 logits of 16 bits vary more
     results = [[], [], []]
     for seed in range(draws):
         models = three_models(config, dtype, device, seed)
