@@ -13,7 +13,7 @@ from vit.testing.parity import group_of, make_models, parity, table
 
 Image = pytest.importorskip("PIL.Image")
 demo = pytest.importorskip("vit.commands.demo")
-OPS = ("patch_embed", "layer_norm", "linear", "attention_qkvpacked", "residual_layer_norm", "mlp")
+OPS = ("patch_embed", "layer_norm", "linear", "attention_qkvpacked", "residual_layer_norm", "mlp", "attention")
 TINY = ViTConfig(img_size=32, patch_size=16, num_classes=10, embed_dim=32, depth=1, num_heads=2, reg_tokens=1)
 
 
