@@ -891,11 +891,11 @@ def _layer_norm_bwd_kernel(""",
         (f"{CONTRACT}::test_gradients_are_those_of_the_reference",),
     ),
     Mutant(
-        "layer_norm: the fake of the backward has the strides of its input",
+        "layer_norm: the gradient has the strides of the input",
         "kernels/layer_norm.py",
         "return s.new_empty(s.shape), *rows, *sums",
         "return torch.empty_like(s), *rows, *sums",
-        (f"{CONTRACT}::test_fakes_have_the_shapes_strides_and_types_of_the_real",),
+        (f"{LN}::test_same_bits_of_layer_norm_alone",),
     ),
     Mutant(
         "runtime: kernels are launched on the current device",

@@ -363,6 +363,21 @@ def test_same_bits(randn, dtype):
         assert torch.equal(a, b)
 
 
+def test_same_bits_of_layer_norm_alone(randn, dtype):
+    """Its backward reads the input itself, with the strides that it has, and writes a contiguous gradient."""
+    x, dy, weight = randn(3, 7, 48).to(dtype), randn(3, 7, 48).to(dtype), randn(48).to(dtype)
+
+    def results(x):
+        x = x.detach().requires_grad_()
+        y = layer_norm(x, weight, impl="triton")
+        return y, *torch.autograd.grad(y, x, dy)
+
+    first = results(x)
+    for strided in (x.transpose(0, 1).contiguous().transpose(0, 1), x.mT.contiguous().mT, nan_padded(x)):
+        found = results(strided)
+        assert all(t.is_contiguous() for t in found) and all(map(torch.equal, found, first))
+
+
 NORMED = {  # which of branch, branch_bias, gamma, row scale, weight, bias and seed there are
     "alone": "weight bias",
     "weight alone": "weight",
