@@ -93,11 +93,13 @@ def checkpoint(log: Log, rehearse: bool) -> None:
 
 def _checkpointed(device: torch.device, rehearse: bool, impl: str, reentrant: bool) -> dict:
     model, image, cotangent = cases.small_model(device, rehearse, impl)
-    expected = cases.model_results(model, image, cotangent)
     calls: list[object] = []  # of a block's forward, the recomputed ones among them
     for block in model.blocks:
-        counted = functools.partial(_counted, block.forward, calls)
-        block.forward = functools.partial(recomputed, counted, use_reentrant=reentrant)
+        block.forward = functools.partial(_counted, block.forward, calls)  # a block of another forward sees all tokens
+    expected = cases.model_results(model, image, cotangent)
+    calls.clear()
+    for block in model.blocks:
+        block.forward = functools.partial(recomputed, block.forward, use_reentrant=reentrant)
     image = image.clone().requires_grad_()
     out = model(image)
     out.backward(cotangent)  # the reentrant kind knows nothing of autograd.grad
