@@ -8,6 +8,7 @@ if __name__ == "vit.kernels":
     from . import flops  # noqa: F401 (what PyTorch's counter counts of each op)
     from .attention import attention, attention_qkvpacked
     from .attention_maps import attention_probs
+    from .attention_statistics import attention_statistics
     from .dropout import dropout, dropout_seed
     from .layer_norm import layer_norm, residual_layer_norm
     from .linear import linear
@@ -18,6 +19,7 @@ if __name__ == "vit.kernels":
         "attention",
         "attention_probs",
         "attention_qkvpacked",
+        "attention_statistics",
         "dropout",
         "dropout_seed",
         "layer_norm",

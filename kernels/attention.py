@@ -562,11 +562,14 @@ def attention_qkvpacked(
         )
     scale = check_scale(op, scale, qkv.shape[-1])
     seed, offset = seed_and_offset(op, dropout_p, seed, offset, qkv)
+    listener = runtime.attention_listener()
     if not runtime.use_triton(op, impl, [qkv], _unsupported(qkv.shape[-1])):
+        _tell(listener, *qkv.unbind(2)[:2], scale)
         options = {"scale": scale, "return_lse": return_lse, "dropout_p": dropout_p, "seed": seed, "offset": offset}
         return reference.attention_qkvpacked(qkv, **options)
-    save = return_lse or runtime.needs_grad(qkv)
+    save = return_lse or runtime.needs_grad(qkv) or listener is not None
     out, m, log_l = attention_qkvpacked_fwd(qkv, scale, save, seed, dropout_p, offset)
+    _tell(listener, *qkv.unbind(2)[:2], scale, m, log_l)
     return (out, scale * m + log_l) if return_lse else out
 
 
@@ -612,12 +615,21 @@ def attention(
         raise ValueError(f"{op}: k and v must have the same shape, got {tuple(k.shape)} and {tuple(v.shape)}")
     scale = check_scale(op, scale, q.shape[-1])
     seed, offset = seed_and_offset(op, dropout_p, seed, offset, q)
+    listener = runtime.attention_listener()
     if not runtime.use_triton(op, impl, [q, k, v], _unsupported(q.shape[-1])):
+        _tell(listener, q, k, scale)
         options = {"scale": scale, "return_lse": return_lse, "dropout_p": dropout_p, "seed": seed, "offset": offset}
         return reference.attention(q, k, v, **options)
-    save = return_lse or runtime.needs_grad(q, k, v)
+    save = return_lse or runtime.needs_grad(q, k, v) or listener is not None
     out, m, log_l = attention_fwd(q, k, v, scale, save, seed, dropout_p, offset)
+    _tell(listener, q, k, scale, m, log_l)
     return (out, scale * m + log_l) if return_lse else out
+
+
+def _tell(listener: runtime.AttentionListener | None, q: Tensor, k: Tensor, scale: float, *saved: Tensor) -> None:
+    if listener is not None:
+        with torch.no_grad():
+            listener(q.detach(), k.detach(), scale, tuple(s.detach() for s in saved) or None)
 
 
 def _unsupported(head_dim: int) -> str | None:

@@ -219,3 +219,53 @@ def attention_qkvpacked(
         qkv = qkv.unflatten(-1, (3, num_heads, -1))
     options = {"scale": scale, "return_lse": return_lse, "dropout_p": dropout_p, "seed": seed, "offset": offset}
     return attention(*qkv.unbind(dim=2), **options)
+
+
+class AttentionStatistics(NamedTuple):
+    """Of each query: where its attention goes, [B, H, NQ]; and of each key: how much it gets, [B, H, NK] or None."""
+
+    distance: Tensor  # Σ over patches of p · |place of the query − place of the key|; 0 for prefix queries
+    patch_mass: Tensor  # Σ over patches of p
+    prefix_mass: Tensor  # Σ over prefix tokens of p
+    entropy: Tensor  # −Σ p log p, in nats
+    max_logit: Tensor  # max of scale · q · k
+    received: Tensor | None = None  # mean over all queries of p
+
+
+def attention_statistics(
+    q: Tensor,
+    k: Tensor,
+    *,
+    grid_size: tuple[int, int],
+    num_prefix_tokens: int = 0,
+    patch_size: tuple[float, float] = (1.0, 1.0),
+    scale: float | None = None,
+    received: bool = False,
+    first_query: int = 0,
+) -> AttentionStatistics:
+    """Statistics of p = softmax(scale · q kᵀ) per head, in fp32, or fp64 for fp64 inputs.
+
+    q [B, NQ, H, E], k [B, NK, H, E]. The tokens are the prefix tokens and then the patches of a grid, row by row; q
+    has those from ``first_query`` on. A patch is patch_size pixels away from the next one.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    wide = torch.promote_types(q.dtype, torch.float32)
+    logits = torch.einsum("bqhe,bkhe->bhqk", q.to(wide), k.to(wide)) * scale
+    log_p = logits.log_softmax(dim=-1)
+    p = log_p.exp()
+    index = torch.arange(k.shape[1] - num_prefix_tokens, device=q.device)
+    rows, columns = index // grid_size[1] * patch_size[0], index % grid_size[1] * patch_size[1]
+    places = torch.stack([rows, columns], dim=1).to(wide)  # [patches, 2]
+    distance = logits.new_zeros(q.shape[1], k.shape[1])  # of each key from each query
+    of_patches = slice(max(num_prefix_tokens - first_query, 0), None)
+    first_patch = max(first_query - num_prefix_tokens, 0)
+    some = places[first_patch : first_patch + distance[of_patches].shape[0]]
+    distance[of_patches, num_prefix_tokens:] = (some[:, None] - places[None, :]).square().sum(-1).sqrt()
+    return AttentionStatistics(
+        distance=(p * distance).sum(-1),
+        patch_mass=p[..., num_prefix_tokens:].sum(-1),
+        prefix_mass=p[..., :num_prefix_tokens].sum(-1),
+        entropy=-(p * log_p).sum(-1),
+        max_logit=logits.amax(-1),
+        received=p.mean(-2) if received else None,
+    )

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
@@ -114,6 +115,7 @@ class Choice:
     dtype: torch.dtype
 
 
+AttentionListener = Callable[[torch.Tensor, torch.Tensor, float, tuple[torch.Tensor, torch.Tensor] | None], None]
 _recorder: list[Choice] | None = None
 
 
@@ -126,6 +128,34 @@ def record_choices() -> Iterator[list[Choice]]:
         yield _recorder
     finally:
         _recorder = previous
+
+
+class _Listener(threading.local):
+    call: AttentionListener | None = None
+
+
+_listener = _Listener()
+
+
+@contextlib.contextmanager
+def listen_to_attention(call: AttentionListener | None) -> Iterator[None]:
+    """Inside the ``with`` block, calls of attention ops in this thread also call ``call(q, k, scale, saved)``.
+
+    q and k are [B, N, H, E], detached. saved is (m, log l) of the forward, or None where plain PyTorch ran. None
+    switches an outer listener off.
+    """
+    previous, _listener.call = _listener.call, call
+    try:
+        yield
+    finally:
+        _listener.call = previous
+
+
+def attention_listener() -> AttentionListener | None:
+    """What listens in this thread. Not while a graph is traced, nor while a backward computes a forward again."""
+    if torch.compiler.is_compiling() or _listener.call is None or torch._C._current_graph_task_id() != -1:
+        return None
+    return _listener.call
 
 
 def _why_not_triton(tensors: Sequence[torch.Tensor]) -> str | None:

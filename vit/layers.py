@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import vit.kernels as kernels
 from vit.chain import Link, called, chain
 from vit.config import ViTConfig
-from vit.kernels import reference
+from vit.kernels import reference, runtime
 from vit.plain import hooked, is_linear, linear, plain, remember, replaced
 from vit.tokens import pixel_mask
 
@@ -183,7 +183,15 @@ class Attention(nn.Module):
         kv = kernels.linear(x, kv_weight, kv_bias, impl=self.impl).unflatten(2, (2, self.num_heads, -1))
         k, v = kv.unbind(2)
         q, k = (q, k) if self.q_norm is None else (self.q_norm(q), self.k_norm(k))
-        return linear(self.proj, kernels.attention(q, k, v, impl=self.impl), self.impl)
+        listener = runtime.attention_listener()
+        if listener is None:
+            o = kernels.attention(q, k, v, impl=self.impl)
+        else:  # it wants the queries of all tokens
+            with torch.no_grad():
+                listener(*self.heads(x.detach())[:2], q.shape[-1] ** -0.5, None)
+            with runtime.listen_to_attention(None):
+                o = kernels.attention(q, k, v, impl=self.impl)
+        return linear(self.proj, o, self.impl)
 
     def project(self, x: Tensor) -> Tensor:
         """[B, N, D] -> packed queries, keys and values [B, N, 3·D]."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import vit.kernels as kernels
+from vit.kernels import runtime
 from vit.kernels.autocast import autocast_dtype
 from vit.plain import absent, class_of, is_linear, linear, plain
 
@@ -90,6 +91,8 @@ def attention_and_maps(q: Tensor, k: Tensor, v: Tensor, wanted: bool, **options:
     if "seed" in options:
         maps = kernels.dropout(maps, options["dropout_p"], options["seed"])  # the same mask as in the op
     if maps.requires_grad:
+        if (listener := runtime.attention_listener()) is not None:
+            listener(q.detach(), k.detach(), options["scale"] or q.shape[-1] ** -0.5, None)
         return (maps @ v.transpose(1, 2)).transpose(1, 2).flatten(2), maps
     return kernels.attention(q, k, v, **options), maps
 
