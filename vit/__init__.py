@@ -10,6 +10,7 @@
 from vit import kernels, reference
 from vit.adapters import accelerate, restore
 from vit.adapters.backend import register_attention
+from vit.analysis import attention_statistics, rollout
 from vit.config import ViTConfig, get_config, list_models
 from vit.create import create_model
 from vit.cuda_graph import graph
@@ -26,6 +27,7 @@ __all__ = [
     "ViTConfig",
     "VisionTransformer",
     "accelerate",
+    "attention_statistics",
     "create_model",
     "explain",
     "get_config",
@@ -37,5 +39,6 @@ __all__ = [
     "reference",
     "register_attention",
     "restore",
+    "rollout",
     "save_pretrained",
 ]
