@@ -32,6 +32,7 @@ STAGES = {
     "race": Stage(_AT + "exact:race", 20),  # the same bits, 250 times, in moving memory beside other work
     "heads": Stage(_AT + "limits:heads", 15),  # 70,000 heads in a batch
     "compile": Stage(_AT + "modes:compiled", 50),  # the same bits, compiled
+    "pingpong": Stage(_AT + "pingpong:pingpong", 25),  # the GEMM that is off by default, against the one that is on
     "large": Stage(_AT + "limits:large", 35),  # tensors of more than 2³¹ elements
     "peers": Stage(_AT + "peers:peers", 90),  # models of timm and Hugging Face, accelerated, against fp64
     "training": Stage(_AT + "training:training", 60),  # 1,000 steps, the loss curve beside eager's

@@ -91,7 +91,8 @@ def label(launch: Launch) -> str:
         return f"{launch.name} {' '.join('x'.join(map(str, shape)) for shape in launch.shapes[:2])}".strip()
     name = launch.name.removeprefix("_").removesuffix("_kernel")
     if launch.args.get("ACTIVATION") is not None:
-        name += " dgelu" if launch.args["preact_ptr"] is not None else " gelu"
+        preact = launch.args.get("preact_ptr", launch.args.get("preact_desc"))
+        name += " gelu" if preact is None else " dgelu"
     return name + (" + residual" if launch.args.get("branch_ptr") is not None else "")
 
 

@@ -64,7 +64,7 @@ def _patches(image: str) -> Callable[[dict[str, Any]], int]:
 
 #: FLOPs of our kernels from their arguments. A kernel that is missing here cannot be counted, and says so.
 FLOPS: dict[str, Callable[[dict[str, Any]], int]] = {
-    "_gemm_kernel": lambda a: 2 * a["M"] * a["N"] * a["K"],
+    **dict.fromkeys(("_gemm_kernel", "_gemm_pingpong_kernel"), lambda a: 2 * a["M"] * a["N"] * a["K"]),
     "_attention_fwd_kernel": _attention(2),
     "_attention_bwd_kernel": _attention(5),
     "_patch_embed_fwd_kernel": _patches("image_ptr"),

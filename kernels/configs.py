@@ -18,6 +18,7 @@ class Config:
 
     split, of `gemm`: into how many pieces the epilogue splits the columns of a tile: 1, 2 or 4.
     warp_specialize, of `gemm`: some warps load and the others multiply, where the compiler can do so.
+    pingpong, of `gemm`: `gemm_pingpong` has the products that it can have, with this tile.
     tail, of attention: what is left after the whole tiles is a narrower tile with code of its own. Whole tiles then
         need no mask, but the program needs the registers of both.
     cheap, of `gemm`: GELU uses an approximation of erf. None: only for results of 16 bits.
@@ -31,6 +32,7 @@ class Config:
     num_stages: int = 1
     split: int = 2
     warp_specialize: bool = False
+    pingpong: bool = False
     tail: bool = True
     cheap: bool | None = None
 
@@ -91,7 +93,15 @@ def gemm(arch: int, dtype: torch.dtype, precision: str) -> Config:
         return Config(block_m=128, block_n=128, block_k=32, group_m=8, num_warps=8, num_stages=3)
     if arch < 90:
         return Config(block_m=128, block_n=128, block_k=32, group_m=8, num_warps=8, num_stages=4)
-    return Config(block_m=128, block_n=128, block_k=64, group_m=8, num_warps=8, num_stages=3)
+    pingpong = False  # True only after `make gpu STAGE=pingpong` has passed and `make tune OP=gemm` prefers it
+    return Config(block_m=128, block_n=128, block_k=64, group_m=8, num_warps=8, num_stages=3, pingpong=pingpong)
+
+
+def gemm_pingpong(aux: bool, preact: bool) -> Config:
+    """Depth of the ring and pieces of the epilogue of `gemm_pingpong`: what fits beside a tile of 128 x 128."""
+    if not aux:
+        return Config(num_stages=4, split=2)
+    return Config(num_stages=3, split=4 if preact else 2)
 
 
 def walk(n: int, config: Config) -> tuple[str, int]:

@@ -224,25 +224,34 @@ def gemm(
     if K == 0:  # a descriptor has no empty dimension; a product over one zero is as good
         K, a, b = 1, a.new_zeros((1, M) if trans_a else (M, 1)), b.new_zeros((N, 1) if trans_b else (1, N))
     a, b = _operand(a), _operand(b)
-    # The host makes the descriptors, except for warps that split a tile: the compiler narrows only a kernel's own.
-    host = configs.has_tma(arch) and not config.warp_specialize
-    align_a, align_b = (16 if not host and x.shape[1] % 16 == 0 else 1 for x in (a, b))
-    if config.warp_specialize:
-        runtime.allow_descriptors(a.device)
-    runtime.launch(
-        _gemm_kernel, tiles_m * triton.cdiv(N, block_n),
-        a_ptr=TensorDescriptor.from_tensor(a, [block_k, block_m] if trans_a else [block_m, block_k]) if host else a,
-        b_ptr=TensorDescriptor.from_tensor(b, [block_n, block_k] if trans_b else [block_k, block_n]) if host else b,
-        bias_ptr=bias, preact_ptr=preact, seed_ptr=seed, out_ptr=out, aux_ptr=aux_out if aux else None,
-        sum_ptr=partial,
-        M=M, N=N, K=K, OFFSET=offset,
-        stride_a=None if host else a.stride(0), stride_b=None if host else b.stride(0),
-        TRANS_A=trans_a, TRANS_B=trans_b, ALIGN_A=align_a, ALIGN_B=align_b,
-        ACTIVATION=activation, P=dropout_p, PRECISION=precision, ACC=runtime.acc_type(a.dtype),
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=config.group_m,
-        SPLIT=config.split, CHEAP=config.cheap, WARP_SPECIALIZE=config.warp_specialize,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    hopper = None
+    if config.pingpong and not trans_a and seed is None and config.cheap is not False:
+        from . import gemm_pingpong as hopper  # its language is experimental, so that only who asks for it imports it
+
+    if hopper is not None and hopper.takes(arch, out, preact):
+        hopper.launch(
+            a, b, bias, activation, preact, out, aux_out if aux else None, partial, trans_b=trans_b, config=config
+        )
+    else:
+        # The host makes the descriptors, except for warps that split a tile: the compiler narrows only a kernel's own.
+        host = configs.has_tma(arch) and not config.warp_specialize
+        align_a, align_b = (16 if not host and x.shape[1] % 16 == 0 else 1 for x in (a, b))
+        if config.warp_specialize:
+            runtime.allow_descriptors(a.device)
+        runtime.launch(
+            _gemm_kernel, tiles_m * triton.cdiv(N, block_n),
+            a_ptr=TensorDescriptor.from_tensor(a, [block_k, block_m] if trans_a else [block_m, block_k]) if host else a,
+            b_ptr=TensorDescriptor.from_tensor(b, [block_n, block_k] if trans_b else [block_k, block_n]) if host else b,
+            bias_ptr=bias, preact_ptr=preact, seed_ptr=seed, out_ptr=out, aux_ptr=aux_out if aux else None,
+            sum_ptr=partial,
+            M=M, N=N, K=K, OFFSET=offset,
+            stride_a=None if host else a.stride(0), stride_b=None if host else b.stride(0),
+            TRANS_A=trans_a, TRANS_B=trans_b, ALIGN_A=align_a, ALIGN_B=align_b,
+            ACTIVATION=activation, P=dropout_p, PRECISION=precision, ACC=runtime.acc_type(a.dtype),
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=config.group_m,
+            SPLIT=config.split, CHEAP=config.cheap, WARP_SPECIALIZE=config.warp_specialize,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
     return out, aux_out, partial.sum(dim=0).to(a.dtype) if sums else a.new_empty(0)
 
 

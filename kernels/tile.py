@@ -84,7 +84,7 @@ def gelu_and_grad(x, ACTIVATION: tl.constexpr, CHEAP: tl.constexpr):
         else:
             tl.static_assert(ACTIVATION == "quick_gelu", "unknown activation")
             w = -2.4554669595930156 * x
-            slope = tl.full(x.shape, 1.702, x.dtype)
+            slope: tl.constexpr = 1.702
         if CHEAP:
             exp = 1.0 + tl.exp2(w)
             cdf = tl.rsqrt(exp * exp)

@@ -114,9 +114,10 @@ def run_case(name: str, arch: int, dtype: str) -> tuple[dict[str, dict[str, Any]
 
 
 def all_kernels() -> set[str]:
-    """Names of the kernels in the tree: every ``@triton.jit`` function called ``_*_kernel``."""
+    """Names of the kernels in the tree: every function of Triton or Gluon called ``_*_kernel``."""
     sources = (path.read_text() for path in (ROOT / "kernels").glob("*.py"))
-    return {name for s in sources for name in re.findall(r"@triton\.jit[^\n]*\n(?:@[^\n]*\n)*def (_\w+_kernel)\b", s)}
+    kernel = re.compile(r"@(?:triton|gluon)\.jit[^\n]*\n(?:@[^\n]*\n)*def (_\w+_kernel)\b")
+    return {name for s in sources for name in kernel.findall(s)}
 
 
 def compare(locked: dict[str, Any], recorded: dict[str, Any]) -> list[str]:

@@ -5,15 +5,19 @@ A new kernel needs a case here (the lock says so); a new shape or dtype is worth
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from vit import kernels
+from vit.kernels import configs, runtime
 from vit.kernels.attention import attention_qkvpacked_bwd
 from vit.kernels.layer_norm import layer_norm_bwd
+from vit.kernels.linear import gemm
 
 Make = Callable[..., Tensor]  # make(*shape, dtype=None): a tensor that wants a gradient, contents undefined
 
@@ -66,6 +70,22 @@ def _mlp(make: Make, width: int, hidden: int, activation: str = "gelu", dropout_
     fc1, fc2 = (make(hidden, width), make(hidden)), (make(width, hidden), make(width))
     drop = {"dropout_p": dropout_p, "seed": torch.empty(1, dtype=torch.int64)}
     return kernels.mlp(make(64, 197, width), *fc1, *fc2, activation, **drop, impl="triton")
+
+
+def _pingpong(make: Make, width: int, hidden: int) -> Tensor:
+    """What it does of an MLP and of its backward, on the one architecture that has it."""
+    pinned = configs.gemm
+    with mock.patch.object(configs, "gemm", lambda *a: dataclasses.replace(pinned(*a), pingpong=True)):
+        x, fc1, bias, fc2 = (
+            make(*s).detach() for s in [(64 * 197, width), (hidden, width), (hidden,), (width, hidden)]
+        )
+        preact = make(64 * 197, hidden).detach()
+        for activation in ("gelu", "gelu_tanh", "quick_gelu") if runtime.current_dry_run.arch == 90 else ():
+            for aux in (False, True) if activation == "gelu" else (True,):
+                gemm(x, fc1, bias, activation, trans_b=True, aux=aux)
+                for sums in (False, True):
+                    gemm(x, fc2, None, activation, preact, aux=aux, sums=sums)
+    return make(1)
 
 
 def _patch_embed(make: Make, patch: int, width: int, channels_last: bool = False) -> Tensor:
@@ -151,6 +171,7 @@ CASES: dict[str, Case] = {
     "linear_b_gelu": Case("an activation without a second layer", lambda m: _linear(m, 768, 768, "gelu"), ("bf16",)),
     "mlp_b_quick": Case("ViT-B of OpenAI's CLIP", lambda m: _mlp(m, 768, 3072, "quick_gelu"), ("bf16",)),
     "mlp_b_dropout": Case("dropout behind the GELU", lambda m: _mlp(m, 768, 3072, dropout_p=0.1)),
+    "mlp_b_pingpong": Case("off by default", lambda m: _pingpong(m, 768, 3072), ("bf16",)),
     "mlp_so400m": Case("SO400M: 4304 hidden, tanh GELU", lambda m: _mlp(m, 1152, 4304, "gelu_tanh"), ("bf16",)),
 }
 

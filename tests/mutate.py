@@ -47,6 +47,7 @@ class Mutant:
 
 
 LN, LINEAR, MLP = "tests/kernels/test_layer_norm.py", "tests/kernels/test_linear.py", "tests/kernels/test_mlp.py"
+PINGPONG = "tests/kernels/test_gemm_pingpong.py"
 DROPOUT, MIRROR = "tests/kernels/test_attention_dropout.py", "tests/kernels/test_attention_mirror.py"
 ATTENTION, PATCH = "tests/kernels/test_attention.py", "tests/kernels/test_patch_embed.py"
 VIT = "tests/model/test_vit.py"
@@ -506,6 +507,34 @@ def _layer_norm_bwd_kernel(""",
         '@triton.jit(do_not_specialize=["M", "K", "OFFSET"])',
         '@triton.jit(do_not_specialize=["M", "OFFSET"])',
         ("tests/kernels/test_linear_compiled.py::test_no_batch_compiles_a_kernel_again",),
+    ),
+    Mutant(
+        "gemm_pingpong: a consumer does not wait for its turn",
+        "kernels/gemm_pingpong.py",
+        "        mbarrier.wait(turn.index(WHO), phase if WHO == 1 else phase ^ 1)\n",
+        "",
+        (PINGPONG,),
+    ),
+    Mutant(
+        "gemm_pingpong: buffers are empty before their product is done",
+        "kernels/gemm_pingpong.py",
+        "acc = warpgroup_mma_wait(1, deps=(acc,))",
+        "acc = warpgroup_mma_wait(2, deps=(acc,))",
+        (PINGPONG,),
+    ),
+    Mutant(
+        "gemm_pingpong: results overwrite what still leaves",
+        "kernels/gemm_pingpong.py",
+        "        if preact_desc is None:\n            tma.store_wait(0)\n",
+        "        if preact_desc is None:\n            pass\n",
+        (PINGPONG,),
+    ),
+    Mutant(
+        "gemm_pingpong: takes what its descriptors cannot describe",
+        "kernels/gemm_pingpong.py",
+        "aligned = out.shape[1] % 8 == 0",
+        "aligned = out.shape[1] % 4 == 0",
+        (PINGPONG,),
     ),
     Mutant(
         "gemm: rows and columns of a tile in 32 bits from the first element of the matrix",

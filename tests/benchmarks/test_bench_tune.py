@@ -61,7 +61,9 @@ def test_the_nearest_are_tried_first():
     changed = [sum(a != b for a, b in zip(*map(dataclasses.astuple, (c, of[0])), strict=True)) for c in of]
     assert changed == sorted(changed) and changed[:2] == [0, 1]
     of = all_candidates(90)["gemm_fc2"]
-    assert {*of[1:7]} > {*FORMS} - {of[0]} and of[0] == configs.gemm(90, torch.bfloat16, "ieee")
+    assert {*of[1:8]} > {*FORMS} - {of[0]} and of[0] == configs.gemm(90, torch.bfloat16, "ieee")
+    assert [c.pingpong for c in of[:3]] == [False, True, False]
+    assert not any(c.pingpong for arch in (80, 100) for c in all_candidates(arch)["gemm_fc2"])
 
 
 def test_pinned_configuration_is_restored():

@@ -3,6 +3,7 @@
 The rehearsal proves the script; that its judgements can fail is proven here, too, with results that are wrong.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -13,9 +14,11 @@ import pytest
 import torch
 
 from benchmarks.gpu import STAGES
-from benchmarks.gpu_stages import cases, exact, limits, sanitizer, training
+from benchmarks.gpu_stages import cases, exact, limits, pingpong, sanitizer, training
 from benchmarks.log import Log
 from vit import ViTConfig
+from vit.kernels import configs
+from vit.kernels.linear import gemm
 from vit.reference import VisionTransformer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -220,3 +223,18 @@ def test_training_with_a_wrong_gradient_is_seen():
     wrong = training.verdict(curve(torch.float32, wrong=True), single, double)
     assert not wrong["ok"] and wrong["distance"] > 2 * wrong["limit"], wrong
     assert not training.verdict([float("nan")] * 6, single, double)["ok"]
+
+
+@pytest.mark.parametrize(("form", "wrong"), [("gelu and h", 0), ("gelu and h", 1), ("dgelu and sums", 2)])
+def test_the_gate_of_a_kernel_can_fail(monkeypatch, form, wrong):
+    """With the kernel of `linear` in its place, which passes unless a result is wrong by 2 %."""
+
+    def product(*args, factor, **kwargs):
+        found = list(gemm(*args, **kwargs))
+        found[wrong] = found[wrong] * (factor if configs.gemm(0, torch.float32, "ieee").pingpong else 1.0)
+        return found
+
+    for factor in (1.0, 1.02):
+        monkeypatch.setattr(pingpong, "gemm", functools.partial(product, factor=factor))
+        found = pingpong._compare((37, 48, 24), torch.float32, torch.device("cpu"), form, "gelu", 1)
+        assert found["ok"] == (factor == 1.0) and found["kernel"] == ["_gemm_kernel"]
