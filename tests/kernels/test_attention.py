@@ -72,7 +72,7 @@ LENGTHS = [2, 15, 16, 17, 31, 32, 33, 48, 49, 64]
 
 @pytest.mark.parametrize(("NQ", "NK"), [*zip(LENGTHS, reversed(LENGTHS), strict=True), (64, 64), (48, 48), (49, 49)])
 def test_every_kind_of_last_tile(randn, NQ, NK):
-    """Tiles of 32: none, one or two whole ones, and after them none, one of 16 or one of 32, of queries and of keys."""
+    """There are 0, 1 or 2 whole tiles of 32 queries and keys, and a last tile of 16, of 32 or none."""
     inputs = {"q": randn(2, NQ, 2, 24), "k": randn(2, NK, 2, 24), "v": randn(2, NK, 2, 24)}
     check_op(ours, reference_qkv, inputs, torch.float32)
 
@@ -106,9 +106,9 @@ def test_head_parts_waste_less_than_16_columns():
 
 @pytest.mark.parametrize("kind", ["x9", "x36", "very negative", "offset values"])
 def test_extreme_logits(randn, dtype, kind):
-    """q and k are multiples of 1/32, so that every order of summation gives the same logits, exactly.
+    """q and k are multiples of 1/32, so every order of summation gives exactly the same logits.
 
-    A processor's matrix product rounds q kᵀ and k qᵀ differently, and the softmax would multiply the difference.
+    Otherwise the matrix products q kᵀ and k qᵀ round differently, and the softmax amplifies the difference.
     """
     B, N, H, E = 1, 50, 2, 64
     q, k, v = randn(B, N, H, E), randn(B, N, H, E), randn(B, N, H, E)
@@ -124,10 +124,10 @@ def test_extreme_logits(randn, dtype, kind):
 
 @pytest.mark.parametrize("kind", ["one-hot", "constant values"])
 def test_logits_without_gradient(randn, dtype, kind):
-    """Eager may get exact zeros for q and k here; ours are rounding noise of do·v − do·o, and judged as such."""
+    """The gradients of q and k are zero. The kernels may return the rounding error of do·v − do·o."""
     N, H, E = 50, 2, 64
     q, k, v, do = (randn(1, N, H, E).to(dtype) for _ in range(4))
-    if kind == "one-hot":  # each query looks at one key alone
+    if kind == "one-hot":  # each query attends to one key
         k = torch.eye(N, E, device=q.device, dtype=dtype)[None, :, None].expand(1, N, H, E)
         q = 300.0 * k.flip(1)
         expected = v.flip(1)
@@ -153,7 +153,7 @@ def test_scale(randn, dtype):
 
 
 def test_lse(randn, dtype):
-    """Natural logarithm, fp32, no gradient, the same whether or not gradients are wanted."""
+    """The logsumexp is natural, in fp32 and without a gradient. It does not depend on whether inputs require grad."""
     q, k, v = ((6 * randn(2, n, 2, 48)).to(dtype) for n in (33, 40, 40))
     out, lse = attention(q, k, v, return_lse=True, impl="triton")
     eager = reference.attention(q, k, v, return_lse=True)[1]
@@ -187,10 +187,10 @@ def test_agrees_with_scaled_dot_product_attention(randn):
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [8, 16])
 def test_as_near_to_fp64_as_pytorchs_own(half, head_dim):
-    """On the samples of PyTorch's OpInfo of scaled_dot_product_attention: few tokens, values to 9, logits to 200.
+    """The inputs are the samples of PyTorch's OpInfo: few tokens, values up to 9, logits up to 200.
 
-    Two results in 16 bits differ there by more than the OpInfo's tolerances, which are for equal roundings. The kernels
-    round as PyTorch's flash attention does. The eager reference rounds the logits too and is about five times as far.
+    The OpInfo's tolerances assume equal rounding, so two 16-bit results differ by more. The kernels round as PyTorch's
+    flash attention does. The eager reference also rounds the logits, and its error is about five times as large.
     """
     torch.manual_seed(0)
     shapes = [(5, tokens, 4, head_dim) for tokens in (3, 6, 6)]
@@ -211,7 +211,7 @@ def test_as_near_to_fp64_as_pytorchs_own(half, head_dim):
 
 
 def test_a_constant_added_to_all_keys_changes_nothing(randn, dtype):
-    """Softmax ignores it, so the gradients of the keys sum to zero: what a key bias would get."""
+    """Softmax ignores the constant. So the gradients of the keys sum to zero, which is the gradient of a key bias."""
     qkv, do = randn(1, 33, 3, 2, 32).to(dtype), randn(1, 33, 64).to(dtype)
     _, dqkv = grads(ours_packed, [qkv], do)
     dk = dqkv.select(2, 1).double()
@@ -223,7 +223,7 @@ def test_a_constant_added_to_all_keys_changes_nothing(randn, dtype):
 
 
 def test_one_token(randn, dtype):
-    """The output is v, and so is its gradient do; q and k do not matter."""
+    """The output is v, and the gradient of v is do. q and k have no effect."""
     qkv, do = randn(3, 1, 3, 2, 72).to(dtype), randn(3, 1, 144).to(dtype)
     out, dqkv = grads(ours_packed, [qkv], do)
     assert torch.equal(out, qkv[:, :, 2].reshape(out.shape))
@@ -232,7 +232,7 @@ def test_one_token(randn, dtype):
 
 
 def test_queries_heads_and_samples_do_not_mix(randn):
-    """Row, head and sample of the output depend on their own inputs only, bit for bit."""
+    """Each row, head and sample of the output depends only on its own inputs, bit for bit."""
     q, k, v = randn(3, 40, 2, 32), randn(3, 20, 2, 32), randn(3, 20, 2, 32)
     whole = ours(q, k, v).view(q.shape)
     assert torch.equal(whole[1:2, :, 1:], ours(q[1:2, :, 1:], k[1:2, :, 1:], v[1:2, :, 1:]).view(1, 40, 1, 32))
@@ -249,7 +249,7 @@ def test_empty(randn, shape):
 
 @pytest.mark.parametrize("tail", [True, False])
 def test_no_queries(randn, monkeypatch, tail):
-    """Nothing looks at the keys: their gradients are zeros, and written."""
+    """No query attends to the keys. The kernel writes zeros as their gradients."""
     monkeypatch.setattr(configs, "attention_bwd", lambda *_: configs.Config(block_m=32, block_n=32, tail=tail))
     out, dq, dk, dv = grads(ours, [randn(2, 0, 2, 16), randn(2, 3, 2, 16), randn(2, 3, 2, 16)], randn(2, 0, 32))
     assert out.shape == (2, 0, 32) and dq.shape == (2, 0, 2, 16)
@@ -337,7 +337,7 @@ def test_compile_fullgraph(randn):
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 def test_autocast(randn, impl, low):
-    """fp32 inputs are cast first, nothing else: the same bits as the op on cast inputs, gradients in fp32."""
+    """Only the fp32 inputs are cast. The bits are those of the op on cast inputs, and gradients are fp32."""
     qkv, do = randn(2, 17, 3, 2, 16), randn(2, 17, 32).to(low)
     drop = {"dropout_p": 0.2, "seed": torch.tensor([3], device=qkv.device), "offset": 1}
 
@@ -345,7 +345,7 @@ def test_autocast(randn, impl, low):
         return attention_qkvpacked(x, **drop, impl=impl)
 
     def unpacked(q, k, v):
-        return attention(q, k=k, v=v, **drop, impl=impl)  # keywords are cast, too
+        return attention(q, k=k, v=v, **drop, impl=impl)  # keyword arguments are cast, too
 
     for fn, leaves in [(packed, [qkv]), (unpacked, list(qkv.unbind(2)))]:
         want = grads(lambda *t, fn=fn: fn(*(x.to(low) for x in t)), leaves, do)
@@ -382,7 +382,7 @@ def bits_equal(a: list[Tensor], b: list[Tensor], what: str) -> None:
 
 
 def test_same_bits_packed(randn, dtype):
-    """Run to run, packed in any way, NaN around the buffers or not, incoming gradients of any strides."""
+    """A second run, any packing, NaN around the buffers and any strides of the gradient change no bit."""
     B, N, H, E = 2, 17, 2, 24
     qkv, do = randn(B, N, 3, H, E).to(dtype), randn(B, N, H * E).to(dtype)
     first = grads(ours_packed, [qkv], do)
@@ -399,7 +399,7 @@ def test_same_bits_packed(randn, dtype):
 
     out, dqkv = grads(lambda x: attention_qkvpacked(x, num_heads=H, impl="triton"), [qkv.flatten(2)], do)
     bits_equal(first, [out, dqkv.unflatten(2, (3, H, E))], "num_heads")
-    one = torch.ones((), dtype=dtype, device=qkv.device).expand(B, N, H * E)  # what .sum().backward() hands over
+    one = torch.ones((), dtype=dtype, device=qkv.device).expand(B, N, H * E)  # the gradient of .sum().backward()
     bits_equal(grads(ours_packed, [qkv], one.contiguous()), grads(ours_packed, [qkv], one), "stride 0")
 
     q, k, v = qkv.unbind(2)
@@ -429,7 +429,7 @@ def test_same_bits_unpacked(randn, dtype):
 
 
 def test_inputs_are_read_in_place(randn, monkeypatch):
-    """No copy of packed qkv, of transposed views or of the incoming gradient reaches the kernels."""
+    """The kernels read packed qkv, transposed views and the incoming gradient without a copy."""
     seen, launch = [], runtime.launch
     monkeypatch.setattr(runtime, "launch", lambda *a, **k: (seen.append(k), launch(*a, **k)))
     qkv, do = randn(2, 5, 3, 2, 16).requires_grad_(), randn(5, 2, 32).transpose(0, 1)
@@ -467,7 +467,7 @@ print(" ".join(f"{name}={len(keys)}" for name, keys in sorted(found.items())))
 
 @pytest.mark.parametrize(("dtype", "kinds"), [("bfloat16", 5), ("float32", 1)])
 def test_a_new_length_compiles_nothing(dtype, kinds):
-    """Of 130 lengths. In 16 bits there are whole tiles or none, and a last tile of 16, of 32 or none."""
+    """In 16 bits 130 lengths compile a kernel 5 times: with whole tiles or none, and a last tile of 16, 32 or none."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", LENGTHS_PROGRAM, dtype], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -510,7 +510,7 @@ def backward_with_sums(qkv: Tensor, do: Tensor, **drop) -> tuple[Tensor, Tensor]
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_column_sums(randn, dtype, dropout_p):
-    """Against the gradient of a bias that is added to qkv; dqkv has the same bits with and without the sums."""
+    """The sums are the gradient of a bias that is added to qkv. They do not change the bits of dqkv."""
     B, N, H, E = 2, 50, 3, 24
     qkv, do = randn(B, N, 3, H, E).to(dtype), randn(B, N, H * E).to(dtype)
     drop = {"seed": torch.tensor([5], device=qkv.device), "dropout_p": dropout_p, "offset": 1} if dropout_p else {}
@@ -531,7 +531,7 @@ def test_column_sums(randn, dtype, dropout_p):
 
 @pytest.mark.parametrize(("B", "N", "H", "E"), [(2, 50, 2, 16), (3, 33, 1, 80), (1, 64, 3, 24), (2, 5, 2, 40)])
 def test_column_sums_are_of_one_tile_each(randn, B, N, H, E):
-    """Row b · tiles + i: tokens 32 · i to 32 · i + 31 of sample b, every one of its 3 · H · E columns."""
+    """Row b · tiles + i has the sums of tile i of sample b, for each of the 3 · H · E columns."""
     dqkv, sums = backward_with_sums(randn(B, N, 3, H, E), randn(B, N, H * E))
     block = configs.attention_bwd(runtime.arch(dqkv.device), N, E, dqkv.dtype).block_m
     tiles = torch.stack([t.double().sum(1) for t in dqkv.split(block, dim=1)], dim=1)
@@ -539,7 +539,7 @@ def test_column_sums_are_of_one_tile_each(randn, B, N, H, E):
 
 
 def test_column_sums_ignore_what_is_beyond_the_last_token(randn):
-    """Logits of −300 make P infinite in the rows of a tile that has no more keys, whose logits are 0."""
+    """All logits are near −360. A row beyond the last token has the logit 0, so its P is infinite."""
     qkv = randn(1, 17, 3, 1, 32) / 8 + torch.tensor([8.0, -8.0, 0.0])[:, None, None].to(randn(1).device)
     dqkv, sums = backward_with_sums(qkv, randn(1, 17, 32))
     torch.testing.assert_close(sums.sum(0), dqkv.sum((0, 1)).flatten(), rtol=1e-4, atol=1e-4)
@@ -550,9 +550,9 @@ def test_column_sums_ignore_what_is_beyond_the_last_token(randn):
 
 @pytest.mark.parametrize("far", ["samples", "tokens", "heads"])
 def test_offsets_beyond_32_bits(device, far):
-    """Three samples, tokens or heads 2³⁰ elements apart, in all that forward and backward read and write.
+    """All tensors of forward and backward have three samples, tokens or heads that are 2³⁰ elements apart.
 
-    The memory between them is never touched, so the CPU never provides it.
+    The operating system provides no memory for the pages between them, because nothing touches them.
     """
     gap, (B, N, H, E) = 2**30, {"samples": (3, 2, 1, 16), "tokens": (1, 3, 2, 16), "heads": (1, 2, 3, 16)}[far]
     near = torch.randn(B, N, 8, H, E, generator=torch.Generator().manual_seed(0)).to(device, torch.float16)
@@ -579,7 +579,7 @@ def test_many_heads_go_on_grid_x(randn, monkeypatch):
 
 @pytest.mark.interpreted
 def test_the_last_of_many_heads(randn):
-    """Of 70,000 heads the last sample's two are computed, and are right."""
+    """The two heads of the last sample, the last of 70,000, are right."""
     qkv, do = torch.zeros(35_000, 5, 3, 2, 16), torch.zeros(35_000, 5, 32)
     qkv[-1], do[-1] = randn(5, 3, 2, 16), randn(5, 32)
     alone = grads(ours_packed, [qkv[-1:]], do[-1:])
@@ -665,7 +665,7 @@ IMPLS = pytest.mark.parametrize("impl", ["auto", "triton", "reference"])
 @IMPLS
 @pytest.mark.parametrize("scale", [None, 1, 0.01, 5.0])
 def test_scale_and_lse_beside_pytorchs_own(randn, impl, scale):
-    """Batch, tokens, keys, heads and head dimension all different; an integer is a scale, too."""
+    """Batch, tokens, keys, heads and head dimension all differ. The scale may be an integer."""
     B, NQ, NK, H, E = 2, 5, 7, 3, 24
     q, k, v = randn(B, NQ, H, E), randn(B, NK, H, E), randn(B, NK, H, E)
     heads = [t.transpose(1, 2) for t in (q, k, v)]
@@ -687,7 +687,7 @@ def test_scale_and_lse_beside_pytorchs_own(randn, impl, scale):
 @IMPLS
 @pytest.mark.parametrize("num_heads", [1, 2, 3])
 def test_width_between_the_heads(randn, impl, num_heads):
-    """[B, N, 3·H·E]: queries first, then keys, then values, each head by head, as timm's projection writes them."""
+    """[B, N, 3·H·E] has the layout of timm's projection: queries, then keys, then values, each head by head."""
     x = randn(2, 5, 3 * num_heads * 16)
     q, k, v = (t.unflatten(2, (num_heads, 16)).transpose(1, 2) for t in x.chunk(3, dim=2))
     want = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 5, num_heads * 16)
@@ -708,7 +708,7 @@ def test_a_head_dimension_that_the_kernels_refuse_is_named(randn, impl, head_dim
 @pytest.mark.parametrize("op", [attention, attention_qkvpacked], ids=lambda op: op.__name__)
 @pytest.mark.parametrize("p", [0.0, 0.25])
 def test_tiles_are_asked_for_what_runs(randn, monkeypatch, op, p):
-    """Architecture, the longer length, head dimension, dtype, and whether a mask is drawn: forward and backward."""
+    """`configs` gets the architecture, a length, the head dimension, the dtype, and whether there is dropout."""
     asked = []
     for name in ("attention_fwd", "attention_bwd"):
         plain = getattr(configs, name)

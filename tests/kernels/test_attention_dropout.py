@@ -1,4 +1,4 @@
-"""Dropout of the attention probabilities: forward and both halves of the backward draw the mask of the reference."""
+"""Dropout of the attention probabilities: forward and backward draw the mask of the reference."""
 
 import numpy as np
 import pytest
@@ -65,9 +65,9 @@ def test_the_mask_does_not_depend_on_tiles(randn, drop, monkeypatch, block_m, bl
 
 
 def test_forward_and_backward_draw_one_mask(randn, drop):
-    """The mask itself, read out of the output and of the gradients of q, k and v: which pairs of tokens are dropped.
+    """The output and the gradients of q, k and v show the mask itself.
 
-    With equal logits P = 1/NK. The unit vectors of v give row by row what is kept of P; those of do give dv.
+    With equal logits P = 1/NK. With unit vectors in v the output is the mask times P, with unit vectors in do dv is.
     """
     B, H, NQ, NK = 2, 3, 17, 32
     q, k = torch.zeros(B, NQ, H, 32), torch.zeros(B, NK, H, 32)
@@ -84,7 +84,7 @@ def test_forward_and_backward_draw_one_mask(randn, drop):
     (dv,) = torch.autograd.grad(out, v, eye, retain_graph=True)
     torch.testing.assert_close(dv[..., :NQ].cpu().permute(0, 2, 3, 1) * NK, want, rtol=1e-6, atol=0.0)
 
-    # dS = P (keep · do vᵀ − delta) with do = 1: dq is its product with k, dk with q; so make those unit vectors.
+    # dS = P (keep · do vᵀ − delta) with do = 1. dq is dS times k and dk is dSᵀ times q, so k and q hold unit vectors.
     ones = torch.ones_like(out).flatten(2)
     tiny = 1e-6  # logits stay equal
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_forward_and_backward_draw_one_mask(randn, drop):
 
 
 def test_agrees_with_scaled_dot_product_attention(randn, drop):
-    """Where it drops: after the softmax is normalised. PyTorch's is given our mask as a product with identities."""
+    """Dropout comes after the softmax. PyTorch's attention to an identity as v returns the probabilities."""
     B, N, H, E = 1, 9, 2, 16
     q, k, v = (randn(B, N, H, E) for _ in range(3))
     probs = F.scaled_dot_product_attention(
@@ -114,7 +114,7 @@ def test_agrees_with_scaled_dot_product_attention(randn, drop):
 
 
 def test_statistics(randn):
-    """Over seeds the mean is attention without dropout; the standard error says how closely."""
+    """The mean over seeds is attention without dropout, within the standard error."""
     qkv, p, draws = randn(1, 20, 3, 2, 16), 0.4, 400
     outs = torch.stack([
         reference.attention_qkvpacked(qkv, dropout_p=p, seed=torch.tensor([i], device=qkv.device)) for i in range(draws)
@@ -131,7 +131,7 @@ def test_lse_is_that_of_all_probabilities(randn, drop):
 
 
 def test_off_is_off(randn, drop):
-    """p = 0 ignores seed and offset, and compiles to what there is without them."""
+    """p = 0 ignores seed and offset, and runs the kernel without dropout."""
     qkv = randn(1, 20, 3, 2, 16)
     off = drop | {"dropout_p": 0.0}
     for impl in ("triton", "reference"):
@@ -176,7 +176,7 @@ def test_frozen_inputs(randn, drop, wanted):
 
 
 def test_same_bits(randn, drop, dtype):
-    """Run to run, packed or not, and with inputs and incoming gradients of any strides."""
+    """A second run, packing and any strides of inputs and gradients change no bit."""
     qkv, do = randn(2, 17, 3, 2, 24).to(dtype), randn(2, 17, 48).to(dtype)
 
     def packed(x):
@@ -205,9 +205,9 @@ def test_compiled_code_draws_anew_at_every_call(randn):
 
 @pytest.mark.interpreted
 def test_rows_beyond_32_bits(randn, drop, tmp_path):
-    """The last sample of so many that its rows of the mask, (b · H + h) · NQ + query, lie beyond 2³².
+    """The rows of the mask, (b · H + h) · NQ + query, are beyond 2³² in the last sample.
 
-    Samples share their memory; the statistics are a file that is empty but for the last.
+    All samples share their memory. The statistics are in a sparse file, of which only the last sample is written.
     """
     N, E, scale, p = 40, 16, 0.25, drop["dropout_p"]
     B = 2**32 // N + 2
@@ -222,7 +222,7 @@ def test_rows_beyond_32_bits(randn, drop, tmp_path):
     every = [t.expand(B, N, 1, E) for t in (q, k, v, o, do, dq, dk, dv)]
     with last_programs_only(2):  # tiles of 32 queries
         _launch_fwd(*every[:4], m[:0], log_l[:0], scale, drop["seed"], p, drop["offset"])
-    with last_programs_only(4):  # of keys, and of queries
+    with last_programs_only(4):  # two tiles of keys, and two of queries
         _launch_bwd(*every[:5], m, log_l, *every[5:], None, scratch, scale, drop["seed"], p, drop["offset"])
 
     rows = torch.arange((B - 1) * N, B * N)[:, None]

@@ -1,4 +1,4 @@
-"""attention_probs: the rows that the fused kernels do not store, and that asking for them changes nothing."""
+"""attention_probs: the probabilities, which the fused kernels do not store. A call of it does not change the op."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from vit.testing import check
 
 
 def naive(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """As timm's Attention without a fused kernel computes it, from [B, N, H, E]."""
+    """The formula of timm's Attention without a fused kernel, from [B, N, H, E]."""
     q, k = q.transpose(1, 2), k.transpose(1, 2)
     return ((q * scale) @ k.transpose(-2, -1)).softmax(dim=-1)
 
@@ -26,7 +26,7 @@ def test_probabilities(randn, dtype, scale):
 
 
 def test_they_are_those_of_the_fused_forward(randn, dtype):
-    """Times v they give its output, and unnormalised its logsumexp; it gives the same bits with and without."""
+    """The probabilities times v are its output, and its logsumexp normalises them. Its bits do not change."""
     qkv = randn(2, 33, 3, 2, 32).to(dtype)
     q, k, v = qkv.unbind(2)
     before, lse = attention_qkvpacked(qkv, return_lse=True, impl="triton")
@@ -58,7 +58,7 @@ def test_gradcheck(randn):
 
 
 def test_autocast(randn):
-    """Of the queries and keys as the fused op takes them there, and still in fp32."""
+    """Queries and keys are cast as for the fused op. The probabilities are fp32."""
     q, k = randn(1, 5, 2, 16).requires_grad_(), randn(1, 7, 2, 16)
     with torch.autocast(q.device.type, torch.bfloat16):
         probs = attention_probs(q, k)
@@ -100,7 +100,7 @@ def test_no_queries_is_not_all_queries(randn, queries):
     "queries", [[-5], [4], [4, -5, 4], (0, 1), torch.tensor([-1, 0]), torch.tensor([2], dtype=torch.int32)]
 )
 def test_queries_from_both_ends(randn, queries):
-    """The first and the last are there, in the order that was asked for, each as often."""
+    """The result has the first and last query in the order of the list, also if an index repeats."""
     q, k = randn(2, 5, 3, 16), randn(2, 9, 3, 16)
     places = [i % 5 for i in torch.as_tensor(queries).tolist()]
     want = torch.stack([naive(q, k, 0.25)[:, :, i] for i in places], dim=2)

@@ -1,8 +1,8 @@
-"""Attention is as good as its own algorithm: its formulas in PyTorch, tile by tile, rounded where the kernels round.
+"""Attention is as exact as its mirror: the same formulas in PyTorch, tile by tile, with the roundings of the kernels.
 
-Eager attention rounds logits and probabilities to 16 bits, so that a fused kernel may lose much before it is worse than
-eager. Beside the mirror it may not: the bugs below stay within eager's error, or nearly, and show here. In fp32 nothing
-is rounded on the way, and the order of a processor's sums is all there would be to compare.
+Eager attention rounds logits and probabilities to 16 bits, so a fused kernel can lose accuracy and still be better than
+eager. The bugs below stay within eager's error, or nearly. The comparison with the mirror detects them. There is no
+mirror in fp32, where results would differ only by the order of sums.
 """
 
 import pytest
@@ -16,16 +16,16 @@ NAMES = ("output", "dq", "dk", "dv")
 
 
 def mirror(q: Tensor, k: Tensor, v: Tensor, do: Tensor, scale: float, keep: Tensor | float = 1.0, bug: str = ""):
-    """(o, dq, dk, dv), all [B, H, N, E] in one dtype; fp32 everywhere but in P and dS before their products."""
+    """(o, dq, dk, dv), all [B, H, N, E] in one dtype. Only P and dS are rounded before their products."""
     dtype, arch = q.dtype, runtime.arch(q.device)
     keep = torch.as_tensor(keep, device=q.device).expand(*q.shape[:3], k.shape[2])
     sizes = k.shape[2], q.shape[3], dtype, bool((keep != 1).any())
     forward, backward = configs.attention_fwd(arch, *sizes).block_n, configs.attention_bwd(arch, *sizes).block_n
 
-    def rounded(x: Tensor) -> Tensor:  # to what a product takes
+    def rounded(x: Tensor) -> Tensor:  # the operand of a product
         return x.to(torch.bfloat16 if bug == "P and dS in bf16" else dtype).float()
 
-    def summed(x: Tensor) -> Tensor:  # as the accumulator keeps it
+    def summed(x: Tensor) -> Tensor:  # the accumulator
         return x.to(dtype).float() if bug == "16-bit accumulators" else x
 
     q, k, v, do = (t.float() for t in (q, k, v, do))
@@ -77,7 +77,7 @@ def errors(results, exact) -> list[float]:
 
 
 def inputs(randn, dtype, gain: float = 1.0) -> list[Tensor]:
-    """Head dimension 80 is two parts wide and its scale no power of two; several tiles, the last of them ragged."""
+    """Head dimension 80 has two parts, and its scale is no power of two. Of several tiles the last is ragged."""
     q, k, v, do = (randn(1, 2, n, 80) for n in (105, 70, 70, 105))
     return [(gain * q).to(dtype), *(t.to(dtype) for t in (k, v, do))]
 
@@ -106,7 +106,7 @@ def test_no_worse_than_the_mirror(randn, dtype, gain, dropout_p):
     ],
 )
 def test_the_factor_catches(randn, bug, gain, dtype):
-    """In the output and in every gradient."""
+    """The factor detects the bug in the output and in every gradient."""
     tensors, scale = inputs(randn, dtype, gain), 80**-0.5
     r64 = exact(*tensors, scale)
     limits = errors(mirror(*tensors, scale), r64)

@@ -1,4 +1,4 @@
-"""How many kernels Triton compiles: one for a kind of call, whatever the batch, the tokens and the image's size."""
+"""Triton compiles one kernel for a kind of call, whatever the batch, the tokens and the size of the image."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-# The keys under which Triton's JIT would compile and keep each launch; nothing is compiled.
+# Counts the keys under which Triton's JIT would compile and cache each launch. It compiles nothing.
 KEYS = """
 import collections, json
 import torch
@@ -98,7 +98,7 @@ PATCHES = {f"_patch_embed_{role}_kernel" for role in ("fwd", "dw", "dimage")} | 
     ],
 )
 def test_a_batch_never_compiles_anew(keys, calls, kernels):
-    """Batches of 0 (or 1) to 33: with rows that 16 divides or not, with one row, with one row a sample."""
+    """The batches are 0 (or 1) to 33. So the number of rows may be 1, and 16 divides it or not."""
     assert keys[calls] == dict.fromkeys(kernels, 1)
 
 

@@ -1,4 +1,4 @@
-"""What autograd, memory and the compiler may expect of every op: a table of calls, and a test for each demand."""
+"""What autograd, memory and the compiler may expect of every op: a table of calls, and a test of each property."""
 
 import inspect
 
@@ -21,7 +21,7 @@ STREAM = {"residual": (2, 5, 24), "branch": (2, 5, 24)}
 NORM = {"weight": (24,), "bias": (24,)}
 LAYERS = {"fc1_weight": (40, 24), "fc1_bias": (40,), "fc2_weight": (16, 40), "fc2_bias": (16,)}
 PATCHES = {"image": (2, 3, 8, 16), "weight": (16, 3, 8, 8), "bias": (16,), "pos_embed": (1, 2, 16)}
-# Each: the op, the shapes of its differentiable arguments, its options. None: an argument left out.
+# The op, the shapes of its differentiable arguments and its options. None stands for an argument that is left out.
 CALLS = {
     "linear": ("linear", {"x": (2, 5, 24), "weight": (16, 24), "bias": (16,)}, {}),
     "linear, no bias": ("linear", {"x": (5, 24), "weight": (16, 24), "bias": None}, {}),
@@ -52,16 +52,16 @@ CALLS = {
     "patch_embed, mask": ("patch_embed", {**PATCHES, "prefix": (1, 2, 16), "mask_token": (1, 1, 16)}, MASK),
     "dropout": ("dropout", {"x": (2, 5, 24)}, {"p": 0.4, "seed": DROP["seed"]}),
 }  # fmt: skip
-# Results that the backward reads: changing them is an error, as for PyTorch's attention and for the input of its norm.
+# Outputs that the backward reads. A change in place is an error, as in PyTorch.
 SAVED = {("attention_qkvpacked", 0), ("attention", 0), ("residual_layer_norm", 0)}
 CHANGED = "modified by an inplace operation"
 
 every_call = pytest.mark.parametrize("call", CALLS)
-every_op = pytest.mark.parametrize("call", {op: call for call, (op, *_) in CALLS.items()}.values())  # with most options
+every_op = pytest.mark.parametrize("call", {op: call for call, (op, *_) in CALLS.items()}.values())  # last of each
 
 
 def make(call, device, batch=None):
-    """The op's name, its arguments by name and its options, on the device; ``batch`` instead of the first dimension."""
+    """(name of the op, its arguments, its options) on the device. ``batch`` replaces the first dimension."""
     op, shapes, options = CALLS[call]
     generator = torch.Generator().manual_seed(0)
     shapes = {n: shape for n, shape in shapes.items() if shape is not None}
@@ -74,7 +74,7 @@ def make(call, device, batch=None):
 
 
 def run(op, inputs, options, module=kernels):
-    """The outputs; absent biases, which some ops require, are None."""
+    """The outputs. A required bias that is absent is None."""
     required = {"linear": ("bias",), "mlp": ("fc1_bias", "fc2_bias"), "patch_embed": ("bias",)}.get(op, ())
     impl = {"impl": "triton"} if module is kernels else {}
     outs = getattr(module, op)(**impl | dict.fromkeys(required) | inputs | options)
@@ -86,13 +86,13 @@ def directions(outs):
 
 
 def mixed(inputs):
-    """fp16, and fp32 where that may stand beside it."""
+    """The inputs in fp16, and in fp32 where the op allows that together with fp16."""
     wide = ("residual", "pos_embed", "prefix", "mask_token", "gamma", "branch_bias")
     return {n: t if n in wide else t.half() for n, t in inputs.items()}
 
 
 def gradients(op, inputs, options, layout=lambda dy: dy, module=kernels):
-    """Outputs and the gradients of all inputs, for fixed directions of the outputs in another layout."""
+    """Outputs and the gradients of all inputs, for fixed incoming gradients in another layout."""
     leaves = {n: t.detach().requires_grad_() for n, t in inputs.items()}
     outs = run(op, leaves, options, module)
     return [*outs, *torch.autograd.grad(outs, list(leaves.values()), [layout(dy) for dy in directions(outs)])]
@@ -104,7 +104,7 @@ def change(y):
 
 @every_op
 def test_results_can_be_changed_in_place(call, device):
-    """As ``nn.Dropout(inplace=True)`` and hooks change them: the gradients are right, or autograd raises."""
+    """``nn.Dropout(inplace=True)`` and hooks do so. The gradients are right, or autograd raises."""
     op, inputs, options = make(call, device)
     exact = {n: t.double().requires_grad_() for n, t in inputs.items()}
     for i in range(len(run(op, inputs, options))):
@@ -152,7 +152,7 @@ def test_fp64_is_kept_throughout(call, device):
 
 @every_call
 def test_each_gradient_alone(call, device):
-    """Where one argument learns and all others are frozen, it learns what it learns beside them."""
+    """If only one argument requires grad, its gradient is the same as if all do."""
     op, inputs, options = make(call, device)
     exact = gradients(op, {n: t.double() for n, t in inputs.items()}, options, module=reference)[-len(inputs) :]
     for name, want in zip(inputs, exact, strict=True):
@@ -164,7 +164,7 @@ def test_each_gradient_alone(call, device):
 
 @every_call
 def test_one_wide_argument_beside_fp16(call, device):
-    """Each that may be fp32, with and without those that share its dtype: both paths return the same types."""
+    """One argument is fp32, with and without those that share its dtype. Both paths return the same types."""
     op, inputs, options = make(call, device)
     together = ("pos_embed", "prefix", "mask_token")
     for name in [n for n, t in mixed(inputs).items() if t.dtype is torch.float32]:
@@ -203,7 +203,7 @@ def test_arguments_changed_in_place_never_give_wrong_gradients(call, device):
         except RuntimeError as error:
             assert CHANGED in str(error)
             raised.append(name)
-    assert raised or op in ("residual_layer_norm", "dropout")  # most need an input, not a residual nor a bias
+    assert raised or op in ("residual_layer_norm", "dropout")  # these two may read no input again
 
 
 @every_op
@@ -217,7 +217,7 @@ def test_second_derivatives_raise_and_say_what_to_do(call, device):
 
 
 class Ops(TorchDispatchMode):
-    """Notes each call of a custom op of ours, with what it returned."""
+    """Records each call of a custom op of ours and what it returned."""
 
     def __init__(self):
         super().__init__()
@@ -237,7 +237,7 @@ def metadata(tree):
 @pytest.mark.parametrize("layout", ["contiguous", "channels last, mixed types"])
 @every_call
 def test_fakes_have_the_shapes_strides_and_types_of_the_real(call, layout, device):
-    """Of the forward and of the backward. torch.compile plans memory by the fakes."""
+    """This holds for forward and backward. torch.compile plans memory from the fakes."""
     op, inputs, options = make(call, device)
     if layout != "contiguous":
         laid = {n: t.movedim(1, -1).contiguous().movedim(-1, 1) if t.dim() > 1 else t for n, t in inputs.items()}
@@ -259,7 +259,7 @@ def test_every_op_is_in_the_table():
 @every_call
 @pytest.mark.parametrize("layout", [nan_padded, wide_rows], ids=["padded", "wide rows"])
 def test_layout_of_one_tensor_changes_no_bit(call, layout, device):
-    """One at a time, an incoming gradient too: at an odd offset, with odd strides."""
+    """One tensor at a time, also an incoming gradient, is a view at an odd offset or with a longer row stride."""
     op, inputs, options = make(call, device)
     right = gradients(op, inputs, options)
     for name in inputs:
@@ -270,7 +270,7 @@ def test_layout_of_one_tensor_changes_no_bit(call, layout, device):
 
 @every_op
 def test_expanded_gradients(call, device):
-    """As a mean over tokens hands in: one row for all, with a stride of 0."""
+    """The gradient of a mean over tokens is one row for all, with a stride of 0."""
     op, inputs, options = make(call, device)
     expanded = gradients(op, inputs, options, lambda dy: dy[:, :1].expand(dy.shape))
     assert all(
@@ -288,7 +288,7 @@ def test_batches_of_none_and_one(call, device):
     leaves = list(inputs.values())
     for found, like in zip(gradients(op, inputs, options), [*run(op, inputs, options), *leaves], strict=True):
         assert found.shape == like.shape and not found.any()
-    # A batch of one is the first of two: with a mask drawn per element, too.
+    # A batch of one gives the first of two, also with dropout.
     op, inputs, options = make(call, device)
     first = {n: t[:1] if t.shape[0] == 2 else t for n, t in inputs.items()}
     options = {n: o[:1] if n in ("row_scale", *MASK) else o for n, o in options.items()}
@@ -300,7 +300,7 @@ def test_batches_of_none_and_one(call, device):
 @pytest.mark.parametrize("scale", [None, 0.05, 2.0])
 @pytest.mark.parametrize("call", ["attention_qkvpacked", "attention", "attention, scale, dropout"])
 def test_lse_of_any_scale(call, scale, device):
-    """Beside PyTorch's own logsumexp, not beside the reference of this package alone."""
+    """Ops and reference are compared with PyTorch's logsumexp."""
     op, inputs, options = make(call, device)
     q, k, *_ = inputs["qkv"].unbind(2) if op == "attention_qkvpacked" else inputs.values()
     want = (torch.einsum("bqhe,bkhe->bhqk", q, k) * (scale or q.shape[-1] ** -0.5)).logsumexp(dim=-1)
@@ -311,7 +311,7 @@ def test_lse_of_any_scale(call, scale, device):
 
 @pytest.mark.parametrize("op", sorted({op for op, *_ in CALLS.values()}))
 def test_the_reference_takes_the_same_arguments(op):
-    """In the same order, of the same kind, with the same defaults; only ``impl`` is the op's own."""
+    """They have the same order, kinds and defaults. Only ``impl`` is missing."""
     ours = list(inspect.signature(getattr(kernels, op)).parameters.values())
     assert [p.name for p in ours if p not in inspect.signature(getattr(reference, op)).parameters.values()] == ["impl"]
     assert [p.name for p in ours if p.name != "impl"] == list(inspect.signature(getattr(reference, op)).parameters)
@@ -319,7 +319,7 @@ def test_the_reference_takes_the_same_arguments(op):
 
 @pytest.mark.parametrize("call", [call for call, (_, _, options) in CALLS.items() if "seed" in options])
 def test_a_dropout_without_a_seed_draws_one(call, device):
-    """As PyTorch's: another mask each time, the same one after `torch.manual_seed`, and backward drops what it did."""
+    """Each call draws another mask, and the same one after `torch.manual_seed`. The backward uses the same mask."""
     op, inputs, options = make(call, device)
     unseeded = {n: o for n, o in options.items() if n != "seed"}
     torch.manual_seed(3)
@@ -338,7 +338,7 @@ def test_the_stream_and_its_norm_have_names(module, device):
     torch.testing.assert_close(F.layer_norm(out.stream, (24,), inputs["weight"], inputs["bias"], 1e-6), out.y)
 
 
-# What no row of the table has: other than the defaults.
+# Options with other values than the defaults, which no row of the table has.
 OTHER = {
     "linear": {"activation": "gelu_tanh"},
     "mlp": {"activation": "quick_gelu"},
@@ -369,7 +369,7 @@ def test_every_way_through_an_op_gets_all_its_options(call, impl, device):
 @every_call
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 def test_no_argument_is_written(call, impl, device):
-    """Neither by the forward nor by the backward, an option and an incoming gradient included."""
+    """Forward and backward write to no argument, option or incoming gradient."""
     op, inputs, options = make(call, device)
     leaves = {n: t.clone().requires_grad_() for n, t in inputs.items()}
     outs = run(op, leaves, options | {"impl": impl})
@@ -379,7 +379,7 @@ def test_no_argument_is_written(call, impl, device):
     torch.autograd.grad(outs, list(leaves.values()), into)
     assert all(torch.equal(t, was) and t._version == version for t, (was, version) in zip(given, before, strict=True))
     assert all(torch.equal(t, inputs[n]) and t._version == 0 for n, t in leaves.items())
-    plain = {n: t.clone() for n, t in inputs.items()}  # where nothing learns, writing in place would not raise
+    plain = {n: t.clone() for n, t in inputs.items()}  # without grad a write in place would not raise
     run(op, plain, options | {"impl": impl})
     assert all(torch.equal(t, inputs[n]) and t._version == 0 for n, t in plain.items())
     tensors = {n: o for n, o in options.items() if isinstance(o, torch.Tensor)}
@@ -390,12 +390,12 @@ def test_no_argument_is_written(call, impl, device):
 @pytest.mark.parametrize("impl", ["auto", "triton", "reference"])
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
 def test_dtypes_under_autocast(call, impl, half, device):
-    """By hand: products in autocast's dtype, what is added to tokens and the stream as wide as it was."""
+    """Products have autocast's dtype. The stream keeps its dtype, and so do tokens with fp32 addends."""
     op, inputs, options = make(call, device)
     want = [half]
     if op == "residual_layer_norm":
         want = [torch.float32, half]
-    elif op == "dropout" or {"pos_embed", "prefix", "mask_token"} & set(inputs):  # PyTorch's dropout is not cast, too
+    elif op == "dropout" or {"pos_embed", "prefix", "mask_token"} & set(inputs):  # autocast does not cast dropout
         want = [torch.float32]
     elif op.startswith("attention"):
         options, want = options | {"return_lse": True}, [half, torch.float32]
@@ -444,7 +444,7 @@ def test_arguments_by_place_are_those_by_name(call, autocast, device):
     assert all(map(torch.equal, found if isinstance(found, tuple) else (found,), want))
 
 
-# Dimensions that may be longer by one: of the batch, of tokens, and where nothing else has the length.
+# Dimensions that may be longer by one: the batch, the tokens, and lengths that no other argument has.
 FREE = {
     ("linear", "x"): (0, 1), ("linear, no bias", "x"): (0,), ("linear, no bias", "weight"): (0,),
     ("linear, gelu", "x"): (0, 1), ("mlp, no biases", "fc2_weight"): (0,),
@@ -459,7 +459,7 @@ FREE = {
 
 @every_call
 def test_each_dimension_of_each_argument_is_checked(call, device):
-    """One longer by one fits or is an error of the op that names it or what it should fit, whatever the path."""
+    """A dimension that is longer by one fits, or both paths raise an error that names the argument or the length."""
     op, inputs, options = make(call, device)
     for name, t in inputs.items():
         for dim in range(t.dim()):
@@ -482,7 +482,7 @@ def test_each_dimension_of_each_argument_is_checked(call, device):
 
 @every_call
 def test_each_tensor_of_another_dtype_is_refused(call, device):
-    """Beside fp32: 64 bits, integers, and 16 bits but for a branch beside an fp32 stream."""
+    """All others are fp32. An integer, fp64 or fp16 tensor is refused, but a branch may be fp16."""
     op, inputs, options = make(call, device)
     for name, t in inputs.items():
         with pytest.raises(TypeError, match=rf"^{op}: {name} must be a floating-point tensor, got torch\.int32"):
@@ -519,7 +519,7 @@ def test_a_transform_over_any_argument_is_refused(call, device):
 @every_call
 @pytest.mark.parametrize("impl", ["auto", "fused", "triton", "reference"])
 def test_each_call_notes_one_choice(call, impl, device):
-    """Of the shape and dtype of the op's main argument, forward and backward together."""
+    """The choice has the shape and dtype of the main argument. The backward adds none."""
     op, inputs, options = make(call, device)
     with runtime.record_choices() as choices:
         gradients(op, inputs, options | {"impl": impl})
@@ -543,7 +543,7 @@ def test_each_call_notes_one_choice(call, impl, device):
 
 @every_call
 def test_without_gradients_only_results_are_written(call, device):
-    """What a backward would read is empty: under no_grad, in inference, and where nothing learns."""
+    """Tensors for the backward are empty under no_grad, in inference mode, and if nothing requires grad."""
     op, inputs, options = make(call, device)
     learning = {n: t.clone().requires_grad_() for n, t in inputs.items()}
     results = sum(out.numel() for out in run(op, inputs, options))
@@ -556,7 +556,7 @@ def test_without_gradients_only_results_are_written(call, device):
 
 @every_op
 def test_every_product_has_pytorchs_precision(call, device, monkeypatch):
-    """tf32 in each kernel that multiplies, forward and backward, where PyTorch may; only for fp32."""
+    """Every kernel with a product, forward and backward, gets the result of `runtime.precision`."""
     op, inputs, options = make(call, device)
     found = []
     monkeypatch.setattr(runtime, "precision", lambda dtype: f"of {dtype}")
@@ -573,7 +573,7 @@ SEEDED = [call for call, (_, _, options) in CALLS.items() if "seed" in options]
 
 @pytest.mark.parametrize("call", SEEDED)
 def test_seeds(call, device):
-    """One number in any shape, read and not drawn; nothing else is a seed; none is looked at where nothing drops."""
+    """A seed is one int64 in any shape. A call with a seed draws none, and p = 0 ignores it."""
     op, inputs, options = make(call, device)
     state, right = torch.get_rng_state(), gradients(op, inputs, options)
     for shape in ((), (1, 1)):
@@ -599,14 +599,14 @@ def test_seeds(call, device):
         without = {n: o for n, o in options.items() if n not in (probability, "seed", "offset")}
         want = [inputs["x"]] if op == "dropout" else run(op, inputs, without | {"impl": impl})
         assert all(map(torch.equal, off, want))
-    if op != "dropout":  # p itself has no default there
+    if op != "dropout":  # its p has no default
         assert all(map(torch.equal, run(op, inputs, without | {"seed": options["seed"]}), run(op, inputs, without)))
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @every_call
 def test_auto_is_the_default_and_takes_the_kernels_of_a_gpu(call, monkeypatch):
-    """On a GPU that is not there; of compute capability 8.0, the oldest, and for tensors of the CPU and of none."""
+    """A dry run of compute capability 8.0 (the oldest) and 9.0 runs on tensors of "cpu" and "meta"."""
     op, inputs, options = make(call, torch.device("cpu"))
     monkeypatch.setattr(runtime, "INTERPRETED", False)
     assert inspect.signature(getattr(kernels, op)).parameters["impl"].default == "auto"
@@ -620,7 +620,7 @@ def test_auto_is_the_default_and_takes_the_kernels_of_a_gpu(call, monkeypatch):
                 outs = run(op, given, chosen | {"impl": "auto"})
             assert [choice.path for choice in choices] == want
             assert [out.shape for out in outs] == [out.shape for out in run(op, inputs, options, reference)]
-            with dry_run(arch, None), runtime.record_choices() as choices:  # not one of these runs a kernel
+            with dry_run(arch, None), runtime.record_choices() as choices:  # none of these launches a kernel
                 run(op, given, chosen | {"impl": "reference"})
                 wide = {n: t.double() for n, t in given.items()}
                 run(op, wide, chosen | {"impl": "auto"})
@@ -634,7 +634,7 @@ def test_auto_is_the_default_and_takes_the_kernels_of_a_gpu(call, monkeypatch):
 
 
 def test_dry_runs_nest_and_end():
-    """Also after an exception: the GPU that was there before, Triton's driver, and the products of PyTorch."""
+    """After an exception, too, the GPU, Triton's driver and PyTorch's products are those of before."""
     active, x = driver._active, torch.ones(3, 2)
     device = x.device
 
@@ -656,7 +656,7 @@ def test_dry_runs_nest_and_end():
 
 
 def test_what_a_launch_may_be():
-    """CUDA's limits, exactly; an empty grid launches nothing; a dry run gets what the kernel would."""
+    """The limits are CUDA's. An empty grid launches nothing. A dry run gets the arguments of the kernel."""
     launched = []
 
     def launch(grid):
@@ -700,7 +700,7 @@ def test_dropout_is_contiguous_whatever_its_input(impl, device):
 @pytest.mark.parametrize("shape", [(8,), (1, 8), (1, 1, 8), (1, 3, 8), (3, 1)], ids=str)
 @pytest.mark.parametrize("op", ["layer_norm", "residual_layer_norm", "dropout", "linear", "mlp"])
 def test_a_row_or_column_alone_with_strides(op, shape, device):
-    """A matrix of one row, or of one column, has a stride that counts and one that does not."""
+    """In a matrix of one row or one column, one of the strides has no meaning."""
     width = shape[-1]
     x = torch.randn(*shape[:-1], 2 * width, generator=torch.Generator().manual_seed(0)).to(device)[..., ::2]
     weight = torch.randn(5, width, generator=torch.Generator().manual_seed(1)).to(device)

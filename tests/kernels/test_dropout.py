@@ -1,4 +1,4 @@
-"""Dropout: the generator's known answers, one mask in every path, its statistics, `residual_layer_norm` with it."""
+"""Dropout: known answers of the generator, the mask of every path, statistics, and `residual_layer_norm`."""
 
 import math
 
@@ -10,7 +10,7 @@ from vit.kernels import dropout, dropout_seed, reference, residual_layer_norm
 from vit.kernels.dropout import dropout_fwd
 from vit.testing import check_op
 
-# Philox-4x32-10: counter, key, first word of the answer (Random123's known-answer tests).
+# Philox-4x32-10: counter, key, first word of the result (known-answer tests of Random123).
 KNOWN = [
     ((0, 0, 0, 0), (0, 0), 0x6627E8D5),
     ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, 0x408F276D),
@@ -42,7 +42,7 @@ def test_kernel_draws_the_mask_of_the_reference(randn, seed, dtype, shape, p):
 
 
 def test_rows_beyond_32_bits_draw_differently(seed):
-    """The high half of the row counts: 2³² rows apart is another mask."""
+    """Rows that are 2³² apart have different masks."""
     columns, row = torch.arange(64), torch.tensor(7)
     low = reference.philox(seed.cpu().reshape(()), (columns, row, row * 0, 3))
     high = reference.philox(seed.cpu().reshape(()), (columns, row, row * 0 + 1, 3))
@@ -58,13 +58,13 @@ def test_gradient(randn, seed, dtype):
     )
     x = randn(4, 6, 10).requires_grad_()
     y = dropout(x.transpose(0, 1), 0.3, seed, 2, impl="triton")
-    (grad,) = torch.autograd.grad(y.sum(), x)  # the gradient arrives with stride 0
+    (grad,) = torch.autograd.grad(y.sum(), x)  # an incoming gradient with stride 0
     assert torch.equal(grad, reference.dropout_scale(seed, 2, y.shape, 0.3).to(grad).transpose(0, 1))
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_statistics(p):
-    """Share of kept elements, none correlated between neighbours, offsets, seeds: within 5 standard deviations."""
+    """Share of kept elements, and correlation of neighbours, offsets and seeds, within 5 standard deviations."""
     rows, columns = 512, 768
 
     def centred(seed, offset):
@@ -138,7 +138,7 @@ def test_recomputation_draws_the_same_mask(randn, seed, reentrant):
 
 
 def test_compiled_code_draws_anew_at_every_call(randn):
-    """The seed is drawn inside the graph, and follows torch.manual_seed as in eager code."""
+    """The graph draws the seed, and the seed follows torch.manual_seed as in eager code."""
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(x):
@@ -193,7 +193,7 @@ def test_a_seed_of_what_learns_has_no_gradient(randn):
 @pytest.mark.parametrize("impl", ["auto", "triton", "reference"])
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (2, 3, 1, 5)], ids=str)
 def test_rows_are_all_dimensions_but_the_last(randn, seed, impl, shape):
-    """The mask of a tensor is that of the matrix of its rows, also where it is a view with other strides."""
+    """The mask of a tensor is that of the matrix of its rows, also for a view with other strides."""
     x, device = torch.ones(shape), seed.device
     rows = x.reshape(-1, 5).to(device)
     want = reference.dropout_scale(seed, 4, rows.shape, 0.4).float().reshape(shape)
@@ -210,7 +210,7 @@ def test_zero_is_the_offset_that_nobody_gives(randn, seed, impl):
 
 
 def test_what_drops_nothing_is_not_looked_at(randn):
-    """p = 0 gives back the very tensor, a scalar too, whatever the rest."""
+    """p = 0 returns the same tensor object, also a scalar, and does not check the other arguments."""
     for x in (randn(3, 4), randn(), randn(0)):
         for impl in ("auto", "triton", "reference"):
             assert dropout(x, 0.0, "no seed", -1, impl=impl) is x

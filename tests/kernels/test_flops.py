@@ -1,4 +1,4 @@
-"""PyTorch's counter counts the fused ops as it counts the eager formulas, forward and backward, and as by hand."""
+"""PyTorch's FLOP counter gives the same for the fused ops as for the eager formulas and by hand."""
 
 import dataclasses
 import importlib
@@ -54,7 +54,7 @@ MLP = {"x": (2, 5, 24), "fc1_weight": (40, 24), "fc1_bias": (40,), "fc2_weight":
 IMAGE = {"image": (3, 2, 10, 21), "weight": (19, 2, 5, 7)}  # 2 x 3 patches
 TOKENS = {**IMAGE, "bias": (19,), "pos_embed": (1, 8, 19), "prefix": (1, 2, 19)}
 MASK = {"bool_masked_pos": torch.arange(18).reshape(3, 6) % 3 > 0}
-# Each: the op, the shapes of its tensors (None: an argument left out), its options.
+# The op, the shapes of its tensors (None: an argument that is left out) and its options.
 CALLS = {
     "linear": ("linear", {"x": (3, 5, 23), "weight": (17, 23), "bias": (17,)}, {}),
     "linear, no bias": ("linear", {"x": (7, 23), "weight": (17, 23), "bias": None}, {}),
@@ -83,7 +83,7 @@ CALLS = {
 
 
 def count(function, *args, **kwargs):
-    """What the counter counts of the call, and of the backward to what requires a gradient."""
+    """FLOPs of the call, and of the backward to the inputs that require grad."""
     with counter() as found:
         outs = function(*args, **kwargs)
         forward = found.get_total_flops()
@@ -102,7 +102,7 @@ def as_on_a_gpu():
 
 @pytest.fixture(autouse=True)
 def all_tokens(monkeypatch):
-    """With hooks the last block computes all tokens, so it does without them too; see test_first_token.py."""
+    """The last block computes all tokens, as it does with the hooks of a counter; see test_first_token.py."""
     monkeypatch.setattr(Block, "separates", lambda self: False)
 
 
@@ -119,7 +119,7 @@ def count_call(call, wanted, impl):
 @pytest.mark.parametrize("impl", ["triton", "auto"])
 @pytest.mark.parametrize("call", CALLS)
 def test_an_op_counts_as_its_formula(call, impl):
-    """Whichever of the inputs learn, and whether cuBLAS or our kernel multiplies inside the op."""
+    """The counts agree for every set of inputs that require grad, with cuBLAS and with our kernel."""
     for wanted in subsets([name for name, shape in CALLS[call][1].items() if shape]):
         if len(wanted & {"k", "v"}) == 1:
             continue  # see the next test
@@ -129,14 +129,14 @@ def test_an_op_counts_as_its_formula(call, impl):
 
 
 def test_gradients_of_keys_and_values_are_one_kernel():
-    """It makes both where one of them is wanted, and counts them."""
+    """It computes both gradients even if one is needed, and the count includes both."""
     for wanted in ({"k"}, {"v"}, {"k", "v"}):
         with as_on_a_gpu():
             assert count_call("attention", wanted, "triton")[1] == 3 * (2 * 2 * 5 * 7 * 3 * 16)
 
 
 def test_an_op_by_hand(device):
-    """The kernels run here. Inside ``impl="auto"`` PyTorch's own products do; the counter must not see them, too."""
+    """Here the kernels run. With ``impl="auto"`` the op calls PyTorch's products, which must not count again."""
     rows, product = 2 * 5, 2 * 3 * 2 * 10 * 21 * 19
     for impl, context in (("triton", torch.enable_grad), ("auto", as_on_a_gpu)):
         where = device if impl == "triton" else "cpu"
@@ -155,7 +155,7 @@ def test_an_op_by_hand(device):
 
 
 class NoHooks(ModuleTracker):
-    """Tells no module from another. The tracker's hooks make a model call its parts, of which it fuses fewer then."""
+    """Without hooks, because with the hooks of PyTorch's tracker a model calls its parts and fuses less."""
 
     def __enter__(self):
         return self
@@ -175,7 +175,7 @@ every_counter = pytest.mark.parametrize("hooks", COUNTERS)
 
 
 def steps(model, image, hooks, **options):
-    """What is counted of a forward, and of the backward to all that learns. no_grad does not change the forward."""
+    """FLOPs of a forward, and of the backward to all that requires grad. no_grad does not change the forward."""
     image = image.clone().requires_grad_(image.requires_grad)
     with COUNTERS[hooks]() as found:
         out = model(image, **options)
@@ -206,7 +206,7 @@ CONFIGS = {
 
 
 def by_hand(config, batch):
-    """The FLOPs of a forward, and those of the patches among them."""
+    """The FLOPs of a forward, and of its patch projection alone."""
     patches, D, L = config.num_patches, config.embed_dim, config.depth
     N = config.num_prefix_tokens + int(patches * (1 - config.patch_drop_rate))
     embed = 2 * patches * D * config.in_chans * config.patch_size[0] * config.patch_size[1]
@@ -220,17 +220,17 @@ def by_hand(config, batch):
 
 
 def made(config, impl, device="cpu", learns=lambda name: True):
-    """A model in training, its image and the options of its forward."""
+    """A model in training mode, its image, and the options of its forward."""
     model = vit.VisionTransformer(dataclasses.replace(config, impl=impl), seed=0).train().to(device)
     for name, param in model.named_parameters():
         param.requires_grad_(learns(name))
     image = randn(2, config.in_chans, *config.img_size).to(device).requires_grad_(learns("image"))
-    masked = torch.arange(2 * config.num_patches, device=device).reshape(2, -1) % 4 > 0  # three of four, as MAE
+    masked = torch.arange(2 * config.num_patches, device=device).reshape(2, -1) % 4 > 0  # three of four, as in MAE
     return model, image, {"bool_masked_pos": masked} if config.use_mask_token else {}
 
 
 def on_every_path(config, hooks, learns):
-    """What eager code counts, and the fused ops as on a GPU."""
+    """FLOPs of the eager code on a CPU, and of the fused ops as on a GPU."""
     for impl, context in (("reference", torch.enable_grad), ("auto", torch.enable_grad), ("auto", as_on_a_gpu)):
         model, image, options = made(config, impl, learns=learns)
         with context():
@@ -275,7 +275,7 @@ def test_only_some_of_a_model_learns(what, hooks):
     found = set(on_every_path(BASE, hooks, LEARNING[what]))
     assert len(found) == 1
     (_, backward), (forward, patches) = found.pop(), by_hand(BASE, batch=2)
-    inputs = forward + 2 * 2 * 4 * 16**2 * 32  # of all layers; attention, which has two inputs in each product, in full
+    inputs = forward + 2 * 2 * 4 * 16**2 * 32  # products for the inputs alone; in attention both operands are inputs
     hand = {"head": 2 * 2 * 32 * 5, "image": inputs, "position embedding": inputs - patches}
     assert backward == hand.get(what, backward)
 
@@ -284,7 +284,7 @@ def test_only_some_of_a_model_learns(what, hooks):
 @every_counter
 @pytest.mark.parametrize("impl", ["auto", "triton"])
 def test_an_accelerated_model(impl, hooks, device):
-    """timm's attention is written out here: of PyTorch's fused attention on a CPU the counter knows nothing."""
+    """timm's attention is not fused here, because the counter does not support PyTorch's fused attention on a CPU."""
     config = vit.ViTConfig(img_size=24, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5, reg_tokens=2)
     image, (forward, _) = zoo.images("timm").requires_grad_(), by_hand(config, batch=2)
     model = zoo.timm_model(reg_tokens=2)

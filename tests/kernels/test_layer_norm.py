@@ -56,7 +56,7 @@ def test_residual_layer_norm(randn, dtype, gamma, scaled, pending):
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 def test_fp32_stream_with_16_bit_branch(randn, half):
-    """The stream stays fp32, y and the gradients of the branch and of its bias have the branch's dtype."""
+    """The stream stays fp32. y and the gradients of the branch and of its bias have the branch's dtype."""
     B, N, D = 2, 17, 192
     residual, cotangent = randn(B, N, D), randn(B, N, D)
     branch, weight, bias, pending = randn(B, N, D).to(half), (randn(D) + 1).to(half), *randn(2, D).to(half)
@@ -79,7 +79,7 @@ def test_fp32_stream_with_16_bit_branch(randn, half):
 class Mirror(torch.autograd.Function):
     """The algorithm of the kernels in PyTorch: statistics and sums in fp32, each result rounded once.
 
-    The norm, and the backward, see the stream as it was stored: rounded.
+    The norm and the backward read the rounded stream.
     """
 
     @staticmethod
@@ -164,7 +164,7 @@ IMPL = pytest.mark.parametrize("impl", ["triton", "reference"])
 
 
 def _autocast_grads(fn, leaves, cotangents, half):
-    """Outputs and gradients of the leaves that are there, the forward under autocast unless half is None."""
+    """Outputs, and gradients of the leaves that are not None. The forward is under autocast unless half is None."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in leaves]
     device = cotangents[0].device.type
     with torch.autocast(device, half, enabled=half is not None):
@@ -178,7 +178,7 @@ def _autocast_grads(fn, leaves, cotangents, half):
 @IMPL
 @pytest.mark.parametrize("stream", [torch.float32, "half"], ids=str)
 def test_layer_norm_under_autocast(randn, half, impl, stream):
-    """fp32 parameters; y in autocast's dtype, rounded once; gradients in the dtypes of the leaves."""
+    """With fp32 parameters y has autocast's dtype, rounded once. Gradients have the dtypes of the leaves."""
     x, weight, bias, dy = randn(3, 7, 96) + 1, randn(96) + 1, randn(96), randn(3, 7, 96).to(half)
     x = x.to(half if stream == "half" else stream)
     leaves = [x, weight, bias]
@@ -197,7 +197,7 @@ def test_layer_norm_under_autocast(randn, half, impl, stream):
 @pytest.mark.parametrize("stream", [torch.float32, "half"], ids=str)
 @pytest.mark.parametrize("scaled", [False, True])
 def test_residual_layer_norm_under_autocast(randn, half, impl, stream, scaled):
-    """A stream of any dtype beside fp32 parameters and a 16-bit branch; stream keeps its dtype, y has autocast's."""
+    """With fp32 parameters and a 16-bit branch, the stream keeps its dtype and y has autocast's."""
     x, branch, dstream, dy = (randn(3, 7, 96) for _ in range(4))
     x, branch = x.to(half if stream == "half" else stream), branch.to(half)
     leaves = [x, branch, randn(96) + 1, randn(96), *(randn(2, 96) if scaled else [None, None])]
@@ -225,7 +225,7 @@ def test_residual_layer_norm_under_autocast(randn, half, impl, stream, scaled):
 
 @HALF
 def test_autocast_takes_the_branch_in_16_bits(randn, half):
-    """An fp32 branch is rounded as by hand, and its gradient is fp32."""
+    """An fp32 branch is cast to 16 bits, and its gradient is fp32."""
     leaves, cotangents = [randn(2, 5, 48), randn(2, 5, 48), randn(48), randn(48)], [randn(2, 5, 48), randn(2, 5, 48)]
     got = _autocast_grads(ours_positional, leaves, cotangents, half)
     leaves[1] = leaves[1].to(half)
@@ -263,7 +263,7 @@ def test_extreme_rows(randn, dtype, kind):
 
 
 def test_variance_of_rows_far_from_zero(randn):
-    """What backward multiplies by is exact where the mean itself has few digits left: x − mean is exact there."""
+    """rstd is exact also in rows with a mean of 1000 and deviations of 0.001."""
     x = 1000 + 1e-3 * randn(64, 700)
     _, _, _, rstd = layer_norm_fwd(x, *[None] * 7, 1e-12, 0.0, 0, torch.float32, True)
     want = x.double().var(dim=1, correction=0).add(1e-12).rsqrt()
@@ -271,7 +271,7 @@ def test_variance_of_rows_far_from_zero(randn):
 
 
 def test_sums_over_many_rows(randn, monkeypatch):
-    """dγ, dβ over 16k rows, beside sums in fp32: eager PyTorch on a CPU adds them in bf16, off by 50 times more."""
+    """dγ and dβ over 16k rows are compared with fp32 sums. Eager sums in bf16 on a CPU, with 50 times the error."""
     monkeypatch.setattr(configs, "layer_norm", lambda *args: configs.Config(block_m=256, block_n=16))
     inputs = {"x": randn(16_500, 16), "weight": randn(16), "bias": randn(16)}
 
@@ -336,7 +336,7 @@ def _grads(x, branch, weight, bias, gamma, branch_bias, cotangents):
 
 
 def test_same_bits(randn, dtype):
-    """Run to run, strided or not, NaN around the buffers or not, incoming gradients of any strides."""
+    """A second run, other strides of inputs and gradients and NaN around the buffers change no bit."""
     B, N, D = 3, 7, 48
     x, branch, dy, ds = (randn(B, N, D).to(dtype) for _ in range(4))
     vectors = tuple(randn(D).to(dtype) for _ in range(4))
@@ -357,14 +357,14 @@ def test_same_bits(randn, dtype):
     for name, variant in variants.items():
         for a, b in zip(first, _grads(*variant), strict=True):
             assert torch.equal(a, b), name
-    expanded = torch.ones((), dtype=dtype, device=x.device).expand(B, N, D)  # what .sum().backward() hands over
+    expanded = torch.ones((), dtype=dtype, device=x.device).expand(B, N, D)  # the gradient of .sum().backward()
     dense = _grads(x, branch, *vectors, (expanded.contiguous(), expanded.contiguous()))
     for a, b in zip(dense, _grads(x, branch, *vectors, (expanded, expanded)), strict=True):
         assert torch.equal(a, b)
 
 
 def test_same_bits_of_layer_norm_alone(randn, dtype):
-    """Its backward reads the input itself, with the strides that it has, and writes a contiguous gradient."""
+    """The backward reads the input with its own strides and writes a contiguous gradient."""
     x, dy, weight = randn(3, 7, 48).to(dtype), randn(3, 7, 48).to(dtype), randn(48).to(dtype)
 
     def results(x):
@@ -378,7 +378,7 @@ def test_same_bits_of_layer_norm_alone(randn, dtype):
         assert all(t.is_contiguous() for t in found) and all(map(torch.equal, found, first))
 
 
-NORMED = {  # which of branch, branch_bias, gamma, row scale, weight, bias and seed there are
+NORMED = {  # the optional arguments of each case
     "alone": "weight bias",
     "weight alone": "weight",
     "bias alone": "bias",
@@ -412,7 +412,7 @@ def _forward(randn, case, shape, stream_dtype, dtype):
 @pytest.mark.parametrize(("stream", "out"), STREAMS, ids=str)
 @pytest.mark.parametrize("shape", [(3, 17, 100), (2, 5, 1)], ids=str)
 def test_backward_gives_y_again(randn, case, stream, out, shape):
-    """On request, with the bits of the forward: in its dtype, from the stream as it was stored."""
+    """With need_y the backward recomputes y from the stored stream, with the same bits and dtype."""
     (s, y, mean, rstd), given = _forward(randn, case, shape, stream, out)
     assert s.dtype is stream and y.dtype is out
     dy, ds_out = randn(*shape).to(out), randn(*shape).to(stream)
@@ -423,7 +423,7 @@ def test_backward_gives_y_again(randn, case, stream, out, shape):
 
 @pytest.mark.parametrize("case", ["residual", "everything"])
 def test_column_sums_on_request(randn, dtype, case):
-    """Of the gradient of the branch, whatever became of a bias; beside the sum of exact gradients."""
+    """The sums of the branch's gradient, which do not need a branch_bias, are those of exact gradients."""
     shape = (3, 17, 100)
     (s, _, mean, rstd), given = _forward(randn, case, shape, dtype, dtype)
     weight, _, _, _, gamma, row_scale, seed, p, offset = given
@@ -536,7 +536,7 @@ IMPLS = pytest.mark.parametrize("impl", ["triton", "reference", "auto"])
 @IMPLS
 @pytest.mark.parametrize("shape", [(24,), (5, 24), (3, 5, 24), (3, 2, 5, 24), (2, 3, 1, 2, 24)], ids=str)
 def test_any_number_of_dimensions(randn, impl, shape):
-    """One factor for each sample, whatever lies between samples and channels; by hand."""
+    """row_scale has one factor for each sample, with any number of dimensions between samples and channels."""
     x, branch, weight, bias, gamma = randn(*shape), randn(*shape), randn(24), randn(24), randn(24)
     y = layer_norm(x, weight, bias, impl=impl)
     torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, (24,), weight, bias, 1e-6), rtol=1e-5, atol=1e-5)
@@ -558,7 +558,7 @@ def test_any_number_of_dimensions(randn, impl, shape):
 @IMPLS
 @pytest.mark.parametrize("eps", [0.0, 1e-6, 1e-2, 3])
 def test_eps_is_added_to_the_variance(randn, impl, eps):
-    """Rows whose variance is as small as it; 0 is allowed, less is not."""
+    """Here eps is not small compared with the variance. It may be 0, but not negative."""
     x, zero = 0.1 * randn(6, 24), torch.zeros(6, 24, device=randn(1).device)
     centred = x.double() - x.double().mean(dim=1, keepdim=True)
     want = centred / (centred.square().mean(dim=1, keepdim=True) + eps).sqrt()
@@ -572,7 +572,7 @@ def test_eps_is_added_to_the_variance(randn, impl, eps):
 
 @pytest.mark.parametrize("op", [layer_norm, residual_layer_norm], ids=lambda op: op.__name__)
 def test_widest_row(op, device):
-    """65,536 elements, and not one more; `auto` then takes PyTorch."""
+    """A row may have 65,536 elements. For a longer row `auto` takes PyTorch."""
     x = torch.ones(1, 65_537, device=device)
     inputs = (x,) if op is layer_norm else (x, x)
     with pytest.raises(RuntimeError, match=f"^{op.__name__}: impl='triton' cannot run: rows of 65537 elements exceed"):
@@ -595,7 +595,7 @@ def saved_by(fn):
 
 
 def test_what_is_saved(randn):
-    """The stream, two numbers a row, the factors; the branch only where its LayerScale learns."""
+    """The op saves the stream, two numbers per row and the factors. It saves the branch only if gamma requires grad."""
     x, branch, weight, bias, gamma = (t.requires_grad_() for t in (randn(9, 16), randn(9, 16), *randn(3, 16)))
     scale = torch.ones(9, device=x.device)
     stats, rows, row = [(9,), (9,)], (9, 16), (16,)
@@ -623,7 +623,7 @@ HALVES = (torch.float16, torch.bfloat16)
     "names", [("residual",), ("weight", "bias"), ("gamma",), ("branch_bias",), ("weight",), ("bias",)], ids="+".join
 )
 def test_dtypes_that_go_together(names, branch, other):
-    """That of the branch, or fp32 beside a branch of 16 bits; the LayerNorm's two parameters share theirs."""
+    """Arguments have the dtype of the branch, or fp32 if that has 16 bits. weight and bias share theirs."""
     shapes = {"residual": (2, 3, 8), "branch": (2, 3, 8)} | dict.fromkeys(("weight", "bias", "gamma"), (8,))
     shapes |= {"branch_bias": (8,)}
     args = {n: torch.ones(shape, dtype=other if n in names else branch) for n, shape in shapes.items()}
@@ -641,12 +641,12 @@ def test_dtypes_that_go_together(names, branch, other):
 
 @pytest.mark.parametrize("crowded", [False, True])
 def test_shipped_tiles_hold_a_whole_row(crowded):
-    """Of any width, about 4,096 elements a program and half as many where registers are short; 4 to 16 warps."""
+    """A program has 4,096 elements, or half as many if crowded, but at least one row, and 4 to 16 warps."""
     budget = 2048 if crowded else 4096
     for arch in (80, 90, 100):
         for width in (1, 2, 3, 31, 32, 33, 192, 384, 512, 768, 1024, 1025, 2048, 2049, 4096, 8192, 8193, 65_536):
             whole = next(2**i for i in range(17) if 2**i >= width)
-            for backward, columns in ((False, 512), (True, 256)):  # of a warp
+            for backward, columns in ((False, 512), (True, 256)):  # per warp
                 config = configs.layer_norm(arch, width, backward, crowded)
                 assert config.block_n == whole and config.block_m == max(1, budget // whole), width
                 assert config.num_warps == min(16, max(4, whole // columns))
@@ -656,7 +656,7 @@ def test_shipped_tiles_hold_a_whole_row(crowded):
 
 
 def test_which_backward_has_the_smaller_tile(randn, monkeypatch):
-    """One that draws again, reads fp32 gradients, or a branch beside an fp32 stream or while y is written."""
+    """Dropout and fp32 gradients need it. So does a branch that is read with an fp32 stream or while y is written."""
     asked, plain = [], configs.layer_norm
     monkeypatch.setattr(configs, "layer_norm", lambda *args: asked.append(args[1:]) or plain(*args))
     x, seed = randn(4, 24).half(), torch.tensor([3], device=randn(1).device)

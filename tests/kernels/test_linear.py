@@ -1,4 +1,4 @@
-"""linear and the GEMM under it: accuracy, gradients, layouts, edges, which product runs where."""
+"""linear and its GEMM: accuracy, gradients, layouts, edge cases, and which implementation runs."""
 
 import functools
 import importlib
@@ -16,7 +16,7 @@ from vit.testing import check_op
 linear_module = importlib.import_module("vit.kernels.linear")  # vit.kernels.linear is the function
 
 ACTIVATIONS = [None, "gelu", "gelu_tanh", "quick_gelu"]
-# Tiny, ragged in every direction, several tiles in every direction; K = 100 and N = 10 are no 16-bit descriptor's.
+# Tiny, ragged, and several tiles in every direction. K = 100 and N = 10 do not fit a descriptor in 16 bits.
 SHAPES = [((16,), 10), ((1, 48), 40), ((5, 24), 136), ((65, 100), 136), ((2, 3, 11, 72), 40), ((4, 1), 1)]
 
 
@@ -33,7 +33,7 @@ def layer(randn, shape, N):
     return {"x": randn(*shape), "weight": randn(N, K) * K**-0.5, "bias": randn(N)}
 
 
-# Eager PyTorch rounds every step of quick_gelu, so how its error of a few dozen activations compares is chance.
+# Eager PyTorch rounds every step of quick_gelu, so for a few dozen activations its error varies by chance.
 @pytest.mark.parametrize(
     ("shape", "N", "activation"),
     [(*s, a) for s in SHAPES for a in ACTIVATIONS if a != "quick_gelu" or len(s[0]) == 4 or s[0][0] == 65],
@@ -48,7 +48,7 @@ def test_linear_without_bias(randn, dtype, activation):
 
 
 def test_sums_over_many_rows(randn, monkeypatch):
-    """dW, db over 16k rows: accumulating them in bf16 would be off by far more than eager."""
+    """dW and db over 16k rows: sums in bf16 would have a far larger error than eager."""
     big = configs.Config(block_m=512, block_n=32, block_k=512, group_m=8)
     for name in ("gemm", "elementwise"):
         monkeypatch.setattr(configs, name, lambda *_: big)
@@ -70,7 +70,7 @@ def test_every_tile_is_right(randn, monkeypatch, config):
 @pytest.mark.parametrize("split", [1, 2, 4])
 @pytest.mark.parametrize("cheap", [False, True])
 def test_every_form_of_the_epilogue_is_right(randn, monkeypatch, split, cheap):
-    """Tiles that hang over every edge, also ones of which whole pieces lie beyond the last column."""
+    """Tiles extend beyond every edge. Of some, whole pieces are beyond the last column."""
     config = configs.Config(32, 128, 32, 2, split=split, cheap=cheap, warp_specialize=split == 4)
     monkeypatch.setattr(configs, "gemm", lambda *_: config)
     check_op(ours("gelu"), ref("gelu"), layer(randn, (37, 72), 168), torch.bfloat16)
@@ -78,7 +78,7 @@ def test_every_form_of_the_epilogue_is_right(randn, monkeypatch, split, cheap):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_forms_of_the_gemm_agree(randn, monkeypatch, dtype):
-    """To the bit where only pieces and warps differ; the cheap GELU, also when fp32 asks for it, within its error."""
+    """Other pieces and warps change no bit. The cheap GELU is within its error, also for fp32."""
     a, b, bias, pre = (randn(*s).to(dtype) for s in [(37, 72), (168, 72), (168,), (37, 168)])
     products = [
         lambda: gemm(a, b, bias, trans_b=True),
@@ -94,7 +94,7 @@ def test_forms_of_the_gemm_agree(randn, monkeypatch, dtype):
     default, erf, cheap = results(), results(cheap=False), results(cheap=True)
     for form in ({"split": 1}, {"split": 4}, {"warp_specialize": True}):
         assert all(map(torch.equal, results(**form), default)), form
-    # What the default derives from the type of the result, and that the two forms differ at all, but by little.
+    # The default depends on the dtype of the result.
     same, other = (erf, cheap) if dtype is torch.float32 else (cheap, erf)
     assert all(map(torch.equal, same, default)) and not all(map(torch.equal, other, default))
     for x, y in zip(erf, cheap, strict=True):
@@ -107,7 +107,7 @@ FP64 = pytest.param(torch.float64, marks=pytest.mark.interpreted)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, FP64], ids=str)
 @pytest.mark.parametrize(("M", "K", "N"), [(1, 16, 10), (32, 24, 64), (33, 72, 168), (139, 40, 200)])
 def test_sums_of_the_columns(randn, dtype, M, K, N):
-    """Of the product with gelu', in the epilogue: of unrounded numbers in fp32, and rounded once. With dropout, too."""
+    """The epilogue sums the unrounded product with gelu' and rounds the sums once, also with dropout."""
     a, b, pre = (randn(*s).to(dtype) for s in [(M, K), (K, N), (M, N)])
     seed = torch.tensor([3], device=a.device)
     for drop in ({}, {"seed": seed, "dropout_p": 0.5, "offset": 2}):
@@ -137,14 +137,14 @@ def test_sums_over_no_rows(randn):
 )
 def test_tiles_fit_the_tensor_cores(arch, dtype_precision):
     config = configs.gemm(arch, *dtype_precision)
-    assert config.block_m >= 64 and config.block_m % 64 == 0  # what wgmma takes
+    assert config.block_m >= 64 and config.block_m % 64 == 0  # for wgmma
     assert config.block_k * dtype_precision[0].itemsize <= 128  # one swizzled row of a descriptor's block
     assert config.group_m > 0
 
 
 @pytest.mark.interpreted
 def test_descriptors_made_in_the_kernel(randn, monkeypatch):
-    """Before compute capability 9.0 the kernel makes them from pointers: the same bits."""
+    """Before compute capability 9.0 the kernel makes descriptors from pointers. The bits are the same."""
     x, weight, dy = randn(37, 72).half(), randn(40, 72).half(), randn(37, 40).half()
     products = [
         lambda: gemm(x, weight, trans_b=True),
@@ -178,7 +178,7 @@ def test_opcheck(randn, activation, impl):
 
 
 def padded_rows(t):
-    """t as a view that a descriptor takes as it is, with NaN between its rows."""
+    """t as a view that fits a descriptor, with NaN between its rows."""
     buffer = torch.full((*t.shape[:-1], t.shape[-1] + 32), float("nan"), dtype=t.dtype, device=t.device)
     view = buffer[..., 16 : 16 + t.shape[-1]]
     view.copy_(t)
@@ -194,7 +194,7 @@ def grads(x, weight, bias, dy, activation):
 @pytest.mark.parametrize("activation", [None, "gelu"])
 @pytest.mark.parametrize(("K", "N"), [(48, 72), (50, 10)])
 def test_same_bits(randn, dtype, activation, K, N):
-    """Run to run, whatever the strides, whatever is around the buffers; and no input is written."""
+    """A second run, other strides and NaN around the buffers change no bit. No input is written."""
     x, weight, bias, dy = (randn(*s).to(dtype) for s in [(3, 13, K), (N, K), (N,), (3, 13, N)])
     before = [t.clone() for t in (x, weight, bias, dy)]
     first = grads(x, weight, bias, dy, activation)
@@ -217,7 +217,7 @@ def test_same_bits(randn, dtype, activation, K, N):
             assert torch.equal(a, b), name
     for a, b in zip(before, (x, weight, bias, dy), strict=True):
         assert torch.equal(a, b)
-    expanded = torch.ones((), dtype=dtype, device=x.device).expand(dy.shape)  # what .sum().backward() hands over
+    expanded = torch.ones((), dtype=dtype, device=x.device).expand(dy.shape)  # the gradient of .sum().backward()
     dense = grads(x, weight, bias, expanded.contiguous(), activation)
     for a, b in zip(dense, grads(x, weight, bias, expanded, activation), strict=True):
         assert torch.equal(a, b)
@@ -254,7 +254,7 @@ def saved_by(fn):
 
 
 def test_frozen_parameters(randn, monkeypatch):
-    """Nothing is saved or multiplied for a gradient that nobody wants."""
+    """The op saves and multiplies nothing for a gradient that is not needed."""
     x, weight, bias = randn(9, 16), randn(24, 16), randn(24)
     products = []
 
@@ -286,7 +286,7 @@ def test_frozen_parameters(randn, monkeypatch):
 
 
 def test_provider():
-    """A pure function: "triton" is ours for every product."""
+    """``impl="triton"`` runs our kernel for every product."""
     assert [configs.gemm_provider(impl) for impl in ("auto", "fused", "triton")] == ["cublas", "cublas", "triton"]
 
 
@@ -318,7 +318,7 @@ def test_auto_takes_plain_products_from_cublas(randn, monkeypatch, dtype, activa
 
 
 def test_choice_is_recorded(randn, device):
-    """auto without activation is cuBLAS through PyTorch; on a CPU everything is PyTorch."""
+    """Without activation auto takes cuBLAS through PyTorch. On a CPU it takes the reference."""
     args = randn(4, 16), randn(8, 16)
 
     def paths():
@@ -378,8 +378,8 @@ def _set(path, value):
         ([("cuda.matmul.allow_tf32", True), ("cuda.matmul.allow_tf32", False)], "ieee"),
         ([("cuda.matmul.fp32_precision", "tf32")], "tf32"),
         ([("fp32_precision", "tf32")], "tf32"),  # inherited
-        ([("fp32_precision", "bf16")], "ieee"),  # which CUDA does not have
-        ([("cudnn.fp32_precision", "tf32")], "tf32"),  # in PyTorch a name for all of CUDA, cuBLAS too
+        ([("fp32_precision", "bf16")], "ieee"),  # not supported by CUDA
+        ([("cudnn.fp32_precision", "tf32")], "tf32"),  # PyTorch applies it to all of CUDA, also cuBLAS
         ([("cudnn.conv.fp32_precision", "tf32")], "ieee"),
         ([("fp32_precision", "tf32"), ("cuda.matmul.fp32_precision", "ieee")], "ieee"),
         ([("cuda.matmul.allow_tf32", True), ("cuda.matmul.fp32_precision", "ieee")], "ieee"),  # allow_tf32 now raises
@@ -393,12 +393,12 @@ def _set(path, value):
 )
 @pytest.mark.parametrize("compiled", [False, True], ids=["called", "compiled"])
 def test_fp32_precision_follows_pytorch(randn, monkeypatch, default_precision, compiled, settings, want):
-    """Through its newer settings, the older ones and both: what `at::Context::float32Precision` tells cuBLAS."""
+    """New settings, old ones and both give the precision that `at::Context::float32Precision` gives cuBLAS."""
     seen = []
     monkeypatch.setattr(runtime, "launch", lambda *_, **k: seen.append(k["PRECISION"]))
     op = functools.partial(linear, impl="triton")
     op = torch.compile(op, fullgraph=True, backend="aot_eager") if compiled else op
-    with warnings.catch_warnings(action="ignore"):  # that the older ones are deprecated
+    with warnings.catch_warnings(action="ignore"):  # the old ones are deprecated
         for setting in settings:
             _set(*setting) if isinstance(setting, tuple) else torch.set_float32_matmul_precision(setting)
         op(randn(4, 16), randn(8, 16))
@@ -423,12 +423,12 @@ def test_compile_fullgraph(randn, activation):
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 def test_autocast(randn, device, impl, half):
-    """fp32 arguments give what the op gives for cast ones, to the bit, and fp32 leaves get fp32 gradients."""
+    """fp32 arguments give the same bits as cast ones, and fp32 leaves get fp32 gradients."""
     leaves = [t.requires_grad_() for t in (randn(*s) for s in [(2, 5, 24), (40, 24), (40,)])]
     cast = [t.detach().to(half).requires_grad_() for t in leaves]
     with torch.autocast(device.type, half):
         y = linear(*leaves, "gelu", impl=impl)
-        assert torch.equal(y, linear(*cast, "gelu", impl=impl))  # cast arguments may come, too
+        assert torch.equal(y, linear(*cast, "gelu", impl=impl))  # arguments may already be cast
     expected = linear(*cast, "gelu", impl=impl)
     assert y.dtype is half and torch.equal(y, expected)
     dy = randn(*y.shape).to(half)
@@ -489,7 +489,7 @@ def test_only_none_is_no_activation(randn, impl):
 
 @pytest.mark.parametrize("side", ["rows", "columns", "summed"])
 def test_a_side_beyond_32_bits_is_refused(side):
-    """Of any of the three sides, before anything is read or made."""
+    """Each of the three sides is checked before anything is read or allocated."""
     rows, columns, summed = (2**31 if side == name else 1 for name in ("rows", "columns", "summed"))
     x, weight = torch.empty(rows, summed, device="meta"), torch.empty(columns, summed, device="meta")
     with pytest.raises(

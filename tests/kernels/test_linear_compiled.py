@@ -1,4 +1,4 @@
-"""The GEMM of `linear` and `mlp` as it is compiled, in processes without the interpreter and without a GPU."""
+"""The compiled GEMM of `linear` and `mlp`, in processes without the interpreter and without a GPU."""
 
 import os
 import subprocess
@@ -37,9 +37,9 @@ for kernel, limit in zip(found, (20.5, 20.5, 24.5, 27.0), strict=True):
 
 
 def test_the_epilogue_of_a_product_with_gelu_is_short():
-    """Machine instructions of one element after the last product, on Hopper; and two programs run beside each other.
+    """Counts the instructions per element after the last product on Hopper. Two programs fit on a multiprocessor.
 
-    With erf, `exp` and a division they were 30 and, of the derivative, 34, with registers for one program.
+    With erf, `exp` and a division there were 30, and 34 with the derivative, and one program fitted.
     """
     run(SASS)
 
@@ -49,7 +49,7 @@ import torch, triton
 from vit import kernels
 from vit.kernels.dry_run import dry_run
 
-found = set()  # what Triton would compile; that the hook returns True stops it
+found = set()  # what Triton would compile; True from the hook prevents it
 triton.knobs.runtime.jit_cache_hook = lambda *, key, fn, **_: found.add((fn.name, key)) or True
 
 def rand(*shape):
@@ -79,6 +79,6 @@ print({name for name, _ in found})
 
 
 def test_no_batch_compiles_a_kernel_again():
-    """Whether 16 divides the rows, or there is one: the keys under which Triton keeps what it compiled."""
+    """Triton's cache keys are the same whether 16 divides the number of rows or not, and for one row."""
     names = run(BATCHES)
     assert all(name in names for name in ("_gemm_kernel", "_activation_kernel", "_dropout_kernel"))

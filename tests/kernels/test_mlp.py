@@ -1,4 +1,4 @@
-"""mlp: accuracy, gradients, what is saved, layouts, edges, which product runs where."""
+"""mlp: accuracy, gradients, saved tensors, layouts, edge cases, and which implementation runs."""
 
 import importlib
 
@@ -16,7 +16,7 @@ linear_module = importlib.import_module("vit.kernels.linear")  # vit.kernels.lin
 mlp_module = importlib.import_module("vit.kernels.mlp")
 
 NAMES = ["x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"]
-# (shape of x, hidden width, output width): tiny, ragged, several tiles; 100 and 10 are no 16-bit descriptor's widths.
+# (shape of x, hidden width, output width): tiny, ragged, several tiles. 100 and 10 do not fit a 16-bit descriptor.
 SHAPES = [((16,), 40, 16), ((1, 24), 16, 10), ((65, 48), 136, 48), ((2, 3, 11, 72), 100, 40)]
 
 
@@ -39,7 +39,7 @@ def block(randn, shape, hidden, out):
     return dict(zip(NAMES, (randn(*shape), fc1_weight, randn(hidden), fc2_weight, randn(out)), strict=True))
 
 
-# Eager PyTorch rounds every step of quick_gelu, so how its error of a few dozen activations compares is chance.
+# Eager PyTorch rounds every step of quick_gelu, so for a few dozen activations its error varies by chance.
 @pytest.mark.parametrize(
     ("shape", "hidden", "out", "activation"),
     [(*s, a) for s in SHAPES for a in ACTIVATIONS if a != "quick_gelu" or len(s[0]) == 4 or s[0][0] == 65],
@@ -55,13 +55,13 @@ def test_mlp_without_biases(randn, dtype, missing):
 
 @pytest.mark.parametrize("scale", [1e-3, 9.0])
 def test_wide_pre_activations(randn, dtype, scale):
-    """Around zero and deep in both tails of the GELU."""
+    """Pre-activations are near zero, or far in both tails of the GELU."""
     inputs = block(randn, (33, 40), 72, 24)
     check_op(ours(), ref(), inputs | {"fc1_weight": inputs["fc1_weight"] * scale, "fc1_bias": None}, dtype)
 
 
 def test_sums_over_many_rows(randn, monkeypatch):
-    """All four parameter gradients over 16k rows."""
+    """The gradients of all four parameters are sums over 16k rows."""
     big = configs.Config(block_m=512, block_n=32, block_k=512, group_m=8)
     monkeypatch.setattr(configs, "gemm", lambda *_: big)
     check_op(ours(), ref(), block(randn, (16_500, 16), 24, 8), torch.bfloat16)
@@ -87,7 +87,7 @@ def test_dropout(randn, dtype, drop, shape, hidden, out):
 
 
 def test_dropout_draws_the_mask_of_the_reference(randn, drop):
-    """Through layers that are the identity, so that every element shows: the tokens are the rows."""
+    """The weights are identities, so the output shows the mask. Tokens are the rows of the mask."""
     x, one = randn(2, 33, 72) + 8, torch.eye(72, device=drop["seed"].device)
     y = mlp(x, one, None, one, None, **drop, impl="triton")
     keep = reference.dropout_scale(drop["seed"], drop["offset"], x.shape, drop["dropout_p"]).to(y.dtype)
@@ -96,7 +96,7 @@ def test_dropout_draws_the_mask_of_the_reference(randn, drop):
 
 
 def test_dropout_that_is_off_is_no_dropout(randn, drop):
-    """The same kernels with the same arguments, whatever the seed and the offset."""
+    """p = 0 launches the same kernels with the same arguments, whatever the seed and the offset."""
     inputs = block(randn, X, HIDDEN, OUT)
     leaves = {n: t.clone().requires_grad_() for n, t in inputs.items()}
     y, shapes = saved_by(lambda: mlp(**leaves, **drop | {"dropout_p": 0.0}, impl="triton"))
@@ -143,7 +143,7 @@ def grads(tensors, dy, **drop):
 
 @pytest.mark.parametrize(("hidden", "out", "p"), [(72, 40, 0.0), (50, 10, 0.0), (50, 40, 0.3)])
 def test_same_bits(randn, dtype, drop, hidden, out, p):
-    """Run to run, whatever the strides, whatever is around the buffers; and no input is written."""
+    """A second run, other strides and NaN around the buffers change no bit. No input is written."""
     tensors = [t.to(dtype) for t in block(randn, (3, 13, 48), hidden, out).values()]
     dy = randn(3, 13, out).to(dtype)
     drop |= {"dropout_p": p}
@@ -168,7 +168,7 @@ def test_same_bits(randn, dtype, drop, hidden, out, p):
             assert torch.equal(a, b), name
     for a, b in zip(before, (*tensors, dy), strict=True):
         assert torch.equal(a, b)
-    expanded = torch.ones((), dtype=dtype, device=x.device).expand(dy.shape)  # what .sum().backward() hands over
+    expanded = torch.ones((), dtype=dtype, device=x.device).expand(dy.shape)  # the gradient of .sum().backward()
     for a, b in zip(grads(tensors, expanded.contiguous(), **drop), grads(tensors, expanded, **drop), strict=True):
         assert torch.equal(a, b)
 
@@ -197,7 +197,7 @@ X, PRE, W1, W2 = (9, 16), (9, HIDDEN), (HIDDEN, 16), (OUT, HIDDEN)
 
 
 def test_saves_one_tensor_of_hidden_width(randn, monkeypatch):
-    """The pre-activation; the activation is recomputed. Without gradients not even that is written."""
+    """It saves the pre-activation and recomputes the activation. Without gradients it saves neither."""
     written = []
 
     def spy(*args, **kwargs):
@@ -217,7 +217,7 @@ def test_saves_one_tensor_of_hidden_width(randn, monkeypatch):
     assert shapes == [] and not y.requires_grad
     with torch.inference_mode():
         assert torch.equal(mlp(**inputs, impl="triton"), y)
-    mlp(**inputs | {"fc2_bias": leaves["fc2_bias"]}, impl="triton")  # whose gradient does not read it
+    mlp(**inputs | {"fc2_bias": leaves["fc2_bias"]}, impl="triton")  # its gradient does not need it
     assert written == [True, False, False, False, False]
 
 
@@ -235,7 +235,7 @@ def test_saves_one_tensor_of_hidden_width(randn, monkeypatch):
     ids=lambda v: "+".join(sorted(v)) if isinstance(v, set) else "",
 )
 def test_frozen_parameters(randn, monkeypatch, wanted, saved, products):
-    """Nothing is saved or multiplied for a gradient that nobody wants, and what is wanted is right."""
+    """The op saves and multiplies nothing for a gradient that is not needed. The other gradients are right."""
     inputs = block(randn, X, HIDDEN, OUT)
     leaves = {n: t.clone().requires_grad_(n in wanted) for n, t in inputs.items()}
     y, shapes = saved_by(lambda: mlp(**leaves, impl="triton"))
@@ -260,7 +260,7 @@ def test_frozen_parameters(randn, monkeypatch, wanted, saved, products):
 
 
 def test_activation_of_a_frozen_first_layer(randn, dtype, drop):
-    """The gradient of fc2's weight has the same bits whether the activation comes from the product or on its own."""
+    """The gradient of fc2's weight has the same bits if the activation is recomputed without the product."""
     inputs = {n: t.to(dtype) for n, t in block(randn, (2, 9, 40), 72, 24).items()}
     dy = randn(2, 9, 24).to(dtype)
     found = []
@@ -285,7 +285,7 @@ def test_explicit_triton_never_calls_another_gemm(randn, monkeypatch):
 
 
 def test_auto_fuses_gelu_and_takes_the_rest_from_cublas(randn, monkeypatch, dtype):
-    """Called below the public function, because auto is all reference on a CPU."""
+    """The test calls the custom op, because on a CPU the public function takes the reference."""
     fused = []
 
     def spy(*args, **kwargs):
@@ -315,12 +315,12 @@ def test_compile_fullgraph(randn, drop):
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 def test_autocast(randn, device, drop, impl, half):
-    """fp32 arguments give what the op gives for cast ones, to the bit, and fp32 leaves get fp32 gradients."""
+    """fp32 arguments give the same bits as cast ones, and fp32 leaves get fp32 gradients."""
     leaves = [t.requires_grad_() for t in block(randn, (2, 5, 24), 40, 24).values()]
     cast = [t.detach().to(half).requires_grad_() for t in leaves]
     with torch.autocast(device.type, half):
         y = mlp(*leaves, **drop, impl=impl)
-        assert torch.equal(y, mlp(*cast, **drop, impl=impl))  # cast arguments may come, too
+        assert torch.equal(y, mlp(*cast, **drop, impl=impl))  # arguments may already be cast
     expected = mlp(*cast, **drop, impl=impl)
     assert y.dtype is half and torch.equal(y, expected)
     dy = randn(*y.shape).to(half)
@@ -376,7 +376,7 @@ def test_bad_arguments(randn):
     ids=lambda v: "+".join(sorted(v)),
 )
 def test_each_activation_where_parts_are_frozen(randn, drop, activation, p, wanted):
-    """Also where the activation is computed again without the product before it. Beside PyTorch's own functions."""
+    """The comparison is with PyTorch's functions, also where the activation is recomputed without the product."""
     inputs, dy = block(randn, (2, 9, 20), 36, 12), randn(2, 9, 12).double()
     drop |= {"dropout_p": p}
     leaves = {n: t.clone().requires_grad_(n in wanted) for n, t in inputs.items()}

@@ -1,7 +1,7 @@
-"""TOL-B of `linear` and `mlp`: as good as their own algorithm written in PyTorch, which rounds where the kernels round.
+"""`linear` and `mlp` are as exact as their mirror: the same algorithm in PyTorch, which rounds at the same places.
 
-fp32 sums; the forward applies GELU to the unrounded h, the backward to the h that was saved, rounded; keep · gelu(h)
-and dh are rounded before the products that read them. The bias joins the fp32 sum.
+Sums are fp32, and the bias is part of them. The forward applies GELU to the unrounded h, the backward to the saved,
+rounded h. keep · gelu(h) and dh are rounded before the products that read them.
 """
 
 import functools
@@ -21,7 +21,7 @@ def product(a, b):
 
 
 def tf32(x):
-    """x without the 13 bits that a tensor core does not read of an fp32 operand."""
+    """x without its lowest 13 bits, which a tensor core ignores."""
     return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
@@ -137,14 +137,14 @@ def test_mlp(randn, half, activation, p):
 
 @pytest.mark.gpu
 def test_tf32(randn, monkeypatch):
-    """On a GPU alone: the interpreter multiplies fp32 numbers as they are, whatever the precision asked for."""
+    """This needs a GPU, because the interpreter multiplies in fp32 whatever the precision is."""
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     check_linear(randn, torch.float32, "gelu", functools.partial(linear, impl="triton"), tf32_product)
     check_mlp(randn, torch.float32, "gelu", 0.25, functools.partial(mlp, impl="triton"), tf32_product)
 
 
 def with_bug(function, *args):
-    """The mirror itself with a bug, in the place of the op."""
+    """The mirror with a bug, instead of the op."""
     return lambda activation, dropout_p=0.0, seed=None, offset=0, **a: function.apply(*a.values(), *args)
 
 
@@ -159,7 +159,7 @@ def test_a_sum_in_bf16_fails(randn, half):
 
 @pytest.mark.parametrize("half", [torch.float16])
 def test_tanh_for_erf_fails(randn, half):
-    """The difference is below what bf16 resolves; the fp32 tests of both ops see it, too."""
+    """bf16 is too coarse for the difference. The fp32 tests of both ops detect it, too."""
     keep = torch.ones((), device=randn(1).device)
     with pytest.raises(AssertionError, match="rms"):
         check_linear(randn, half, "gelu", with_bug(Linear, "gelu_tanh", product))
@@ -169,6 +169,6 @@ def test_tanh_for_erf_fails(randn, half):
 
 @HALF
 def test_h_rounded_before_the_gelu_fails(randn, half):
-    """As eager PyTorch rounds it, which TOL-A therefore allows."""
+    """Eager PyTorch rounds h, so `check_op` does not detect it."""
     with pytest.raises(AssertionError, match="output 0: rms"):
         check_linear(randn, half, "gelu", reference.linear)

@@ -1,4 +1,4 @@
-"""The GEMM's epilogue beyond 2³¹ elements: one program alone, in memory whose other pages nobody touches."""
+"""The epilogue of the GEMM beyond 2³¹ elements. One program runs, and the other pages of memory stay untouched."""
 
 import numpy as np
 import pytest
@@ -11,25 +11,25 @@ from vit.kernels import reference, runtime
 from vit.kernels.linear import _activation_kernel, _gemm_kernel
 
 M, N, K, BLOCK_M, BLOCK_N = 2**15 + 8, 2**16, 16, 32, 64
-FIRST, COLUMN = 2**15, 5  # the last tile row, which starts at element 2³¹, and one of its tiles
+FIRST, COLUMN = 2**15, 5  # the last row of tiles, which starts at element 2³¹, and one of its tiles
 ROWS, COLUMNS = slice(FIRST, M), slice(COLUMN * BLOCK_N, (COLUMN + 1) * BLOCK_N)
 META = {"ACTIVATION": "gelu", "P": 0.25, "ACC": tl.float32, "BLOCK_M": BLOCK_M, "num_warps": 4, "num_stages": 1}
 
 
 @pytest.fixture
 def program(monkeypatch):
-    """Makes a launch of one program that of the last tile row. GROUP_M is 1, so tiles are numbered along the rows."""
+    """A launch of one program runs a tile of the last row. GROUP_M is 1, so tiles are numbered along the rows."""
     try:
-        np.zeros(10 * M * N, dtype=np.int8)  # the matrices, and 4 bytes for each of theirs that the interpreter keeps
+        np.zeros(10 * M * N, dtype=np.int8)  # the matrices, and the interpreter's 4 bytes for each of their bytes
     except MemoryError:
-        pytest.skip("the system does not promise memory that nobody will touch")
+        pytest.skip("the system does not overcommit memory")
     pid = FIRST // BLOCK_M * (N // BLOCK_N) + COLUMN
     handle = interpreter.TensorHandle(np.array([pid], dtype=np.int32), tl.int32)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_get_program_id", lambda self, axis: handle)
 
 
 def matrices(count):
-    """Matrices [M, N] in one piece of memory, each 16 rows behind the one before: rows but the last 8 overlap."""
+    """Matrices [M, N] in one buffer, each 16 rows after the one before. The last 8 rows do not overlap the next."""
     memory = torch.from_numpy(np.zeros((M + 16 * count, N), dtype=np.float16))
     return [memory[16 * i : 16 * i + M] for i in range(count)]
 

@@ -1,4 +1,4 @@
-"""sum_partials: accuracy, zero rows, several sums in one launch, the same bits whatever stands beside a sum."""
+"""sum_partials: accuracy, zero rows, several sums in one launch, and the same bits beside other sums."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def summed(*pairs):
 @pytest.mark.parametrize("partials", DTYPES, ids=str)
 @pytest.mark.parametrize("shipped", [False, True])
 def test_each_sum_is_rounded_once_to_its_dtype(randn, monkeypatch, partials, shipped):
-    """Partials of 16 bits, too, are added in fp32."""
+    """16-bit partials are added in fp32, too."""
     if shipped:
         config = configs.partial_sums(90)
         monkeypatch.setattr(configs, "partial_sums", lambda arch: config)
@@ -42,7 +42,7 @@ def test_fp64(randn):
 
 
 def test_sums_lose_no_small_terms(randn):
-    """One row of 2²⁰ beside ones, which fp32 adds exactly and 16 bits would lose."""
+    """fp32 adds a row of 2²⁰ and ones exactly. 16 bits would lose the ones."""
     p = torch.ones(257, 5, device=randn(1).device)
     p[100] = 2.0**20
     (found,) = summed((p, torch.float32))
@@ -51,7 +51,7 @@ def test_sums_lose_no_small_terms(randn):
 
 @pytest.mark.parametrize("n", range(8))
 def test_launches(randn, monkeypatch, n):
-    """One for five sums; none for none."""
+    """A launch does up to five sums. Without sums there is none."""
     launched, launch = [], runtime.launch
     monkeypatch.setattr(runtime, "launch", lambda *args, **kwargs: launched.append(args) or launch(*args, **kwargs))
     pairs = [(randn(2 + i, 10 * i + 1), torch.float32) for i in range(n)]
@@ -66,7 +66,7 @@ def test_no_rows_are_zero(randn):
 
 
 def test_same_bits(randn):
-    """Again, alone or beside others, at an offset between NaN, with more dimensions; nothing else is written."""
+    """A second run, other sums, an offset between NaN and more dimensions change no bit. Nothing else is written."""
     pairs = [(randn(*size), DTYPES[i % 3]) for i, size in enumerate(SIZES[1:])]
     first = summed(*pairs)
     assert all(map(torch.equal, first, summed(*pairs)))
@@ -86,7 +86,7 @@ def test_same_bits(randn):
     "case", ["layer_norm", "residual_layer_norm", "residual_layer_norm, gamma", "fp32 stream", "patch_embed"]
 )
 def test_a_backward_ends_with_one_launch(case):
-    """All its sums and their casts; of patch_embed but for the sum of dy over the images, which is a pass."""
+    """The launch does all sums and casts, but the sum of dy over the images in patch_embed is a pass of its own."""
     from benchmarks import trace  # here, because copies of the tests have no benchmarks
 
     def make(*shape, dtype=torch.bfloat16):

@@ -38,7 +38,7 @@ def hide(inputs, share=0.5):
 
 
 def pixels_of(masked, inputs):
-    """The mask [B, N] as one of pixels, in the shape of the image."""
+    """The mask [B, N] for each pixel, in the shape of the image."""
     (B, C, height, width), (_, _, PH, PW) = inputs["image"].shape, inputs["weight"].shape
     grid = masked.reshape(B, 1, height // PH, width // PW)
     return grid.repeat_interleave(PH, 2).repeat_interleave(PW, 3).expand(-1, C, -1, -1)
@@ -94,7 +94,7 @@ def test_mask_token(randn, dtype, case):
 @pytest.mark.peers
 @pytest.mark.parametrize("fn", [ours, reference.patch_embed], ids=["triton", "reference"])
 def test_mask_token_agrees_with_transformers(randn, fn):
-    """On a grid that is not square, too, where transformers' own masked-image model fails."""
+    """The grid is not square. transformers' own masked-image model fails there."""
     transformers = peers.import_transformers()
     from transformers.models.vit.modeling_vit import ViTEmbeddings
 
@@ -122,7 +122,7 @@ def test_mask_token_agrees_with_transformers(randn, fn):
 @pytest.mark.parametrize("fn", [ours, reference.patch_embed], ids=["triton", "reference"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_masked_pixels_do_not_matter(randn, dtype, fn, bad):
-    """Whatever a masked patch holds: result and gradients are those of zeros there."""
+    """Result and gradients are those of zeros in the masked patches."""
     inputs = {k: t.to(dtype) for k, t in make(randn, patch=(4, 6), grid=(3, 5), D=24, R=2, token=True).items()}
     masked, dy = hide(inputs), randn(2, 17, 24).to(dtype)
     pixels = pixels_of(masked, inputs)
@@ -153,7 +153,7 @@ def test_none_or_all_masked(randn, dtype, share):
 
 
 def test_unused_mask_token(randn):
-    """As in transformers, a model that has a mask token may be called without a mask."""
+    """As in transformers, a call with a mask token does not need a mask."""
     inputs = make(randn, patch=(4, 4), D=24, token=True)
     with_token = ours(**{k: t.requires_grad_() for k, t in inputs.items()})
     without = ours(**(inputs | {"mask_token": None}))
@@ -167,7 +167,7 @@ IMPL = pytest.mark.parametrize("impl", ["triton", "reference"])
 
 
 def fp32_tokens(inputs, half):
-    """The form that the op has under autocast: 16-bit pixels and projection, the rest of the tokens fp32."""
+    """The inputs as under autocast: image, weight and bias in 16 bits, the others fp32."""
     return {k: t.to(half) if k in ("image", "weight", "bias") and t is not None else t for k, t in inputs.items()}
 
 
@@ -175,7 +175,7 @@ def fp32_tokens(inputs, half):
 @pytest.mark.parametrize("case", ["plain", "five prefix tokens", "position embedding of patches only"])
 @pytest.mark.parametrize("token", [False, True])
 def test_fp32_tokens(randn, half, case, token):
-    """fp32 position embedding beside 16-bit pixels: fp32 tokens, nothing in between rounded to 16 bits."""
+    """An fp32 position embedding and 16-bit pixels give fp32 tokens, without a rounding to 16 bits in between."""
     inputs = fp32_tokens(make(randn, **CASES[case], token=token), half)
     mask = {"bool_masked_pos": hide(inputs)} if token else {}
     dy = randn(*reference.patch_embed(**inputs, **mask).shape)
@@ -187,7 +187,7 @@ def test_fp32_tokens(randn, half, case, token):
 
 
 def mirror(image, weight, bias, pos_embed, prefix, mask_token=None, bool_masked_pos=None):
-    """The algorithm of the kernels in PyTorch: fp32, rounded once; fp32 gradients are rounded for products."""
+    """The algorithm of the kernels in PyTorch: fp32, and rounded once. fp32 gradients are rounded for products."""
     projected = torch.nn.functional.conv2d(image.float(), weight.float(), stride=weight.shape[2:]).flatten(2).mT
     projected.register_hook(lambda g: g.to(image.dtype).float())
     tokens = projected if bias is None else projected + bias.float()
@@ -204,8 +204,7 @@ def mirror(image, weight, bias, pos_embed, prefix, mask_token=None, bool_masked_
 @HALF
 @pytest.mark.parametrize("case", MASKED)
 def test_as_good_as_its_mirror(randn, half, case):
-    """With a position embedding as small as a model's: rounding the projection before adding it, as eager PyTorch does,
-    would show."""
+    """The position embedding is as small as in a model. So a rounding of the projection before the sum would show."""
     inputs = make(randn, **CASES[case], token=True)
     if inputs["pos_embed"] is not None:
         inputs["pos_embed"] *= 0.1
@@ -234,7 +233,7 @@ def test_fp32_tokens_as_good_as_their_mirror(randn, half):
 @IMPL
 @pytest.mark.parametrize("token", [False, True])
 def test_autocast_takes_the_projection_in_16_bits(randn, half, impl, token):
-    """The same bits as casting image, weight and bias by hand; gradients in the leaves' dtype."""
+    """The bits are those of a call with image, weight and bias cast. Gradients have the leaves' dtypes."""
     inputs = make(randn, patch=(4, 4), D=24, R=2, token=token)
     mask = {"bool_masked_pos": hide(inputs)} if token else {}
     dy = randn(2, 8, 24)
@@ -248,7 +247,7 @@ def test_autocast_takes_the_projection_in_16_bits(randn, half, impl, token):
     for name, a, b in zip(["output", *inputs], got, by_hand, strict=True):
         assert a.dtype is torch.float32 and torch.equal(a, b.float()), name
     alone = under_autocast(**{k: inputs[k] for k in ("image", "weight", "bias")})
-    assert alone.dtype is half  # as PyTorch's convolution
+    assert alone.dtype is half  # as of PyTorch's convolution
     with torch.autocast(dy.device.type, half):
         kept = patch_embed(**{k: t.double() for k, t in inputs.items()}, **mask, impl="reference")
     assert kept.dtype is torch.float64
@@ -258,7 +257,7 @@ def test_autocast_takes_the_projection_in_16_bits(randn, half, impl, token):
 @HALF
 @IMPL
 def test_autocast_agrees_with_timm(randn, half, impl):
-    """Dtype and values of timm's PatchEmbed, then cat, then the position embedding, under the same autocast."""
+    """Dtype and values are those of timm's PatchEmbed, cat and the sum with the position embedding."""
     peers.import_timm()
     from timm.layers import PatchEmbed
 
@@ -302,7 +301,7 @@ def test_agrees_with_conv2d(randn):
 
 
 def test_sums_over_many_rows(randn, monkeypatch):
-    """dW, db and the position embedding's gradient over 16k patches: bf16 accumulation would be far off eager."""
+    """dW, db and dpos over 16k patches: sums in bf16 would have a far larger error than eager."""
     plain = configs.patch_embed
     monkeypatch.setattr(
         configs, "patch_embed", lambda *args: dataclasses.replace(plain(*args), block_m=256, block_n=16, block_k=16)
@@ -366,7 +365,7 @@ def grads(inputs, cotangent, fn=ours, **options):
 
 @pytest.mark.parametrize("token", [False, True])
 def test_same_bits(randn, dtype, token):
-    """Run to run, for any strides of the image, with NaN around the buffers, for incoming gradients of any strides."""
+    """A second run, other strides of image and gradient and NaN around the buffers change no bit."""
     inputs = {k: t.to(dtype) for k, t in make(randn, B=5, patch=(4, 4), grid=(3, 2), D=24, R=2, token=token).items()}
     dy = randn(5, 8, 24).to(dtype)
     mask = {"bool_masked_pos": hide(inputs)} if token else {}
@@ -391,7 +390,7 @@ def test_same_bits(randn, dtype, token):
     if token:
         strided = mask["bool_masked_pos"].mT.contiguous().mT
         assert all(map(torch.equal, first, grads(inputs, dy, bool_masked_pos=strided)))
-    one = torch.ones((), dtype=dtype, device=image.device).expand(5, 8, 24)  # what .sum().backward() hands over
+    one = torch.ones((), dtype=dtype, device=image.device).expand(5, 8, 24)  # the gradient of .sum().backward()
     for a, b in zip(grads(inputs, one.contiguous(), **mask), grads(inputs, one, **mask), strict=True):
         assert torch.equal(a, b)
 
@@ -405,7 +404,7 @@ def test_expanded_image(randn):
 
 @pytest.mark.parametrize("dim", range(4))
 def test_offsets_beyond_32_bits(randn, device, dim):
-    """Strides that fit 32 bits, offsets that do not. The memory between the pixels is never touched."""
+    """Strides fit 32 bits, but offsets do not. The memory between the pixels is never touched."""
     inputs = {k: t.half() for k, t in make(randn, B=3, patch=(4, 4), grid=(2, 2), D=16).items()}
     image, dy = inputs["image"], randn(3, 5, 16).half()
     strides = list(torch.empty(image.shape, device="meta").stride())
@@ -414,7 +413,7 @@ def test_offsets_beyond_32_bits(randn, device, dim):
     if device.type == "cuda":
         memory = torch.zeros(elements, dtype=torch.float16, device=device)
     else:
-        memory = torch.from_numpy(np.zeros(elements, dtype=np.float16))  # unlike torch's zeros, not resident
+        memory = torch.from_numpy(np.zeros(elements, dtype=np.float16))  # unlike torch.zeros, it allocates no pages yet
     far = memory.as_strided(image.shape, strides)
     far.copy_(image)
     assert all(map(torch.equal, grads(inputs, dy), grads(inputs | {"image": far}, dy)))
@@ -422,7 +421,7 @@ def test_offsets_beyond_32_bits(randn, device, dim):
 
 @pytest.mark.parametrize("patch", [(16, 16), (14, 14), (8, 12), (7, 7)])
 def test_promised_alignment(patch):
-    """What the kernels promise the compiler: a broken promise is a misaligned load, which only a GPU would show."""
+    """The alignment that the compiler may assume must be true. Otherwise loads fail, but only on a GPU."""
     PH, PW = patch
     image = torch.empty(2, 3, 2 * PH, 3 * PW, device="meta")
     layouts = [
@@ -442,7 +441,7 @@ def test_promised_alignment(patch):
 
 
 def test_gradients_share_no_memory(randn):
-    """The position embedding's gradient contains the prefix tokens': clipping one in place must not scale the other."""
+    """dpos contains the values of the prefix gradient. Clipping one in place must not scale the other."""
     inputs = make(randn, patch=(4, 4), grid=(2, 2), D=16, R=2)
     storages = [t.untyped_storage().data_ptr() for t in grads(inputs, randn(2, 6, 16))]
     assert len(set(storages)) == len(storages)
@@ -536,7 +535,7 @@ def test_bad_input(change, error, message):
     ],
 )  # fmt: skip
 def test_images_that_are_no_whole_patches(impl, height, width, said):
-    """Each side by the patch's own: 8 x 12 pixels, of which other multiples would fit the other side."""
+    """The patch has 8 x 12 pixels. Some sides are multiples of the wrong one."""
     with pytest.raises(ValueError, match=f"^patch_embed: image {said} must be positive multiples of the patch 8 x 12;"):
         patch_embed(torch.ones(2, 3, height, width), torch.ones(5, 3, 8, 12), impl=impl)
 
@@ -570,7 +569,7 @@ def test_gradients_beside_an_empty_prefix(randn):
 
 @IMPL
 def test_a_position_embedding_of_patches_leaves_the_prefix_as_it_is(randn, impl):
-    """By hand, with as many prefix tokens as patches, and with more."""
+    """There are fewer prefix tokens than patches, as many, and more."""
     for R in (1, 6, 7):
         inputs = make(randn, patch=(4, 6), grid=(2, 3), D=16, R=R, pos="patches")
         tokens = patch_embed(**inputs, impl=impl)
@@ -585,7 +584,7 @@ KINDS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 @pytest.mark.parametrize("pixels", KINDS, ids=str)
 @pytest.mark.parametrize("added", KINDS, ids=str)
 def test_dtypes_that_go_together(pixels, added):
-    """What is added has the dtype of the pixels, or fp32 beside 16 bits: all three of them, and each alone."""
+    """All addends have the dtype of the pixels, or fp32 if that has 16 bits. Each alone, too."""
     every = {"pos_embed": (1, 3, 8), "prefix": (1, 1, 8), "mask_token": (1, 1, 8)}
     image, weight = torch.ones(2, 3, 4, 8, dtype=pixels), torch.ones(8, 3, 4, 4, dtype=pixels)
     for names in (list(every), ["pos_embed"], ["prefix"], ["mask_token"]):

@@ -1,7 +1,7 @@
-"""Properties: every op on shapes, strides, dtypes, optional arguments and wanted gradients drawn at random.
+"""Properties: every op with random shapes, strides, dtypes, optional arguments and sets of gradients.
 
-What is looked for is structure (a mask, a stride, an absent argument, an unwanted gradient), so the limit is wide and
-one for all; accuracy is judged in each op's own file. THOROUGH=1 (as in CI) draws 500 cases an op instead of 20.
+These tests look for structural bugs (a mask, a stride, an absent argument), so one wide limit is enough. The file of
+each op tests its accuracy. THOROUGH=1 (as in CI) draws 500 cases for each op instead of 20.
 """
 
 import math
@@ -21,7 +21,7 @@ EXAMPLES = 500 if os.environ.get("THOROUGH") else 20
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = ["contiguous", "transposed", "inside NaN", "every other column"]
 small, batch = st.integers(1, 20), st.integers(0, 3)
-# Of a LayerNorm. Two or three numbers that happen to be close are divided by nearly nothing: no limit fits those.
+# Widths of a LayerNorm. Two or three numbers may have nearly no variance, and then no limit fits.
 widths = st.integers(8, 130)
 
 
@@ -53,7 +53,7 @@ def layer_norm_cases(draw):
 
 @st.composite
 def drop(draw):
-    """No dropout, or some."""
+    """Options without or with dropout."""
     if draw(st.booleans()):
         return {}
     seed = torch.tensor([draw(st.integers(-(2**63), 2**63 - 1))])
@@ -138,7 +138,7 @@ CASES = {
 
 
 def results(fn, values, options, dtype, wanted, cotangent):
-    """Outputs, and the gradients of what is wanted, by name; asserts that nothing else got one."""
+    """Outputs and the gradients of ``wanted`` by name. Asserts that no other input got one."""
     to = {n: None if t is None else t.to(dtype).requires_grad_(n in wanted) for n, t in values.items()}
     options = {
         n: o.to(dtype) if isinstance(o, torch.Tensor) and o.is_floating_point() else o for n, o in options.items()
@@ -171,7 +171,7 @@ def test_op(op, device, data):
     for n, shape in shapes.items():
         fan_in = math.prod(shape[1:]) if shape is not None and n.endswith("weight") and len(shape) > 1 else 1
         values[n] = None if shape is None else (torch.randn(shape) * fan_in**-0.5).to(device, dtype)
-    flat = draw(st.booleans())  # .sum().backward(): a gradient with stride 0
+    flat = draw(st.booleans())  # the gradient of .sum().backward(), with stride 0
     layout = draw(st.sampled_from(LAYOUTS))
 
     def cotangent(i, out):
@@ -199,12 +199,12 @@ def test_op(op, device, data):
             continue
         error, error_eager = ((t[n].double() - want).abs().max().item() for t in (ours, eager))
         limit = 4 * error_eager + 4 * torch.finfo(dtype).eps * want.abs().max().item()
-        # Eager PyTorch may have no error in a small tensor, by luck or where terms cancelled before they were rounded.
+        # In a small tensor eager PyTorch may have no error at all, by chance.
         size = max(1.0, *(t.abs().max().item() for t in exact.values() if t.numel()))  # inputs are of size 1
         limit += 4 * torch.finfo(dtype).eps * size
         if op.startswith("attention"):
-            # dS = P * (dP - delta): both are sums over a head of products of size 1, in fp32 whatever the dtype, and
-            # with one key nothing but their rounding is left; then come the scale and a product with q or k.
+            # dS = P * (dP - delta): dP and delta are fp32 sums over the head. With one key their difference is only
+            # rounding, which the scale and the product with q or k multiply.
             head_dim = next(reversed(shapes.values()))[-1]
             scale = options["scale"] or head_dim**-0.5
             limit += 12 * torch.finfo(dtype).eps * size + 4 * torch.finfo(torch.float32).eps * scale * head_dim

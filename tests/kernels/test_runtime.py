@@ -1,4 +1,4 @@
-"""What PyTorch does with a model beside calling it: graphs, export, checkpointing, frozen parts, memory made later."""
+"""Uses of a model besides a call: graphs, export, checkpointing, frozen parts, and the meta device."""
 
 import collections
 import contextlib
@@ -36,7 +36,7 @@ DROPS = {"proj_drop_rate": 0.2, "attn_drop_rate": 0.1, "drop_path_rate": 0.3}
 
 
 def make(impl="auto", device="cpu", **options):
-    """A model with weights that matter, and images."""
+    """A model with random weights in every part, and images."""
     model = vit.VisionTransformer(dataclasses.replace(SMALL, impl=impl, **options), seed=0).to(device)
     randomise(model)
     return model, torch.randn(3, 3, 8, 16, generator=torch.Generator().manual_seed(1)).to(device)
@@ -56,7 +56,7 @@ class Calls(TorchDispatchMode):
 
 
 def results(model, image):
-    torch.manual_seed(0)  # of what is dropped
+    torch.manual_seed(0)  # for dropout
     return outputs_and_gradients(model, model, image)
 
 
@@ -64,7 +64,7 @@ def results(model, image):
 
 
 def capture(run, device):
-    """What a captured graph does, without a GPU: every replay writes its results to the same place."""
+    """Acts as a captured graph without a GPU: every replay writes its results to the same tensors."""
     first = run()
 
     def replay():
@@ -75,7 +75,7 @@ def capture(run, device):
 
 
 def captured(model, *example, **options):
-    """`vit.graph` but for the capture."""
+    """`vit.graph` with `capture` above."""
     check(model, example, options)
     return Graph(model, example, options, capture)
 
@@ -92,7 +92,7 @@ def test_graph_returns_the_models_outputs_and_keeps_them():
         )
     assert not second.requires_grad
     with torch.no_grad():
-        model.head.bias.add_(1.0)  # where the parameters are, their values are read again
+        model.head.bias.add_(1.0)  # a replay reads the current values of the parameters
     torch.testing.assert_close(run(image), first + 1.0)
     with torch.inference_mode():
         torch.testing.assert_close(run(image), first + 1.0)
@@ -113,7 +113,7 @@ def test_graph_keeps_the_autocast_of_its_capture():
 
 
 class Wrapped(torch.nn.Module):
-    """Another library's kind of model: two inputs, an option, a dictionary out."""
+    """A model as in other libraries: two inputs, an option, and a dictionary as output."""
 
     def __init__(self, model):
         super().__init__()
@@ -204,7 +204,7 @@ def test_graph_refuses(case):
 
 
 class Pair(torch.nn.Module):
-    """Two inputs, an option, a parameter, buffers, and results in all kinds of containers."""
+    """It has two inputs, an option, parameters, buffers, and results in all kinds of containers."""
 
     def __init__(self):
         super().__init__()
@@ -244,7 +244,7 @@ def test_graph_leaves_its_example_and_its_inputs_alone():
     run = captured(model, a, b)
     other = run(a + 1, b + 1)[0].clone()
     assert torch.equal(a, torch.arange(6.0).reshape(2, 3)) and torch.equal(b, torch.arange(12.0).reshape(3, 4))
-    a.fill_(torch.nan)  # nor does it read them
+    a.fill_(torch.nan)  # the graph does not read its example
     inputs = torch.arange(6.0).reshape(2, 3) + 1, torch.arange(12.0).reshape(3, 4) + 1
     copies = [x.clone() for x in inputs]
     assert torch.equal(run(*inputs)[0], other) and all(map(torch.equal, inputs, copies))
@@ -292,7 +292,7 @@ def test_graph_refuses_when_any_tensor_was_moved(part):
 
 @pytest.mark.parametrize("change", [lambda norm: norm.double(), lambda norm: delattr(norm, "running_var")])
 def test_graph_refuses_when_a_buffer_is_another_object(change):
-    """A cast changes the memory of a parameter, but puts a new tensor in the place of a buffer."""
+    """A cast changes the memory of a parameter, but replaces a buffer by a new tensor."""
     model, image = torch.nn.BatchNorm2d(4, affine=False).eval(), torch.randn(2, 4, 3, 3)
     run = captured(model, image)
     change(model)
@@ -305,14 +305,14 @@ def test_graph_is_captured_without_gradients_and_in_the_autocast_around_it(dtype
     model, a, b = pair()
     with torch.autocast("cpu", dtype, enabled), torch.inference_mode():
         run = captured(model, a.clone(), b.clone())
-    assert model.states and set(model.states) == {(False, False, False)}  # no cache: it would outlive the graph
+    assert model.states and set(model.states) == {(False, False, False)}  # a cache would outlive the graph
     out = run(a, b)
     assert out[1][0].dtype is (dtype if enabled else torch.float32) and not out[0].requires_grad
     assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and torch.is_autocast_cache_enabled()
 
 
 def fake_cuda(monkeypatch, fails=False):
-    """The calls of `torch.cuda` that a capture makes, in order, without a GPU."""
+    """Records the calls of `torch.cuda` during a capture, without a GPU."""
     events = []
 
     def said(name):
@@ -454,7 +454,7 @@ print(sorted(found.items()))
 
 
 def test_kernels_have_one_cache_key_whatever_runs_first():
-    """Else what `vit warmup` compiled is compiled again by a process that calls its ops in another order."""
+    """Otherwise a process that calls the ops in another order compiles again what `vit warmup` compiled."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     keys = set()
     for order in (["linear", "attention_qkvpacked"], ["attention_qkvpacked", "linear"]):
@@ -479,7 +479,7 @@ def test_export_with_any_batch(impl, strict, device, tmp_path):
     batch = torch.export.Dim("batch")
     program = torch.export.export(model.eval(), (image,), dynamic_shapes=({0: batch},), strict=strict)
     ops = {str(node.target) for node in program.graph.nodes if str(node.target).startswith("vit.")}
-    kinds = ("patch_embed", "layer_norm", "linear", "attention", "mlp")  # q of the class token is apart from k and v
+    kinds = ("patch_embed", "layer_norm", "linear", "attention", "mlp")  # attention: unpacked
     assert ops == ({f"vit.{kind}_fwd.default" for kind in kinds} if impl == "triton" else set())
     torch.export.save(program, tmp_path / "model.pt2")
     loaded = torch.export.load(tmp_path / "model.pt2").module()
@@ -500,7 +500,7 @@ def test_checkpointed_by_the_user(reentrant):
     torch.manual_seed(0)
     image = image.clone().requires_grad_()
     out = model(image)
-    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(9)))  # grad() is not for the reentrant
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(9)))  # not grad(): reentrant
     found = {"output": out, "image": image.grad} | {k: p.grad for k, p in model.named_parameters()}
     assert all(torch.equal(direct[k], found[k]) for k in direct)
 
@@ -519,7 +519,7 @@ def test_selective_checkpointing_by_the_names_of_our_ops(device):
     with Calls() as calls:
         found = results(model, image)
     assert all(torch.equal(direct[k], found[k]) for k in direct)
-    # Of a block: qkv, proj; of the model: the head. The norms before and after the MLP and the MLP itself run twice.
+    # linear: qkv and proj of the block, and the head. The MLP and the norms before and after it run twice.
     assert calls.count["attention_qkvpacked_fwd"] == 1 and calls.count["linear_fwd"] == 3
     assert calls.count["mlp_fwd"] == 2 and calls.count["layer_norm_fwd"] == 1 + 2 * 2
 
@@ -531,7 +531,7 @@ def subclassed(module):
 
 @pytest.mark.parametrize("wrap", [checkpoint_wrapper, subclassed])
 def test_wrapped_modules(wrap):
-    """A wrapped block, or final norm, normalises for itself: the same results up to rounding."""
+    """A wrapped block or final norm applies its own norm. The results are the same up to rounding."""
     model, image = make(depth=3, **DROPS)
     direct, maps = results(model, image), model.eval().attention_maps(image)[1]
     model.blocks[0], model.blocks[2], model.norm = map(wrap, (model.blocks[0], model.blocks[2], model.norm))
@@ -544,7 +544,7 @@ def test_wrapped_modules(wrap):
 @pytest.mark.parametrize("path", [False, True], ids=["", "path"])
 @pytest.mark.parametrize("drop", [False, True], ids=["", "dropout"])
 def test_residual_add_without_the_fused_op(gamma, path, drop):
-    """Where the norm is wrapped, or where there is none, all that comes before it stays."""
+    """With a wrapped norm or none, everything before the norm still runs."""
     norm, seed = LayerNorm(SMALL), torch.tensor([5])
     x, branch = torch.randn(2, 3, 4, 32).unbind()
     scale, drop_path = LayerScale(SMALL) if gamma else None, DropPath(SMALL, 0.5 if path else 0.0, 3)
@@ -565,7 +565,7 @@ def test_residual_add_without_the_fused_op(gamma, path, drop):
 
 
 class Restless(torch.nn.Module):
-    """Changes in its forward what modules change there."""
+    """Its forward changes buffers, parameters and modes."""
 
     def __init__(self):
         super().__init__()
@@ -578,7 +578,7 @@ class Restless(torch.nn.Module):
         self.steps = self.steps + 1
         self.calls += 1
         self.drop.train()
-        if self.training or self.online.training:  # of a part alone, too
+        if self.training or self.online.training:  # also if only a part trains
             self.moving.weight.data = 0.9 * self.moving.weight.data + 0.1 * self.online.weight.data
             with torch.no_grad():
                 self.moving.bias.lerp_(self.online.bias + 1, 0.1)
@@ -617,7 +617,7 @@ def test_nothing_changes(call, training, fails):
     model = (Failing if fails else Restless)().train(training)
     model.norm.eval()
     if call is not captured:
-        model.online.train(not training)  # each part has a mode of its own
+        model.online.train(not training)  # the modes of the parts differ
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -636,14 +636,14 @@ def test_nothing_changes(call, training, fails):
 @pytest.mark.parametrize("fails", [False, True], ids=["", "fails"])
 @pytest.mark.parametrize(("train", "mode"), [(False, False), (False, True), (True, False)])
 def test_unchanged_restores_objects_values_and_modes(train, mode, fails):
-    """Parameters' values only where training may have changed them; what did not change is not written to."""
+    """Values of parameters are restored only if a part trains. Unchanged tensors are not written."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Dropout()))
     model.register_buffer("table", torch.arange(4.0))
     model.register_buffer("nothing", None)
-    model.append(torch.nn.LazyLinear(2)).append(torch.nn.Linear(2, 2, device="meta"))  # have no values
+    model.append(torch.nn.LazyLinear(2)).append(torch.nn.Linear(2, 2, device="meta"))  # without values
     model.eval()
-    model[1][1].train(mode)  # a part alone
+    model[1][1].train(mode)  # only a part
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     values = {k: t.detach().clone() for k, t in tensors.items() if k[0] not in "23"}
     versions = {k: tensors[k]._version for k in values}
@@ -671,7 +671,7 @@ def test_unchanged_restores_objects_values_and_modes(train, mode, fails):
 
 
 def test_launch_enters_the_device_of_its_tensors(monkeypatch):
-    """Without, Triton launches on the current device, and the memory of another GPU is not there."""
+    """Otherwise Triton launches on the current device, which cannot read the memory of another GPU."""
     inside, launched = [], []
 
     @contextlib.contextmanager
@@ -701,7 +701,7 @@ def test_launch_enters_the_device_of_its_tensors(monkeypatch):
 
 @pytest.mark.parametrize("impl", ["auto", "triton"])
 def test_gradients_accumulate(impl, device):
-    """Two backwards into the same .grad are the gradient of both batches together."""
+    """Two backwards into the same .grad give the gradient of both batches together."""
     model, image = make(impl, device if impl == "triton" else "cpu", depth=1)
     image, other, cotangent = image[:1], image[1:2], torch.randn(1, 5).to(image)
     whole = torch.autograd.grad(model(torch.cat([image, other])), list(model.parameters()), cotangent.repeat(2, 1))
@@ -728,8 +728,8 @@ def freeze_first_block(model):
 
 FROZEN = {
     freeze_backbone: {"linear_bwd": 1},
-    # The first norm of the second block is applied by the first, whose last add is then the deepest backward.
-    # The last block computes the class token alone: q apart from k and v.
+    # The last add of the first block includes norm1 of the second block, so its backward still runs.
+    # The last block computes the class token alone, with q apart from k and v.
     freeze_first_block: {"linear_bwd": 4, "attention_bwd": 1, "mlp_bwd": 1, "layer_norm_bwd": 3},
 }
 
