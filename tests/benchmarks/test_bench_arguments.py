@@ -1,4 +1,4 @@
-"""Wrong arguments of every command of `benchmarks/`: one line that says what is wrong, exit status 2, nothing run."""
+"""For a wrong argument, every command of `benchmarks/` prints one line and exits with status 2 before it runs."""
 
 import argparse
 import json
@@ -51,7 +51,7 @@ WRONG = {
 }
 SCRIPT = """
 import contextlib, importlib, io, json, sys
-import benchmarks.roofline  # first: it sees to it that kernels are compiled, not interpreted
+import benchmarks.roofline  # first, so that kernels are compiled and not interpreted
 said = {}
 for command in json.loads(sys.argv[1]):
     module, *sys.argv[1:] = command.split()
@@ -122,7 +122,7 @@ def test_shapes():
 
 def test_folders_are_made_and_files_are_not(tmp_path):
     assert arguments.folder(str(tmp_path / "a/b")) == tmp_path / "a/b" and (tmp_path / "a/b").is_dir()
-    assert arguments.folder(str(tmp_path / "a")) == tmp_path / "a"  # which is there
+    assert arguments.folder(str(tmp_path / "a")) == tmp_path / "a"  # already exists
     found = arguments.file(str(tmp_path / "c/d.json"))
     assert found == tmp_path / "c/d.json" and found.parent.is_dir() and not found.exists()
     found.write_text("old")

@@ -1,4 +1,4 @@
-"""Bytes and FLOPs that the benchmarks count, against PyTorch's counter, figures worked by hand, and each other."""
+"""Counted bytes and FLOPs are compared with PyTorch's counter, with figures by hand, and with each other."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ def model(shape, kind=vit.VisionTransformer):
 
 
 class AllTokens(vit.VisionTransformer):
-    """The model without its shortcut, which needs the methods of `vit.VisionTransformer` itself."""
+    """The model computes all tokens in the last block, because a method is replaced."""
 
     def forward_features(self, *args, **options):
         return super().forward_features(*args, **options)
@@ -50,22 +50,22 @@ def total(launches, field, phase=None):
     return sum(getattr(launch, field) for launch in launches if phase in (None, launch.phase))
 
 
-# Of a block, in u: one token matrix. A product reads its operands and writes its result; the hidden matrix is 4u.
+# Bytes of a block in u, one token matrix. The hidden matrix is 4u.
 OURS = {
     "fwd": 4 + 4 + 2 + 4 + 5 + 5 + 4,  # qkv, attention, proj, add + norm, fc1 with GELU, fc2, add + norm
-    "kept": 4,  # what the GELU saw
-    # Of fc2: dgrad with dGELU and fc1's bias, wgrad, bias. Of fc1 dgrad, wgrad; norm; of proj; attention with delta; of
-    # qkv; norm.
+    "kept": 4,  # pre-activations
+    # fc2: dgrad with dGELU and fc1's bias, wgrad, bias. fc1: dgrad, wgrad. Then norm, proj, attention with delta, qkv
+    # and norm.
     "bwd": 13 + 5 + 1 + 5 + 5 + 4 + 2 + 2 + 1 + 7 + 2 + 4 + 4 + 3 + 4,
-    "per query": 6,  # fp32: the maximum and the sum become two numbers, which the backward of attention reads
-    "partials": 2,  # fp32: the sums of fc1's bias, of each tile of 128 rows
-    "tokens": 1,  # the stem writes them once
-    "once": 2,  # the first norm joins no residual gradient, and so needs a pass of its own for the sum
+    "per query": 6,  # fp32 statistics of attention's backward
+    "partials": 2,  # fp32 sums for fc1's bias, per tile of 128 rows
+    "tokens": 1,  # written by the stem
+    "once": 2,  # the first norm adds no residual gradient, so the sum is a pass of its own
 }
 EAGER = {
-    "fwd": 4 + 4 + 2 + 3 + 2 + 5 + 8 + 5 + 3 + 2,  # adds, norms and GELU are passes of their own
+    "fwd": 4 + 4 + 2 + 3 + 2 + 5 + 8 + 5 + 3 + 2,  # adds, norms and GELU are separate passes
     "kept": 0,
-    # dGELU 12, norms 3 and the sum of gradients 3 each; 12 to stack dq, dk, dv and to copy the stack.
+    # dGELU 12, each norm 3 and each sum of gradients 3. To stack dq, dk, dv and copy the stack takes 12.
     "bwd": 5 + 12 + 5 + 1 + 5 + 5 + 4 + 6 + 2 + 2 + 1 + 8 + 12 + 4 + 4 + 3 + 6,
     "tokens": 1 + 2 + 2,  # the projection, the class token, the position embedding
     "once": 0,
@@ -73,7 +73,7 @@ EAGER = {
 
 
 def by_hand(shape, units, phase, train=False):
-    """Bytes of a model in bf16, but for statistics and partial sums."""
+    """Bytes of a model in bf16, with fp32 statistics and partial sums in the backward."""
     c, d, u = shape.config, shape.width, 2 * shape.rows * shape.width
     patches = 3 * c.patch_size[0] * c.patch_size[1]
     image, stem = 2 * shape.batch * c.num_patches * patches, 2 * patches * d
@@ -82,7 +82,7 @@ def by_hand(shape, units, phase, train=False):
     if phase == "fwd":
         moved = c.depth * (u * (units["fwd"] + units["kept"] * train) + weights) + u * (units["tokens"] + 2)
         return moved + image + stem + head
-    # Backward: the gradient of the class token spread, the last norm, the bias and the weight of the stem.
+    # Backward: the zeros around the gradient of the class token, the last norm, the bias and the weight of the stem.
     per_query, partials = 4 * shape.rows * shape.heads, 4 * shape.hidden * -(-shape.rows // 128)
     small = units.get("per query", 0) * per_query + units.get("partials", 0) * partials
     moved = c.depth * (u * units["bwd"] + small + 2 * weights) + u * (units["once"] + 1 + 3 + 1 + 1)
@@ -94,7 +94,7 @@ def by_hand(shape, units, phase, train=False):
 
 @pytest.mark.parametrize("kind", [AllTokens, vit.reference.VisionTransformer])
 def test_flops_against_pytorchs_counter(kind):
-    """PyTorch's counter sees the model without our tracing, and attention written out: four products backward."""
+    """PyTorch's counter runs without our tracing. Its attention is not fused and has four products in the backward."""
     shape = dataclasses.replace(B16, batch=2)
     reference, image = model(shape, vit.reference.VisionTransformer)
     with FlopCounterMode(display=False) as forward, torch.no_grad():
@@ -110,12 +110,12 @@ def test_flops_against_pytorchs_counter(kind):
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 17), (33, 7), (20, 20)])
 def test_flops_of_attention_by_hand(queries, keys):
-    """Two products forward and five backward, each of queries x keys; elements that repeat are multiplied anew."""
+    """Attention has two products forward and five backward, each of queries x keys."""
     q, k, v = (meta(2, n, 4, 64).requires_grad_() for n in (queries, keys, keys))
     launches = trace.trace(kernels.attention, q, k, v, train=True)
     product = 2 * 2 * 4 * 64 * queries * keys
     assert total(launches, "flops", "fwd") == 2 * product
-    assert total(launches, "flops", "bwd") in (5 * product, 7 * product)  # dq in a kernel of its own computes two again
+    assert total(launches, "flops", "bwd") in (5 * product, 7 * product)  # a separate kernel for dq recomputes two
 
 
 # ---- bytes -----------------------------------------------------------------------------------------------------------
@@ -135,11 +135,11 @@ def test_bytes_of_one_launch_by_hand():
 def test_regions_are_counted_once():
     x = meta(8, 16, 4)
     assert trace.moved([x, x, x.view(8, 64)[:, :64].view(8, 16, 4)]) == x.nbytes
-    assert trace.moved([x[0], x[0], x[1]]) == x.nbytes // 4  # views that are only a part of it
-    assert trace.moved(x.unbind(2)) == x.nbytes and trace.moved([x[:2], x[1:]]) == x.nbytes  # never beyond its storage
+    assert trace.moved([x[0], x[0], x[1]]) == x.nbytes // 4  # views of a part
+    assert trace.moved(x.unbind(2)) == x.nbytes and trace.moved([x[:2], x[1:]]) == x.nbytes  # at most its storage
     assert trace.moved([meta(1, 4).expand(100, 4)]) == 4 * 2 and trace.moved([meta(0, 4)]) == 0
     assert trace.moved([x], [x]) == 2 * x.nbytes
-    assert trace.moved([x[:1].expand(8, 16, 4)]) == x.nbytes // 8  # the storage would have room for all of it
+    assert trace.moved([x[:1].expand(8, 16, 4)]) == x.nbytes // 8  # although the storage is larger
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_bytes_of_pytorchs_operations(operation, moved):
 
 @pytest.mark.parametrize("op", OPS)
 def test_floors_of_the_op_benchmarks(op):
-    """The FLOPs are those of the launches; the bytes are never more, and the same where an op is one kernel."""
+    """The FLOPs are those of the launches. The bytes are at most theirs, and the same if an op is one kernel."""
     shape, bench = dataclasses.replace(B16, batch=64), OPS[op]
     work = bench.work(shape, 2)
     tensors = {k: t.requires_grad_() for k, t in bench.inputs(shape, meta).items()}
@@ -178,7 +178,7 @@ def test_floors_of_the_op_benchmarks(op):
     assert total(forward, "flops") == work["fwd"].flops
     assert total(both, "flops", "bwd") == work["bwd"].flops
     assert total(forward, "bytes") >= work["fwd"].bytes and total(both, "bytes", "bwd") >= 0.999 * work["bwd"].bytes
-    if op != "mlp":  # whose floor keeps the hidden units out of memory
+    if op != "mlp":  # the floor assumes that it is not stored
         assert total(forward, "bytes") == pytest.approx(work["fwd"].bytes, rel=1e-3)
 
 
@@ -209,7 +209,7 @@ def test_mistakes_are_noticed(mistake, monkeypatch):
 
 @pytest.mark.parametrize("train", [False, True])
 def test_the_floor_of_a_model_counts_the_class_token_of_the_last_block_alone(train):
-    """By hand: of the last block, q, the logits, the values, proj and the MLP of one row instead of 197."""
+    """In the last block, q, the logits, the values, proj and the MLP have one row instead of 197."""
     work, pooled = bench_vit.work(B16, 2), dataclasses.replace(B16)
     found = total(trace.trace(*model(B16), train=train), "flops", "fwd")
     saved = 256 * 196 * (2 * 768 * (768 + 768 + 2 * 3072) + 2 * 2 * 197 * 768)
@@ -244,7 +244,7 @@ def test_timm_in_eager_mode_moves_what_the_reference_moves():
         found, expected = (trace.trace(m, image, train=train) for m in (theirs, reference))
         assert total(found, "bytes") == total(expected, "bytes") and total(found, "flops") == total(expected, "flops")
     fused = trace.trace(vit.accelerate(theirs), image)
-    copied = 2 * 64 * 196 * 768 * 2  # the patches, once more: what replaces a convolution has its strides
+    copied = 2 * 64 * 196 * 768 * 2  # a copy of the patches, because the result has the strides of a convolution
     assert total(fused, "bytes") == pytest.approx(by_hand(shape, OURS, "fwd") + copied, rel=0.02)
 
 
@@ -258,17 +258,17 @@ def card(**limits):
 @pytest.mark.parametrize(
     ("limits", "kernel", "blocks"),
     [
-        # NVIDIA's CUDA C++ Best Practices Guide, "Calculating Occupancy": 37 registers, 128 and 320 threads.
+        # CUDA C++ Best Practices Guide, "Calculating Occupancy": 37 registers, 128 and 320 threads.
         ({}, (37, 0, 4), 12),
         ({}, (37, 0, 10), 4),
-        ({}, (32, 0, 4), 16),  # the same guide: 32 registers a thread fill the multiprocessor
-        ({}, (33, 0, 4), 12),  # 1,280 registers a warp: 51 warps, in fours 48
-        ({}, (16, 0, 1), 32),  # as many programs as there may be
+        ({}, (32, 0, 4), 16),  # the same guide: 32 registers per thread allow full occupancy
+        ({}, (33, 0, 4), 12),  # 1,280 registers per warp: 51 warps, in fours 48
+        ({}, (16, 0, 1), 32),  # the limit of programs
         ({}, (255, 0, 8), 1),
         ({}, (255, 0, 4), 2),
         ({}, (16, 98_328, 8), 2),  # 2 · (98,328 + 1,024 and rounding) of 233,472 bytes
         ({"shared": 102_400}, (16, 98_328, 8), 1),
-        ({"shared": 102_400}, (16, 101_376, 8), 1),  # all that a program may have
+        ({"shared": 102_400}, (16, 101_376, 8), 1),  # the most that a program may have
         ({"shared": 102_400}, (16, 101_377, 8), 0),
         ({"max_warps": 48, "max_blocks": 24}, (16, 0, 4), 12),
     ],
@@ -305,7 +305,7 @@ def test_rates_are_assumed_until_they_are_measured(tmp_path):
 
 
 def test_limits_of_the_cards():
-    """Shared memory of a multiprocessor is that of a program and 1 KiB; warps as in NVIDIA's table."""
+    """The limits are those of NVIDIA's tables."""
     found = {
         arch: (c.name, c.num_sms, c.max_warps, c.max_blocks, c.shared, c.registers)
         for arch, c in devices.DEVICES.items()
@@ -321,7 +321,7 @@ def test_limits_of_the_cards():
 
 
 def test_rates_of_another_card_are_not_taken(tmp_path):
-    """By its name, whatever the case; both rates must be there; of several cards each its own."""
+    """A card is found by its name, whatever the case, and needs both rates."""
     for gpu, (tflops, gbps) in {"NVIDIA a100-SXM4": (250.0, 1700.0), "NVIDIA H100": (700.0, None)}.items():
         folder = tmp_path / gpu[-4:]
         folder.mkdir()
@@ -355,7 +355,7 @@ def test_which_attention_pytorch_would_take(options, dtype, name):
 
 @pytest.mark.parametrize("size", [(32, 48), (48, 32)])
 def test_flops_of_patches_by_hand(size):
-    """Forward and weight and image one product each; batch, channels, height, width and features all different."""
+    """Forward, dweight and dimage are one product each. Batch, channels, height, width and features all differ."""
     image, weight = meta(5, 2, *size).requires_grad_(), meta(24, 2, 16, 16).requires_grad_()
     pos, prefix = meta(1, 7, 24), meta(1, 1, 24)
     call = lambda image, weight: kernels.patch_embed(image, weight, None, pos, prefix)  # noqa: E731
@@ -365,7 +365,7 @@ def test_flops_of_patches_by_hand(size):
 
 
 def test_a_step_walks_back_to_what_requires_a_gradient():
-    """Without training nothing is kept; nothing is left in .grad; parameters come before inputs."""
+    """Without training there is no graph. .grad stays empty. Gradients of parameters come before those of inputs."""
     model, x = nn.Linear(4, 3), torch.randn(2, 4, requires_grad=True)
     model.bias.requires_grad_(False)
     assert trace.step(model, x, train=False).requires_grad is False

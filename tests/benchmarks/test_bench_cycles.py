@@ -1,4 +1,4 @@
-"""`make cycles`: samples, published times and tables; then real kernels, and the model beside published curves."""
+"""`make cycles`: samples, published times and tables. Then real kernels, and predictions beside published rates."""
 
 import importlib
 import itertools
@@ -24,12 +24,12 @@ from benchmarks.trace import Launch
 ROOT = Path(__file__).parents[2]
 
 
-# ---- the command, beside a stand-in for the compiler -----------------------------------------------------------------
+# ---- the command, with a mock of the compiler ------------------------------------------------------------------------
 
 
 @pytest.fixture
 def cycles(monkeypatch):
-    """The module; importing `benchmarks.compiled` would refuse, because the tests' process interprets."""
+    """The module, with a mock of `benchmarks.compiled`, which cannot be imported where kernels are interpreted."""
     monkeypatch.setitem(sys.modules, "benchmarks.compiled", SimpleNamespace())
     monkeypatch.setattr(benchmarks, "compiled", SimpleNamespace(), raising=False)
     for name in ("roofline", "cycles"):
@@ -51,7 +51,7 @@ def test_samples_have_every_role(cycles):
 
 
 def test_what_memory_serves(cycles):
-    """100 programs like these two load 6,000 and 200 bytes of tensors that have 3,000 and 400."""
+    """100 such programs load 6,000 and 200 bytes from tensors of 3,000 and 400 bytes."""
     launch = path.Constants({}, {1: 3000, 2: 400}, {})
     text = "LDG.E R1, [R2.64]\nSTG.E [R2.64], R1"
     one = [steps_of(text, LDG={"bytes": 80, "tensor": 1}, STG={"bytes": 9, "tensor": 1})]
@@ -70,7 +70,7 @@ def test_published_times(cycles):
     assert us("mm", 8e9, 10, (9000, 3072), (3072, 768)) == pytest.approx(10 / 0.95)
     assert us("mm", 8e9, 10, (768, 9000), (9000, 3072)) == pytest.approx(10 / 0.90)
     assert us("addmm", 8e9, 10, (256, 768), (768, 1000)) == pytest.approx(10 / 0.88)
-    assert us("mm", 8e9, 90e6, (768, 9000), (9000, 3072)) == pytest.approx(100)  # by its bytes
+    assert us("mm", 8e9, 90e6, (768, 9000), (9000, 3072)) == pytest.approx(100)  # bound by bytes
     heads = (2, 3, 64, 64)
     assert (
         us("_flash_attention", 271e6, 10, heads) == pytest.approx(4)
@@ -125,7 +125,7 @@ def test_tables(cycles):
 
 
 def test_sums_of_a_model(cycles, monkeypatch):
-    """A block is 4 kernels of ours and 3 products, or 10 operations of eager PyTorch. Around them are 3, or 5."""
+    """A block is 4 kernels of ours and 3 products, or 10 operations of eager PyTorch. The rest is 3, or 5."""
 
     def timed(launch, count, arch, known):
         us = {"us": 10.0, "range": [8.0, 14.0]} if launch.kernel else {"us": 3.0}
@@ -153,7 +153,7 @@ def test_sums_of_a_model(cycles, monkeypatch):
 
 
 def test_a_kernel_without_a_time_is_an_error(cycles, monkeypatch, tmp_path, capsys):
-    """Its line says why, and the command fails. A kernel that comes again is not simulated again."""
+    """Its line says why, and the command fails. The same kernel is simulated only once."""
     asked = []
 
     def predict(launch, blocks, machine):
@@ -188,7 +188,7 @@ def test_a_kernel_without_a_time_is_an_error(cycles, monkeypatch, tmp_path, caps
     assert content["records"][0]["kernels"][0]["error"] == "does not fit" and "MODEL" in content["about"]["label"]
 
 
-# ---- real kernels, in a process of their own, which compiles ---------------------------------------------------------
+# ---- real kernels, in a process that compiles ------------------------------------------------------------------------
 
 SCRIPT = """
 import dataclasses, json, math, sys
@@ -251,7 +251,7 @@ PUBLISHED = {  # TFLOP/s of an H100. Attention: Triton's bars in FlashAttention-
     ("attention", 512): 340, ("attention", 1024): 382, ("attention", 2048): 396,
     ("gemm", 512): 492, ("gemm", 1024): 554, ("gemm", 2048): 574, ("gemm", 8192): 629,
 }  # fmt: skip
-NEAREST = [("attention", 512), ("gemm", 1024)]  # to a ViT's
+NEAREST = [("attention", 512), ("gemm", 1024)]  # to a ViT
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +269,7 @@ def real():
 
 
 def test_real_kernels_move_what_they_must(real):
-    """All programs of a launch together store each output once, although the sizes are ragged."""
+    """All programs of a launch together store each output once, also for ragged sizes."""
     norm, attention, *backward, product = real[0]
     head = 197 * 64 * 2
     assert norm["kernel"] == "_layer_norm_fwd_kernel" and norm["trips"] == [1]

@@ -1,4 +1,4 @@
-"""`make bench`, without a GPU: the counts against independent ones, the gate, and that what is wrong is said."""
+"""`make bench` without a GPU: counts, the gate, and messages for what is wrong."""
 
 import dataclasses
 import gc
@@ -24,15 +24,15 @@ from vit.commands.parity import CannotStart, library
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 OPS = {b.op: b for name in plan.SECONDS if name != "vit" for b in plan.benches(name)}
-# What the backward of each op reads beside the gradients of its outputs.
+# Tensors that the backward of each op reads besides the gradients of its outputs.
 READS = {
     "attention": ["qkv"],
     "mlp": ["x", "fc1_weight", "fc1_bias", "fc2_weight"],
     "layer_norm": ["x", "weight"],
-    "residual_layer_norm": ["residual", "weight"],  # the stream, which is as large
+    "residual_layer_norm": ["residual", "weight"],  # for the stream, of the same size
     "qkv": ["x", "weight"],
     "proj": ["x", "weight"],
-    "fc1": ["x", "weight", "bias"],  # for what the GELU saw
+    "fc1": ["x", "weight", "bias"],  # for the pre-activation
     "fc2": ["x", "weight"],
     "patch_embed": ["image", "weight"],
 }
@@ -42,7 +42,7 @@ READS = {
 
 @pytest.mark.parametrize("op", OPS)
 def test_flops_are_those_that_pytorch_counts(op):
-    """Its counter sees the written-out attention, whose backward does not compute q·k again: one product of five."""
+    """Eager attention does not recompute q·k in the backward, so it has four products instead of five."""
     work, tensors = OPS[op].work(SMALL, 4), tensors_of(OPS[op], SMALL, torch.float32, CPU)
     leaves = {k: t.requires_grad_() for k, t in tensors.items()}
     with FlopCounterMode(display=False) as forward:
@@ -56,7 +56,7 @@ def test_flops_are_those_that_pytorch_counts(op):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("op", OPS)
 def test_bytes_are_those_of_the_tensors(op, dtype):
-    """Inputs and outputs once; the backward also what it writes: a gradient for every input, one for a residual add."""
+    """The forward moves inputs and outputs. The backward writes one gradient per input, but one for a residual add."""
     bench, tensors = OPS[op], tensors_of(OPS[op], SMALL, dtype, CPU)
     outs = harness.as_tuple(bench.reference(**tensors))
     size = {name: t.nbytes for name, t in tensors.items()}
@@ -69,8 +69,8 @@ def test_bytes_are_those_of_the_tensors(op, dtype):
     assert work["bwd"].bytes == read + gradients
 
 
-# GFLOP an image, and images a second at 798 TFLOP/s: worked out by hand from L(24Nd² + 4N²d) + patches + head, less
-# (N − 1)(20d² + 4Nd) of the last block, which needs the class token alone.
+# GFLOP per image, and images/s at 798 TFLOP/s, by hand: L(24Nd² + 4N²d) + patches + head, less (N − 1)(20d² + 4Nd) for
+# the last block, which computes the class token alone.
 FIGURES = {
     "S/16": (8.560, 93_219),
     "B/16": (32.697, 24_406),
@@ -178,7 +178,7 @@ def test_a_model_with_one_wrong_parameter_is_seen():
 
 
 def test_the_gate_looks_at_samples_alone():
-    """Of a batch of three it judges two images: the third may be anything, and its gradient is left out."""
+    """The gate judges two images of a batch of three, and ignores the third and its gradient."""
     bench, shape = bench_vit.BENCHES[0], Shape(SMALL.model, 3, SMALL.img_size)
     tensors = tensors_of(bench, shape, torch.float32, CPU)
     gate = Gate(bench, shape, tensors)
@@ -191,7 +191,7 @@ def test_the_gate_looks_at_samples_alone():
 @pytest.mark.peers
 @pytest.mark.parametrize("name", ["timm", "hf", "accelerated"])
 def test_models_of_other_libraries_pass_the_gate(name):
-    """They have our weights, under their own names and in their own layout."""
+    """They have our weights, in their names and layout."""
     peers.import_transformers() if name == "hf" else peers.import_timm()
     bench = bench_vit.BENCHES[0]
     tensors = tensors_of(bench, SMALL, torch.float32, CPU)
@@ -219,12 +219,12 @@ def test_the_example_of_contributing_runs(tmp_path):
     }  # fmt: skip
 
 
-# ---- on a GPU, with stand-ins ----------------------------------------------------------------------------------------
+# ---- on a GPU, with mocks --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """Stand-ins for what `harness.ready` asks of CUDA; tensors are on the CPU. Its calls are in ``cuda.mock_calls``."""
+    """Mocks the CUDA functions of `harness.ready`. Tensors are on the CPU. ``cuda.mock_calls`` has the calls."""
     stand_in = MagicMock()
     for name in ("Stream", "CUDAGraph", "current_stream", "stream", "synchronize", "graph", "set_stream"):
         monkeypatch.setattr(torch.cuda, name, getattr(stand_in, name))
@@ -234,7 +234,7 @@ def cuda(monkeypatch):
 
 @pytest.mark.parametrize("mode", harness.MODES)
 def test_what_a_graph_reads_lives_as_long_as_its_replay(cuda, mode):
-    """A replay reads addresses: nobody else may get the memory of what a forward saved, or of a cotangent."""
+    """A replay reads addresses, so the memory of saved tensors and cotangents must not be reused."""
     alive = []
 
     class Saves(torch.autograd.Function):
@@ -261,17 +261,17 @@ def test_what_a_graph_reads_lives_as_long_as_its_replay(cuda, mode):
     assert held == {"fwd": [False] * 4, "bwd": [True, True], "full": [False, True] + [False] * 4}[mode]
     order = [name for name, *_ in cuda.mock_calls if name in ("stream", "synchronize", "graph", "set_stream")]
     assert order == ["stream", "synchronize", "graph", "set_stream"]
-    assert cuda.graph.call_args.kwargs["stream"] is cuda.Stream()  # on which the forward of "bwd" was, too
+    assert cuda.graph.call_args.kwargs["stream"] is cuda.Stream()  # also the stream of the forward of "bwd"
     replay()
     cuda.CUDAGraph.return_value.replay.assert_called_once()
 
 
 def test_a_compiled_model_has_the_attention_of_its_name(monkeypatch):
-    """Beside another of the same class: one that was traced for the other would be used for both."""
+    """torch.compile must not use the graph of one model for another model of the same class."""
     from torch._dynamo.testing import AotEagerAndRecordGraphs
     from torch.nn.attention import SDPBackend
 
-    monkeypatch.setattr(bench_vit.SDPBackend, "CUDNN_ATTENTION", SDPBackend.MATH)  # which a CPU has
+    monkeypatch.setattr(bench_vit.SDPBackend, "CUDNN_ATTENTION", SDPBackend.MATH)  # exists on a CPU
     backend, compiler = AotEagerAndRecordGraphs(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **_: compiler(model, backend=backend))
     bench, shape = bench_vit.BENCHES[0], Shape(SMALL.model, 1, 32)
@@ -286,7 +286,7 @@ def test_a_compiled_model_has_the_attention_of_its_name(monkeypatch):
 
 
 def test_an_error_ends_its_point_alone(tmp_path):
-    """Triton's own errors are no RuntimeErrors, and some show only without gradients, behind the gate."""
+    """Triton's own errors are no RuntimeErrors. Some occur only without gradients, after the gate."""
 
     def ours(x, weight, bias):
         if not torch.is_grad_enabled():
@@ -307,7 +307,7 @@ def test_an_error_ends_its_point_alone(tmp_path):
 
 
 def test_without_gradients_to_check_none_are_asked_for():
-    """A compiled model would be compiled once more, for gradients that nobody wants."""
+    """Otherwise a compiled model is compiled once more, for unused gradients."""
     bench = bench_vit.BENCHES[1]
     tensors = tensors_of(bench, SMALL, torch.float32, CPU)
     asked = []
@@ -317,18 +317,18 @@ def test_without_gradients_to_check_none_are_asked_for():
 
 
 def test_what_was_compiled_is_forgotten_behind_its_point(tmp_path, monkeypatch):
-    """Its CUDA graphs keep their memory, and the points behind it would count as recompilations."""
+    """Otherwise its CUDA graphs keep their memory, and later points count as recompilations."""
     told = []
     monkeypatch.setattr(torch._dynamo, "reset", lambda: told.append("reset"))
     monkeypatch.setattr(torch, "compile", lambda fn, **_: told.append("compile") or fn)
     log = Log(tmp_path / "bench_layer_norm.json", {"gpu": "none"})
     for providers in (("ours",), ("compile", "compile-max")):
         measure(Point(BENCH, SMALL, torch.float32, ("fwd",), providers), log, Ceilings(1, 10), CPU)
-    assert told == ["compile", "compile", "reset"]  # and not between them: the first would be compiled twice
+    assert told == ["compile", "compile", "reset"]  # a reset between them would compile the first twice
 
 
 def test_a_capture_that_fails_leaves_the_stream_as_it_was(cuda):
-    """PyTorch's own context does not, where its end raises; the launches are timed on the stream of the events."""
+    """PyTorch's context does not restore the stream if its exit raises. Later launches would be on the wrong one."""
 
     def fails():
         if cuda.graph.called:
@@ -370,7 +370,7 @@ def test_times_are_milliseconds():
 
 
 def test_the_cards_own_rates_by_hand(tmp_path, monkeypatch):
-    """Two FLOPs per multiply-add of 256^3; 2^20 numbers of four bytes read and written."""
+    """The product has 256^3 multiply-adds of two FLOPs. The copy reads and writes 2^20 numbers of four bytes."""
     ms, asked = {"matmul": 0.5, "copy": 2.0}, []
 
     def milliseconds(fns, device, **how):
@@ -395,7 +395,7 @@ def test_the_cards_own_rates_by_hand(tmp_path, monkeypatch):
 
 
 def test_records_of_a_point_by_hand(tmp_path, monkeypatch):
-    """In turn by mode, then provider; the error is each one's own; images a second of whole models alone."""
+    """Records are in order of mode, then provider. Each provider has its own error. Only models have img_s."""
     monkeypatch.setattr(
         harness, "milliseconds", lambda fns, device, **_: {name: [2.0 + i] for i, name in enumerate(fns)}
     )
@@ -419,7 +419,7 @@ def test_records_of_a_point_by_hand(tmp_path, monkeypatch):
 
 
 def test_how_long_is_timed(tmp_path, monkeypatch):
-    """Ops three times for 60 ms; what is not replayed, whole models, twice for 400 ms."""
+    """Ops are timed three times for 60 ms. Whole models, which are not replayed, are timed twice for 400 ms."""
     asked = []
     monkeypatch.setattr(
         harness, "milliseconds", lambda fns, device, **how: asked.append(how) or {n: [1.0] for n in fns}
@@ -436,7 +436,7 @@ def test_how_long_is_timed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_gate_is_twice_eagers_error_and_a_rounding(dtype):
-    """Of each result alone: the first and the last, relative to its own size."""
+    """Each result is judged alone, relative to its own size."""
     tensors = tensors_of(BENCH, SMALL, dtype, CPU)
     gate = Gate(BENCH, SMALL, tensors)
     rounding = {torch.float32: 1e-6, torch.bfloat16: 2**-9, torch.float16: 2**-12}[dtype]
@@ -461,7 +461,7 @@ def test_every_sample_has_the_same_cotangent_and_every_output_its_own():
     assert other.dtype is torch.bfloat16 and few.std() > 0.3
     many, _ = gate.cotangents([torch.empty(5, 3, 4), torch.empty(5, 3, 4)])
     assert many.shape == (5, 3, 4) and all(torch.equal(row, few[0]) for row in many)
-    many.zero_()  # as `Gate.results` does with the samples that it leaves out
+    many.zero_()  # `Gate.results` does so with the samples that it leaves out
     assert torch.equal(gate.cotangents([torch.empty(1, 3, 4)] * 2)[0][0], few[0])
 
 
@@ -513,14 +513,14 @@ def test_providers_that_compile_come_last_and_only_where_there_is_one_to_compile
 
 
 def test_outputs_without_a_gradient_are_left_out():
-    """The logsumexp of attention, in fp32 beside 16 bits."""
+    """The logsumexp of attention is fp32 beside a 16-bit output."""
     out, lse = torch.ones(2, dtype=torch.bfloat16), torch.ones(3)
     assert harness.as_tuple(out) == (out,) and harness.as_tuple((out, lse)) == (out,)
     assert len(harness.as_tuple((out, out.clone()))) == 2
 
 
 def test_memory_of_a_call_by_hand(monkeypatch):
-    """The peak that a call adds and the inputs, each storage once; what a forward keeps is on top of what was there."""
+    """The peak is what a call adds, and the inputs, each storage once. A forward keeps what remains allocated."""
     now, peak = iter([1000 * 2**20, 1030 * 2**20]), 1100 * 2**20
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(now))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak)
@@ -558,7 +558,7 @@ def test_a_log_is_ok_if_it_has_records_and_all_are(tmp_path, capsys):
 
 
 def test_an_attempt_is_a_record_whatever_happens(tmp_path, monkeypatch):
-    monkeypatch.setattr(record.gc, "collect", lambda: 0)  # which takes its time
+    monkeypatch.setattr(record.gc, "collect", lambda: 0)  # slow
     log = Log(tmp_path / "x.json", {"gpu": "none"})
 
     def fails(error):

@@ -1,4 +1,4 @@
-"""Memory counted on meta tensors, against what PyTorch's profiler sees allocated on the CPU, and by hand."""
+"""Memory counted on meta tensors is compared with PyTorch's profiler on a CPU, and with counts by hand."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ def reference_blocks():
 
 
 class OurBlocks(nn.Module):
-    """Two narrow blocks on the Triton kernels, without the stem."""
+    """Two narrow blocks with the Triton kernels, without the stem."""
 
     def __init__(self):
         super().__init__()
@@ -38,7 +38,7 @@ class OurBlocks(nn.Module):
 
 
 def allocated(module, x, train):
-    """Bytes at the peak of a step, by the events of PyTorch's own allocator."""
+    """Bytes at the peak of a step, from the events of PyTorch's allocator."""
     trace.step(module, x, train=train)
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -68,16 +68,16 @@ def test_peak_of_eager_against_the_allocator(train):
 @pytest.mark.interpreted
 @pytest.mark.parametrize("train", [False, True])
 def test_peak_of_ours_against_the_allocator(train, monkeypatch):
-    """The same host code runs, interpreted."""
+    """The interpreter runs the same host code."""
     launch = runtime.launch
 
-    def launch_and_let_go(*args, **kwargs):  # the interpreter keeps a kernel's arguments in cycles
+    def launch_and_let_go(*args, **kwargs):  # the interpreter's reference cycles hold the arguments
         launch(*args, **kwargs)
         gc.collect(0)
 
     monkeypatch.setattr(runtime, "launch", launch_and_let_go)
     x = torch.randn(2, 9, 64).requires_grad_(train)
-    gc.disable()  # else what is collected by then is not in generation 0
+    gc.disable()  # otherwise the cycles may leave generation 0
     try:
         real = allocated(OurBlocks(), x, train)
     finally:
@@ -88,19 +88,19 @@ def test_peak_of_ours_against_the_allocator(train, monkeypatch):
 
 @pytest.mark.parametrize(("provider", "units"), [("ours", 12), ("reference", 16)])
 def test_saved_by_a_block_by_hand(provider, units):
-    """Ours: stream and norm twice, qkv, o, h. PyTorch keeps gelu(h), too. In token matrices; statistics on top."""
+    """In token matrices, ours saves two streams and norms, qkv, o and h. PyTorch also saves gelu(h)."""
     shape = MODELS["B/16"]
     make = memory.factory(provider, shape)
     u = 2 * shape.rows * shape.width
     statistics = 4 * shape.rows * 4  # mean and rstd of two norms, fp32
     logsumexp = shape.rows * shape.heads * 4
-    expected = units * u + statistics + logsumexp * (2 if provider == "ours" else 1)  # ours keeps it in two parts
+    expected = units * u + statistics + logsumexp * (2 if provider == "ours" else 1)  # ours saves two numbers
     assert memory.saved_by_a_block(make, shape.batch, shape.config.depth) == pytest.approx(expected, abs=4096)
 
 
 @pytest.mark.peers
 def test_other_libraries_models():
-    """Those of timm and transformers are what the reference is; accelerated, timm's keeps what ours does."""
+    """timm and transformers need as much as the reference. timm's accelerated model needs as much as ours."""
     import peers
 
     peers.import_timm()
@@ -149,7 +149,7 @@ def test_command(tmp_path, capsys):
     out = tmp_path / "memory.json"
     assert memory.main(["--shape", str(SMALL), "--provider", "ours", "--out", str(out)]) == 0
     said = capsys.readouterr().out
-    assert "counted, not measured" in said and "largest batch" not in said  # which nobody asked for
+    assert "counted, not measured" in said and "largest batch" not in said  # not requested
     content = json.loads(out.read_text())
     assert content["about"]["gpu"] == "none: counted, not measured"
     step, forward = content["records"]
@@ -163,7 +163,7 @@ def test_command(tmp_path, capsys):
 
 
 class Frozen(nn.Module):
-    """A layer that learns, one that does not, and a buffer."""
+    """A trainable layer, a frozen one, and a buffer."""
 
     def __init__(self):
         super().__init__()
@@ -176,11 +176,11 @@ class Frozen(nn.Module):
 
 
 def test_memory_of_a_step_by_hand():
-    """Gradients of what learns alone; buffers count as parameters; the input of a layer that learns is the image."""
+    """Only trainable parameters have gradients. Buffers count as parameters. The first layer saves only the image."""
     x, parameters = torch.empty(8, 64, device="meta"), 4 * (64 * 32 + 32 + 32 * 16 + 16 + 100)
     step = memory.count(Frozen(), x, True)
     assert (step.parameters, step.images, step.gradients) == (parameters, 8 * 64 * 4, 4 * (64 * 32 + 32))
-    assert step.saved == 0  # the image is not counted again, and the second layer needs its weight alone
+    assert step.saved == 0  # the image counts once, and the second layer needs only its weight
     forward = memory.count(Frozen(), x, False)
     assert (forward.gradients, forward.saved) == (0, 0) and forward.parameters == parameters
     assert forward.peak == parameters + x.nbytes + 4 * (8 * 32 + 8 * 16)
@@ -195,19 +195,19 @@ def test_a_tensor_that_is_saved_twice_counts_once():
 
     x = torch.empty(1000, device="meta", requires_grad=True)
     found = memory.count(Twice(), x, True)
-    assert found.saved == 2 * 4000 and found.parameters == 0  # y, and exp(y), which both exp and sin keep
+    assert found.saved == 2 * 4000 and found.parameters == 0  # y, and exp(y), which exp and sin share
     grown = memory.count(Twice(), torch.empty(3000, device="meta", requires_grad=True), True)
     assert grown.saved == 3 * found.saved and grown.images == 3 * found.images
 
 
 def bent(bend, batch):
-    """A peak that is a line but for a corner."""
+    """A peak that is linear except for a corner."""
     return 1000 + 10 * batch + (bend if batch > 48 else 0)
 
 
 @pytest.mark.parametrize("fit", [0, 1, 31, 32, 33, 63, 64, 65, 200])
 def test_the_largest_batch_from_any_peak(fit, monkeypatch):
-    """However the peak bends: a corner where the guess, a straight line, is wrong on either side."""
+    """The linear guess may be too low or too high because of a corner."""
     for bend in (-30, 0, 30):
         peak = functools.partial(bent, bend)
         monkeypatch.setattr(memory, "count", lambda batch, train, p=peak: memory.Memory(0, 0, 0, 0, p(batch)))
@@ -228,7 +228,7 @@ def test_models_are_made_in_any_batch_and_dtype():
 
 
 def test_command_says_what_is_not_installed_and_the_largest_batches(tmp_path, monkeypatch, capsys):
-    """Limits in GiB; a table of several shapes; the columns are the records in MiB."""
+    """The limit is in GiB. The table of several shapes shows the records in MiB."""
     asked = []
     real = memory.records
 
@@ -269,7 +269,7 @@ def test_command_says_what_is_not_installed_and_the_largest_batches(tmp_path, mo
 
 
 def test_records_of_largest_batches(monkeypatch):
-    """Of the step first; in GiB of 2^30 bytes."""
+    """The step comes first. A GiB has 2^30 bytes."""
     asked = []
     monkeypatch.setattr(memory, "largest_batch", lambda make, size, train: asked.append((size, train)) or 7 + train)
     found = memory.records(SMALL, "ours", 1.5)

@@ -1,4 +1,4 @@
-"""`make bench`, without a GPU: the clock, what is measured in which order, and what is written down."""
+"""`make bench` without a GPU: timing, the order of measurements, and the records."""
 
 import dataclasses
 import gc
@@ -59,11 +59,11 @@ def test_the_most_wanted_comes_first():
         whole = list(plan.points(name, plan.Wanted(), rehearse=False))
         assert len(quick) < len(whole) and not any("compile-max" in p.providers for p in quick)
         assert {str(p.shape) for p in whole} >= {str(s) for s in MODELS.values()}
-        assert all("ours" in p.providers for p in whole)  # whoever is compared is measured beside ours
+        assert all("ours" in p.providers for p in whole)  # all are compared with ours
 
 
 def test_nothing_is_begun_that_would_be_stopped(tmp_path, monkeypatch):
-    """A compiled provider has a point of its own, so that it takes no other's result along, and time enough or none."""
+    """A compiled provider has its own point, so its failure loses no other result. It starts only with enough time."""
     for name in plan.SECONDS:
         for point in plan.points(name, plan.Wanted(), rehearse=False):
             compiled = [p for p in point.providers if p.startswith("compile")]
@@ -159,7 +159,7 @@ def test_the_stages_share_the_whole_budget():
     ],
 )
 def test_what_is_only_a_part_of_a_run(fields, some):
-    """It goes to a folder of its own, and looks for largest batches only where they are asked for."""
+    """A partial run has its own folder, and searches the largest batches only on request."""
     wanted = plan.Wanted(**fields)
     assert wanted.some is some
     assert plan._sweep("vit", wanted) is (not some and not fields.get("quick"))
@@ -203,7 +203,7 @@ def test_every_point_has_the_dtype_and_modes_that_are_wanted(name, dtype):
 
 
 def test_an_op_of_a_file_leaves_the_others_out():
-    """By the op's name or the file's."""
+    """An op is selected by its name or by that of its file."""
     for ops, want in (
         (("residual_layer_norm",), {"residual_layer_norm"}),
         (("layer_norm",), {"layer_norm", "residual_layer_norm"}),
@@ -228,7 +228,7 @@ def test_an_op_of_a_file_leaves_the_others_out():
     ],
 )
 def test_how_much_time_a_point_needs(name, shape, providers, seconds):
-    """Compiling takes longer the deeper a model is; an op is compiled once."""
+    """The time to compile a model grows with its depth."""
     point = harness.Point(plan.benches(name)[0], MODELS[shape], providers=providers)
     assert plan.least(point) == pytest.approx(seconds)
 
@@ -265,7 +265,7 @@ def test_on_a_gpu_largest_batches_come_last_of_every_side(tmp_path, monkeypatch)
 
 
 def test_every_provider_without_a_result_is_named_where_time_is_short(tmp_path, monkeypatch):
-    """A compiled one by its name; a point of several others by one record without a name."""
+    """A compiled provider is named. One record without a name stands for a point of several others."""
     monkeypatch.setattr(plan, "measure_ceilings", lambda *_: None)
     monkeypatch.setattr(plan, "device_of", lambda rehearse: CPU)
     log = Log(tmp_path / "x.json", {"gpu": "none"}, deadline=0.0)
@@ -288,7 +288,7 @@ def test_no_batch_beyond_the_most_is_tried(at_most):
 
 
 def test_a_search_says_what_it_found(tmp_path, monkeypatch):
-    """Ours and the reference; not one image is a reason, and an error of ours a failure."""
+    """The search covers ours and the reference. If not one image fits, it skips. An error of ours is a failure."""
     from benchmarks import largest_batch
 
     told = []
@@ -299,7 +299,7 @@ def test_a_search_says_what_it_found(tmp_path, monkeypatch):
         return results[name](shape.batch)
 
     monkeypatch.setattr(largest_batch, "step_fits", fits)
-    monkeypatch.setattr(largest_batch, "release", lambda device: None)  # which takes its time
+    monkeypatch.setattr(largest_batch, "release", lambda device: None)  # slow
     log = Log(tmp_path / "x.json", {"gpu": "none"})
     largest_batch.search(log, 128, torch.float16, CPU)
     ours, reference = log.records
@@ -320,7 +320,7 @@ def test_a_search_says_what_it_found(tmp_path, monkeypatch):
 
 @pytest.fixture
 def command(monkeypatch):
-    """`python -m benchmarks` up to the run: what would be run."""
+    """`python -m benchmarks` without the run: returns what would run."""
     from benchmarks import __main__, stages
 
     asked = []
@@ -394,7 +394,7 @@ def test_stages_share_the_budget_and_one_that_no_longer_fits_is_named(tmp_path, 
     wanted = {name: stages.Stage("x:y", seconds) for name, seconds in (("a", 20), ("b", 30), ("c", 30))}
     (tmp_path / "summary.json").write_text('{"earlier": {"result": "ok"}}')
     assert stages.run(wanted, tmp_path, 100, "a card", True) == 1
-    assert limits == {"a": 25.0, "b": 30.0}  # 20 of 80 wanted of 100 left; 30 of 60 wanted of 60 left; 10 left of 30
+    assert limits == {"a": 25.0, "b": 30.0}  # 100 · 20 / 80; 60 · 30 / 60; for c 10 of 30 are left
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert list(summary) == ["earlier", "a", "b", "c"] and summary["a"]["result"] == "ok"
     assert summary["c"]["result"] == "not run: budget" and summary["c"]["left_s"] == 10
@@ -402,5 +402,5 @@ def test_stages_share_the_budget_and_one_that_no_longer_fits_is_named(tmp_path, 
     out = capsys.readouterr().out
     assert "1 of 3 stages ok: not b (FAILED), c (not run: budget)" in out and f"results in {tmp_path}" in out
     now[0], limits["c"] = 1000.0, None
-    assert stages.run({"c": wanted["c"]}, tmp_path, 15, "a card", False) == 0 and limits["c"] == 15  # half is enough
+    assert stages.run({"c": wanted["c"]}, tmp_path, 15, "a card", False) == 0 and limits["c"] == 15  # enough
     assert "rehearsal" not in json.loads((tmp_path / "summary.json").read_text())["c"]

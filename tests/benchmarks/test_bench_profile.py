@@ -26,7 +26,7 @@ def test_kernels_of_a_gpu_have_a_kind():
 
 
 def test_shares():
-    """Of 5 steps, in microseconds."""
+    """Times are in microseconds, for 5 steps."""
     times = {"_gemm_kernel": 20_000, "_layer_norm_kernel": 10_000, "nvjet_tst": 15_000, "copy": 5_000}
     text = shares([SimpleNamespace(key=k, took=us) for k, us in times.items()], "took")
     assert [line.split()[-2:] for line in text.splitlines()[1:]] == [
@@ -48,5 +48,5 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert main() == 0
     said = capsys.readouterr().out
     assert "on this CPU (no GPU here: operators of PyTorch)" in said
-    assert "matrix products" in said and "aten::addmm" in said and "aten::view" not in said  # of the longest three
+    assert "matrix products" in said and "aten::addmm" in said and "aten::view" not in said  # only the longest three
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]

@@ -1,6 +1,6 @@
-"""`make report` and `--compare`, on samples: made-up records in `tests/benchmarks/samples/`, whose device says so.
+"""`make report` and `--compare` on samples: invented records in `tests/benchmarks/samples/`. Their device says so.
 
-What is expected is written out here, worked out by hand from the times in the samples.
+The expected texts are worked out by hand from the times in the samples.
 """
 
 import json
@@ -19,14 +19,14 @@ README = "# Title\n\n<!-- speed -->\nold\n<!-- /speed -->\n\nThe end.\n"
 
 @pytest.fixture
 def folder(tmp_path):
-    """README.md, and results/sample/ with the first run's files."""
+    """README.md, and results/sample/ with the files of the first run."""
     shutil.copytree(SAMPLES / "before", tmp_path / "results/sample")
     (tmp_path / "README.md").write_text(README)
     return tmp_path
 
 
 def made(folder, **kw) -> str:
-    """README after a report without plots."""
+    """The README after a report without plots."""
     kw = {"plots": False, "samples": True} | kw
     assert report.report(folder / "results", folder / "README.md", **kw) == 0
     return (folder / "README.md").read_text()
@@ -88,7 +88,7 @@ def test_check(folder, capsys):
 def test_the_newest_of_a_point_and_both_sources_named(folder):
     shutil.copy(SAMPLES / "after/bench_vit.json", folder / "results/sample/bench_again.json")
     text = made(folder)
-    # 256 / 20 ms; the later run has no memory and no share of floor; L/16 forward is of both runs (ours of the first)
+    # 256 / 20 ms. The later run has no memory and no share of the floor. L/16 forward is from both runs.
     assert "| B/16, batch 256, bf16 | 12,800 | – | compile 12,800: 1.00× | 6,250 |" in text
     assert "| L/16, batch 128, bf16 | 4,000 | 62 % | timm 3,200: 1.25× |" in text
     assert 0 < text.index("commit aaaaaaa") < text.index("[bench_vit.json]") < text.index("commit bbbbbbb")
@@ -122,7 +122,7 @@ def test_markers_missing_or_doubled(folder, text):
 
 
 def test_latency_and_a_model_that_was_never_admitted(folder):
-    """A record of what fails the gate has no mode; latency is a line of its own, the fastest first."""
+    """A record of a failed gate has no mode. Latency is a separate line, the fastest first."""
 
     def change(found):
         about = {"ok": True, "bench": "vit", "dtype": "bfloat16"}
@@ -158,7 +158,7 @@ def test_readme_has_what_the_files_give():
 
 
 def refused(capsys, command, *args) -> str:
-    """What a command says that ends with 2: one line."""
+    """The one line that a command prints when it ends with 2."""
     assert command([str(arg) for arg in args]) == 2
     told = capsys.readouterr().err
     assert len(told.splitlines()) == 1
@@ -212,7 +212,7 @@ def test_damaged_files(folder, capsys):
 
 
 def test_what_ended_a_run_is_told(folder, capsys):
-    """A record that a killed run leaves has no point of its own."""
+    """A killed run leaves a record without a point."""
     lost = {"ok": False, "error": "Traceback\n  line\nstopped after 60 s; what it had found is here"}
     edit(folder / "results/sample/bench_vit.json", lambda found: found["records"].append(lost))
     assert "; vit failed: stopped after 60 s.\n<!--" in made(folder)
@@ -223,8 +223,8 @@ def test_what_ended_a_run_is_told(folder, capsys):
 
 # ---- compare ---------------------------------------------------------------------------------------------------------
 
-# Slower: 16 → 20 ms. Faster: 51.2 → 40.96 ms. Noise: timm 25.6 → 26.4 ms, whose intervals touch; attention forward
-# 1.0 → 1.01 ms, apart but 1 %. Backward attention fails in B. Timed in A 19, in B 10, in both 9.
+# Slower: 16 → 20 ms. Faster: 51.2 → 40.96 ms. Noise: timm 25.6 → 26.4 ms, because the intervals touch, and attention
+# forward 1.0 → 1.01 ms, because that is 1 %. Backward attention fails in B. A has 19 times, B 10, both 9.
 COMPARED = """\
 A: SAMPLE, not a measurement, driver 600.00, torch 2.13.0, triton 3.7.1, commit aaaaaaa, command python -m benchmarks, \
 2026-01-02T12:00:00+00:00
@@ -269,7 +269,7 @@ def test_rule_of_noise(folder, old, new, ratio):
 
 @pytest.mark.parametrize(("lost", "code"), [({"error": "parity: rms 0.2"}, 1), ({"skipped": "budget"}, 0)])
 def test_compare_fails_for_a_point_that_fails_alone(lost, code, folder, capsys):
-    """Nothing is slower; what was timed in A fails in B, or was left out there."""
+    """Nothing is slower. A point that was timed in A fails in B, or is skipped there."""
 
     def lose(found):
         timed = next(r for r in found["records"] if r.get("ms_p50"))
@@ -322,7 +322,7 @@ def test_plots(folder, capsys):
     paths = sorted((folder / "results/sample").glob("*.png"))
     assert [path.name for path in paths] == ["models.png", "ops.png", "roofline.png", "sides.png"]
     before = [path.read_bytes() for path in paths]
-    assert all(len(png) > 15_000 and b"tEXt" not in png and b"tIME" not in png for png in before)  # no date in them
+    assert all(len(png) > 15_000 and b"tEXt" not in png and b"tIME" not in png for png in before)  # without a date
     for path in paths:
         path.unlink()
     made(folder, plots=True)
@@ -353,7 +353,7 @@ def test_without_matplotlib(folder, monkeypatch, capsys):
 
 
 def recorded(*found, **about):
-    """Checked records of whole models, from what is told of each."""
+    """Checked records of whole models from these fields."""
     common = {"ok": True, "bench": "vit", "op": "vit", "shape": "vit_base_patch16_224/b256", "dtype": "bfloat16"}
     about = {"gpu": "SAMPLE"} | about
     return records.parse({"about": about, "records": [common | {"img_s": 1.0} | r for r in found]}, NONE)
@@ -367,7 +367,7 @@ def cells(of):
 
 @pytest.mark.parametrize("provider", ["triton", "graph", "accelerated"])
 def test_our_kernels_in_another_form_are_no_peer(provider):
-    """Neither the fastest nor the one that needs least memory."""
+    """Such a provider is neither the fastest peer nor the one with the least memory."""
     of = recorded(
         *(
             {"mode": m, "provider": "ours", "ms_p50": 2.0, "img_s": 500.0, "peak_mem_mb": 2048.0}
@@ -392,7 +392,7 @@ def test_our_kernels_in_another_form_are_no_peer(provider):
 
 
 def test_memory_is_that_of_the_step_alone():
-    """A forward's is another; without ours only the peer is told, without a ratio."""
+    """The memory of a forward does not count. Without ours the cell has the peer and no ratio."""
     of = recorded(
         {"mode": "fwd", "provider": "ours", "ms_p50": 1.0, "peak_mem_mb": 1024.0},
         {"mode": "full", "provider": "timm", "ms_p50": 1.0, "peak_mem_mb": 3072.0},
@@ -468,7 +468,7 @@ def test_why_a_time_is_missing(found, missing):
 def test_every_figure_is_a_positive_number(key, value):
     with pytest.raises(records.ResultError, match=f"record 2: {key} is .* not a positive number"):
         recorded({"ms_p50": 1.0}, {"ms_p50": 1.0, key: value})
-    assert recorded({"ms_p50": 1.0, "error_rms": value})  # which is no figure of the report
+    assert recorded({"ms_p50": 1.0, "error_rms": value})  # not a figure of the report
 
 
 def test_times_are_in_order_each_beside_each():
@@ -497,7 +497,7 @@ def test_what_was_not_measured_on_a_gpu_is_no_report(gpu, folder):
 
 
 def test_the_newer_of_two_times_is_by_date_and_then_by_place(tmp_path):
-    """Not by the files' names; a file without a date is the oldest."""
+    """Names of files do not count. A file without a date is the oldest."""
     point = {"bench": "linear", "op": "qkv", "provider": "ours"}
     for name, utc, times in (("a", "2026-01-02", (1.0, 2.0)), ("b", "2026-01-01", (3.0,)), ("c", None, (4.0,))):
         found = {"about": {"gpu": "SAMPLE", "utc": utc}, "records": [point | {"ms_p50": t} for t in times]}
@@ -543,7 +543,7 @@ def test_latencies_are_sorted_by_time_and_of_their_dtype():
 
 
 def test_compare_lists_the_slowest_first_and_failures_before_what_was_left_out(tmp_path):
-    """Slower ones first; a largest batch that shrank counts as slower, too."""
+    """Slower points come first. A smaller largest batch counts as slower."""
     common = {"bench": "linear", "op": "qkv", "dtype": "bfloat16"}
     old = [common | {"provider": p, "ms_p50": 10.0} for p in "abcdefg"] + [
         common | {"provider": "n", "largest_batch": 100}

@@ -41,7 +41,7 @@ if sys.argv[2] == "compile":
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """The process, the file that it wrote, and its last line."""
+    """(the process, the content of its file, the mode)."""
     out = tmp_path_factory.mktemp("roofline") / "out.json"
     try:
         triton.knobs.nvidia.ptxas  # noqa: B018 - looks for the binary
@@ -61,7 +61,7 @@ def test_counts_alone(done):
     (result,) = content["records"]
     assert result["card"] == "H100" and result["rates"].startswith("assumed")
     fwd = [x for x in result["kernels"] if x["mode"] == "fwd"]
-    assert not any("registers" in x for x in fwd) and sum(x["count"] for x in fwd) == 88  # 7 a block and 4
+    assert not any("registers" in x for x in fwd) and sum(x["count"] for x in fwd) == 88  # 7 per block, and 4
     for x in fwd:
         assert x["floor_us"] == pytest.approx(max(x["flops"] / 798e6, x["bytes"] / 3000e3))
     attention = next(x for x in fwd if x["kernel"] == "attention_fwd")
@@ -99,12 +99,12 @@ def test_compiled_figures_are_those_of_the_lock(done):
     assert found["programs"] == 64 * 197 / 4 and found["waves"] == pytest.approx(3152 / 132 / found["blocks_per_sm"])
 
 
-# ---- the parts, in this process, beside a stand-in for the compiler --------------------------------------------------
+# ---- the parts, in this process, with a mock of the compiler ---------------------------------------------------------
 
 
 @pytest.fixture
 def roofline(monkeypatch):
-    """The module; importing `benchmarks.compiled` would refuse, because the tests' process interprets."""
+    """The module, with a mock of `benchmarks.compiled`, which cannot be imported where kernels are interpreted."""
     stand_in = SimpleNamespace(compile_kernel=lambda *args: stand_in.result, figures=lambda result: result)
     monkeypatch.setitem(sys.modules, "benchmarks.compiled", stand_in)
     monkeypatch.setattr(benchmarks, "compiled", stand_in, raising=False)
@@ -140,13 +140,13 @@ def test_labels_and_tiles(roofline):
 
 
 def test_launches_that_differ_in_anything_are_lines_of_their_own(roofline):
-    """In the order of the first of each kind, with how often it comes."""
+    """Kinds are in the order of their first launch, with their counts."""
     a, b, c, d, e = launch(), launch(phase="bwd"), launch(grid=(1,)), launch(flops=5), launch(args={"BLOCK_N": 32})
     assert roofline.alike([c, a, b, a, d, e, c, a]) == [(c, 2), (a, 3), (b, 1), (d, 1), (e, 1)]
 
 
 def test_a_line_by_hand(roofline):
-    """33 registers round to 40 a thread: 51 warps, in fours 48, so 12 programs of 4 on a multiprocessor."""
+    """33 registers are rounded to 40 per thread. So 51 warps fit, in fours 48, or 12 programs of 4 warps."""
     rates = Ceilings(tflops=1.0, gbps=1000.0)
     roofline.stand_in.result = {"registers": 33, "spill": 8, "shared": 0, "warps": 4}
     found = roofline.line(launch(flops=7000, grid=(44, 3, 18)), 5, 90, rates, True)
@@ -155,7 +155,7 @@ def test_a_line_by_hand(roofline):
     assert (found["registers"], found["spill"], found["shared"]) == (33, 8, 0)
     assert (found["blocks_per_sm"], found["warps_per_sm"], found["programs"]) == (12, 48, 44 * 3 * 18)
     assert found["waves"] == pytest.approx(2376 / (132 * 12)) and found["last_wave"] == pytest.approx(0.5)
-    assert roofline.line(launch(), 1, 90, rates, True)["floor_us"] == pytest.approx(0.003)  # by its bytes
+    assert roofline.line(launch(), 1, 90, rates, True)["floor_us"] == pytest.approx(0.003)  # bound by bytes
     assert "registers" not in roofline.line(launch(), 1, 90, rates, False)
     assert "registers" not in roofline.line(Launch("addmm", "fwd", 1, 2, ()), 1, 90, rates, True)
     roofline.stand_in.result = {"registers": 32, "spill": 0, "shared": 233_000, "warps": 4}
@@ -187,7 +187,7 @@ def result(**more):
 
 
 def test_small_operations_share_a_line_and_ours_beside_eager(roofline):
-    """Below half a per cent of the mode's time, all launches of a kind together; our own kernels always have a line."""
+    """An operation is small if all its launches take less than 0.5 % of the time. Our kernels always have a line."""
     fit = {"registers": 9, "spill": 8, "shared": 7, "blocks_per_sm": 6, "warps_per_sm": 5}
     fit |= {"waves": 1.25, "last_wave": 0.25}
     kernels = [

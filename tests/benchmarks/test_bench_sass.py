@@ -1,4 +1,4 @@
-"""SASS written by hand: what is decoded, computed and moved, each with results worked out by hand."""
+"""Decoding and execution of SASS that is written by hand, with results worked out by hand."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ FREE = 7  # no scoreboard
 
 
 def program(text):
-    """Instructions as nvdisasm writes them. At the end of a line "; s4 w0 r1 m03": stall, barriers, wait mask."""
+    """Instructions in the format of nvdisasm. "; s4 w0 r1 m03" at the end of a line: stall, barriers, wait mask."""
     lines, address = ["\t.section\t.text.k"], 0
     for line in text.strip().splitlines():
         line, _, bits = line.strip().partition(";")
@@ -76,7 +76,7 @@ def test_parts():
 
 
 def launched(**words):
-    """Constants with the given words of bank 0, and three tensors at 1 << 40 and so on."""
+    """Constants with the given words of bank 0, and three tensors at multiples of 1 << 40."""
     return path.Constants({int(name[1:], 16): value for name, value in words.items()}, {1: 1000, 2: 1000, 3: 1000}, {})
 
 
@@ -130,7 +130,7 @@ def s(x):
         ("SGXT R9, R2, 0x9", 0xFFFF_FF23),
         ("SGXT.U32 R9, R2, 0x9", 0x123),
         ("HFMA2.MMA R9, -RZ, RZ, 1.875, 0", 0x3F80_0000),
-        ("I2F.U32 R9, 0x1000001", 0x4B80_0000),  # between two floats: to the even one, or up
+        ("I2F.U32 R9, 0x1000001", 0x4B80_0000),  # between two floats: rounds to even, or up
         ("I2F.U32.RP R9, 0x1000001", 0x4B80_0001),
         ("UIMAD UR9, R1, R2, R3\nMOV R9, UR9", (A * B + C) & W),
     ],
@@ -140,7 +140,7 @@ def test_arithmetic(text, want):
 
 
 def test_arithmetic_of_64_bits():
-    """Sums with two carries, products, and comparisons of upper halves."""
+    """Sums with two carries, products, and comparisons of the upper halves."""
     read = run(
         """
         IADD3 R10, P0, P1, R1, R1, R1
@@ -165,13 +165,13 @@ def test_arithmetic_of_64_bits():
     assert read("R15") << 32 | read("R14") == (5 << 32 | 7) + 6 * s(A)
     assert read("R17") << 32 | read("R16") == A * A - 1 and read("P3") == 1
     assert read("R23") << 32 | read("R22") == (3 * A - (2 << 32)) & ((1 << 64) - 1)  # A + 2 · its signed value
-    assert (read("P5"), read("P6")) == (0, 1)  # equal above, smaller below
+    assert (read("P5"), read("P6")) == (0, 1)  # upper halves equal, lower half smaller
     assert read("UR5") << 32 | read("UR4") == 1 << 32
 
 
 @pytest.mark.parametrize(("kind", "want"), [("LT", 100), ("LE", 110), ("GT", 1), ("GE", 11), ("EQ", 10), ("NE", 101)])
 def test_comparisons(kind, want):
-    for below in ("", ".EX"):  # of 64 bits: the lower halves decide only between equal upper ones
+    for below in ("", ".EX"):  # .EX: the lower halves decide if the upper ones are equal
         found = 0
         for a in (W, 0, 1):
             code = f"ISETP.{kind}.U32.AND P1, PT, R1, R2, PT\nISETP.{kind}.AND{below} P0, PT, R1, R2, PT, P1"
@@ -186,7 +186,7 @@ def test_predicates_as_bits_and_tables():
 
 
 def test_values_of_a_warp():
-    """Votes over its 32 threads; a uniform register has the value of the first thread that writes it."""
+    """A vote is over 32 threads. A uniform register gets the value of the first thread that writes it."""
     lanes = np.arange(128)
     read = run(
         "VOTEU.ANY UP0, P0\nVOTEU.ANY UP1, P1\nVOTE.ALL P2, P0\n@P0 R2UR UR5, R2",
@@ -199,7 +199,7 @@ def test_values_of_a_warp():
 
 @pytest.mark.parametrize(("a", "b"), [(7, 3), (W, 1), (W, W), (0, 5), (4_000_000_000, 7), (123_456_789, 12)])
 def test_division(a, b):
-    """The quotient from an estimate of the reciprocal, which the remainder corrects twice, as compilers do it."""
+    """As in compiled code, the remainder corrects the quotient twice, which is from an estimate of the reciprocal."""
     read = run(
         """
         I2F.U32.RP R4, R2
@@ -253,12 +253,12 @@ LOOP = """
 
 @pytest.mark.parametrize(("k", "trips"), [(1, 1), (64, 1), (65, 2), (768, 12)])
 def test_loops_end_and_masks_hold(k, trips):
-    """20 of 128 threads read 80 bytes from 4 below a sector on: four sectors; they write three."""
+    """20 of 128 threads read 80 bytes from 4 bytes before a sector, which is four sectors. They write three."""
     launch = launched(x210=0, x214=1 << 8, x220=k, x230=20)
     steps = path.walk(program(LOOP), launch, program=3)
     assert len(steps) == 7 + 5 * trips + 3
     loads = [step for step in steps if step.instruction.base == "LDG"]
-    assert [(step.bytes, step.tensor) for step in loads] == [(4 * 32, 0)] * trips  # one address lies below the tensor
+    assert [(step.bytes, step.tensor) for step in loads] == [(4 * 32, 0)] * trips  # one address is before the tensor
     (store,) = (step for step in steps if step.instruction.base == "STG")
     assert (store.bytes, store.tensor, store.clocks) == (3 * 32, 1, 20 * 4 / 128)
     assert path.loops(steps) == {0xB0: (5, trips)}

@@ -1,4 +1,4 @@
-"""`benchmarks.tune`: what it refuses, what it prints; rehearsed without a GPU."""
+"""`benchmarks.tune` without a GPU: candidates, choice and output."""
 
 import dataclasses
 import itertools
@@ -47,13 +47,13 @@ def test_candidates_begin_with_the_pinned_one(arch):
 
 def test_candidates_are_what_can_run():
     found = all_candidates(90)
-    assert Config(128, 256, 64, 8, 8, 3, 4) in found["mlp"]  # what kernels.md compiled without spills
+    assert Config(128, 256, 64, 8, 8, 3, 4) in found["mlp"]  # compiles without spills
     assert Config(128, 256, 64, 8, 4, 3, 2, warp_specialize=True) in found["mlp"]
-    assert Config(128, 256, 64, 8, 4, 3, 2) not in found["mlp"]  # 256 accumulators a thread
+    assert Config(128, 256, 64, 8, 4, 3, 2) not in found["mlp"]  # 256 accumulators per thread
     assert not any(c.warp_specialize for c in all_candidates(80)["mlp"])
     for c in found["mlp"]:
         assert 2 * c.num_stages * (c.block_m + c.block_n) * c.block_k <= 232_448
-    assert {c.block_n for c in found["layer_norm"]} == {1024}  # a row is held whole
+    assert {c.block_n for c in found["layer_norm"]} == {1024}  # a whole row
 
 
 def test_the_nearest_are_tried_first():
@@ -89,7 +89,7 @@ FIRST, OTHER, THIRD = (Config(block_m=m, block_n=256, num_warps=4) for m in (2, 
 
 
 def trial_of(device, ours):
-    """LayerNorm of 9 rows by ``ours(config now, x, weight, bias)``."""
+    """A trial of LayerNorm with 9 rows that calls ``ours(current config, x, weight, bias)``."""
 
     def run(x, weight, bias, impl):
         return ours(configs.layer_norm(0, 192), x, weight, bias)
@@ -110,7 +110,7 @@ def log_of(path, **about):
 
 @pytest.fixture
 def fake_times(monkeypatch):
-    """Milliseconds by configuration instead of a clock; ``seen``: the configuration of each call."""
+    """(configurations of the calls, milliseconds by configuration), which replaces the clock."""
     seen, ms = [], {}
 
     def milliseconds(fns, device, **_):
@@ -128,7 +128,7 @@ def test_fastest_that_is_right_is_chosen(device, tmp_path, fake_times):
         y = layer_norm(config, *args)
         return y * 1.01 if config == THIRD else y
 
-    times |= {FIRST: 2.0, OTHER: 1.0, THIRD: 0.1}  # the fastest one is wrong
+    times |= {FIRST: 2.0, OTHER: 1.0, THIRD: 0.1}  # THIRD is wrong
     log = log_of(tmp_path / "tune.json")
     trial = trial_of(device, ours)
     winner, ms, before = tune.tune("layer_norm", trial, [FIRST, OTHER, THIRD], {}, log)
@@ -162,7 +162,7 @@ def test_wrong_pinned_configuration_ends_it(device, tmp_path):
 
 @pytest.mark.parametrize("name", ["attention_bwd", "layer_norm"])
 def test_rehearsal_of_tuning(device, tmp_path, name):
-    """The real ops, interpreted, timed by the clock: the candidate reaches the kernel and is right."""
+    """The interpreted ops are timed. The candidate reaches the kernel and is right."""
     target, shape = tune.TARGETS[name], Shape("vit_tiny_patch16_224", 1, 32)
     trial = tune.Trial(target, shape, torch.float32, device)
     found = candidates(target.function, 0, shape, torch.float32, target.role)
@@ -174,7 +174,7 @@ def test_rehearsal_of_tuning(device, tmp_path, name):
 
 
 def test_cublas_stands_beside_the_candidates(device, tmp_path, monkeypatch, capsys):
-    """However fast it is, it is never the configuration that is chosen."""
+    """cuBLAS is never chosen, however fast it is."""
     target = tune.TARGETS["gemm_fc1"]
     trial = tune.Trial(target, Shape("vit_tiny_patch16_224", 1, 32), torch.float32, device)
     pinned, erf = tune.of_target(target, 0, trial.shape, torch.float32)[:2]
@@ -187,7 +187,7 @@ def test_cublas_stands_beside_the_candidates(device, tmp_path, monkeypatch, caps
     assert capsys.readouterr().out.splitlines()[-1].split() == ["cublas", "0.1", f"{flops / 1e8:.4g}", "20.000x"]
 
 
-# ---- compiling, in processes of its own ------------------------------------------------------------------------------
+# ---- compiling, in separate processes --------------------------------------------------------------------------------
 
 COMMAND = """
 import os, sys
@@ -207,7 +207,7 @@ if __name__ == "__main__":
 
 @pytest.mark.skipif(not os.environ.get("THOROUGH"), reason="compiles for 15 seconds; THOROUGH=1 runs it")
 def test_command_without_a_gpu(tmp_path):
-    """A table; what spills, does not compile or crashes the compiler is dropped."""
+    """It prints a table, and drops what spills, does not compile or crashes the compiler."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     script = tmp_path / "command.py"
@@ -231,7 +231,7 @@ def test_command_without_a_gpu(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_no_candidate_is_beyond_what_a_program_can_have(arch, dtype):
-    """Worked out anew: powers of two; accumulators and elements of a thread; shared memory of all stages."""
+    """Blocks are powers of two. Accumulators and elements per thread and shared memory have limits."""
     size = 2 if dtype is torch.bfloat16 else 4
     for name, found in all_candidates(arch, dtype).items():
         target = tune.TARGETS[name]
@@ -256,7 +256,7 @@ def test_no_candidate_is_beyond_what_a_program_can_have(arch, dtype):
 
 
 def test_forms_that_are_new_come_before_all_others_but_the_pinned_one():
-    """And what differs in more fields comes later, in every target."""
+    """In every target, candidates that differ in more fields come later."""
     for name, found in all_candidates(90).items():
         first = dataclasses.astuple(found[0])
         differs = [
@@ -275,7 +275,7 @@ def test_fc1_is_tried_with_both_gelus_side_by_side():
 
 
 def test_what_each_target_times():
-    """The mode, the role and the path that show how good a configuration is."""
+    """(function, op, mode, role, impl) of each target."""
     found = {name: (t.function, t.bench.op, t.mode, t.role, t.impl) for name, t in tune.TARGETS.items()}
     assert found == {
         "mlp": ("gemm", "mlp", "full", None, "auto"),
@@ -294,11 +294,11 @@ def test_what_each_target_times():
     }
 
 
-# ---- more of the choice, by a clock that is told ---------------------------------------------------------------------
+# ---- more of the choice, with a fake clock ---------------------------------------------------------------------------
 
 
 def fake_trial(configs_now):
-    """A trial that is right and takes no time: a call says which configuration it is of."""
+    """A trial that is right and takes no time. A call returns its configuration."""
     trial = tune.Trial.__new__(tune.Trial)
     inputs = lambda s, rand: {"x": rand(1)}  # noqa: E731
     work = lambda s, e: {"fwd": Work(6e9, 1), "bwd": Work(0, 1)}  # noqa: E731
@@ -311,7 +311,7 @@ def fake_trial(configs_now):
 
 
 def clock(monkeypatch, ms):
-    """``ms``: of each configuration in the first round, or (first, final)."""
+    """``ms`` of each configuration: a number, or (first round, final round)."""
     asked = []
 
     def milliseconds(fns, device, **how):
@@ -321,7 +321,7 @@ def clock(monkeypatch, ms):
         return {name: [t[final] if isinstance(t, tuple) else t] * 3 for name, t in found.items()}
 
     monkeypatch.setattr(tune, "milliseconds", milliseconds)
-    monkeypatch.setattr(tune, "release", lambda device: None)  # which takes its time
+    monkeypatch.setattr(tune, "release", lambda device: None)  # slow
     return asked
 
 
@@ -329,7 +329,7 @@ SEVERAL = [Config(block_m=m, block_n=256, num_warps=4) for m in (1, 2, 4, 8, 16,
 
 
 def test_the_best_three_are_timed_once_more_beside_the_pinned_one(monkeypatch, tmp_path, capsys):
-    """The end decides, and not the short first round."""
+    """The final round decides, not the short first one."""
     first, second, third, fourth, fifth, sixth = SEVERAL
     ms = {first: 4.0, second: 5.0, third: (2.0, 3.0), fourth: (1.0, 3.5), fifth: (3.0, 2.5), sixth: (3.9, 0.1)}
     asked, log = clock(monkeypatch, ms), log_of(tmp_path / "tune.json")
@@ -380,12 +380,12 @@ def test_an_error_of_a_candidate_or_the_end_of_the_time_leaves_the_rest(monkeypa
     assert [r.get("skipped") for r in late.records] == [None, "budget", None] and late.ok
 
 
-# ---- the command, without its compiler -------------------------------------------------------------------------------
+# ---- the command without the compiler --------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def command(monkeypatch):
-    """`python -m benchmarks.tune` where kernels are not interpreted and there is no GPU: what would be compiled."""
+    """`python -m benchmarks.tune` without a GPU and without the interpreter: returns what would be compiled."""
     asked = []
 
     def compiles(name, shape, dtype, found, arch, jobs, seconds):

@@ -1,6 +1,6 @@
-"""`make gpu`, rehearsed without a GPU: every stage runs and writes its records, and what is wrong is told.
+"""`make gpu` rehearsed without a GPU: every stage runs and writes its records, and failures are reported.
 
-The rehearsal proves the script; that its judgements can fail is proven here, too, with results that are wrong.
+Wrong results show that the checks of the stages can fail.
 """
 
 import functools
@@ -38,7 +38,7 @@ def records(path: Path) -> list[dict]:
 # ---- the rehearsal ---------------------------------------------------------------------------------------------------
 
 
-# One worker of xdist for all that asks for it: it is made once.
+# All tests of the rehearsal run in one worker of xdist, so it runs once.
 one_worker = pytest.mark.xdist_group("rehearsal")
 
 
@@ -141,7 +141,7 @@ sys.exit(run(stages | {"late": Stage("stages:fine", 1e6)}, Path(sys.argv[1]), 40
     assert summary == dict.fromkeys(summary, "FAILED") | {"fine": "ok", "late": "not run: budget"}
 
 
-# ---- the judgements can fail -----------------------------------------------------------------------------------------
+# ---- the checks can fail ---------------------------------------------------------------------------------------------
 
 
 def test_one_bit_is_seen():
@@ -167,7 +167,7 @@ def test_nan_bands_surround_every_row():
 
 
 class _Elsewhere(cases.Case):
-    """A LayerNorm that reads the neighbouring sample, as one whose offset overflowed would."""
+    """A LayerNorm that reads the neighbouring sample, as after an overflow of its offset."""
 
     @property
     def ours(self):
@@ -205,7 +205,7 @@ def test_what_the_sanitizer_says_belongs_to_an_op(tmp_path):
 
 
 def test_training_with_a_wrong_gradient_is_seen():
-    """LayerScale's γ learns in the wrong direction: the loss hardly changes, and still by far more than rounding."""
+    """γ of LayerScale has the wrong sign in its gradient. The loss changes little, but far more than by rounding."""
     config = ViTConfig(
         img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=2, mlp_ratio=2.0, num_classes=10, init_values=0.5
     )
