@@ -1,4 +1,4 @@
-"""What the stages run: every op and small models, their gradients, and how two results are compared."""
+"""The ops and small models that the stages run, their gradients, and the comparison of bits."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def synchronize(device: torch.device) -> None:
 
 
 def half(rehearse: bool) -> torch.dtype:
-    """bf16; in a rehearsal fp32, because Triton's own interpreter computes bf16 wrongly."""
+    """bf16, but fp32 in a rehearsal, because Triton's own interpreter computes bf16 wrongly."""
     return torch.float32 if rehearse else torch.bfloat16
 
 
 @dataclasses.dataclass
 class Case:
-    """One op and its arguments; every tensor wants a gradient."""
+    """One op and its arguments. Every tensor requires grad."""
 
     op: str
     tensors: dict[str, Tensor]
@@ -48,7 +48,7 @@ class Case:
 
     @functools.cached_property
     def cotangents(self) -> list[Tensor]:
-        """The same for every call; as many as the op has outputs with a gradient."""
+        """One for each output with a gradient, the same for every call."""
         with torch.no_grad():
             outs = as_tuple(self.ours(**self.tensors))
         generator = torch.Generator().manual_seed(0)
@@ -60,7 +60,7 @@ class Case:
 
 
 def op_cases(device: torch.device, rehearse: bool, head_dim: int = 0, heads: int = 12, batch: int = 8) -> list[Case]:
-    """Every op at the shapes of a ViT in bf16; ViT-B by default, tiny and fp32 in a rehearsal."""
+    """Every op at the shapes of a ViT in bf16, by default ViT-B. A rehearsal uses tiny shapes and fp32."""
     batch, grid, patch = (1, 2, 4) if rehearse else (batch, 14, 16)
     head_dim, heads = (head_dim or 16, 1) if rehearse else (head_dim or 64, heads)
     tokens, dim = 1 + grid * grid, head_dim * heads
@@ -108,7 +108,7 @@ def small_model(device: torch.device, rehearse: bool, impl: str = "triton") -> t
 
 
 def model_results(model: torch.nn.Module, image: Tensor, cotangent: Tensor) -> list[Tensor]:
-    """Logits, gradient of the image and of every parameter; nothing of the graph stays alive."""
+    """Logits, and gradients of the image and of every parameter, detached from the graph."""
     image = image.detach().clone().requires_grad_()
     out = model(image)
     return [out.detach(), *torch.autograd.grad(out, [image, *model.parameters()], cotangent)]
@@ -118,18 +118,18 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits_differ(a: Tensor, b: Tensor) -> Tensor:
-    """Whether any bit does, as a tensor on the device: nothing waits for the answer."""
+    """Whether any bit differs, as a tensor on the device, without synchronisation."""
     kind = _BITS[a.element_size()]
     return (a.contiguous().view(kind) != b.contiguous().view(kind)).any()
 
 
 def same_bits(expected: Sequence[Tensor], repeats: Sequence[Sequence[Tensor]] | Any) -> dict[str, Any]:
-    """A record: every repeat has the bits of ``expected``, which are finite. ``repeats`` may be a generator."""
+    """A record, which is ok if every repeat has the bits of ``expected`` and these are finite."""
     differing, times = torch.zeros(len(expected), dtype=torch.int64, device=expected[0].device), 0
     for times, again in enumerate(repeats, start=1):  # noqa: B007 (the number of repeats is wanted)
         differing += torch.stack([bits_differ(a, b) for a, b in zip(expected, again, strict=True)])
     finite = bool(torch.stack([t.isfinite().all() for t in expected]).all())
-    counts = differing.tolist()  # waits for the device
+    counts = differing.tolist()  # synchronises
     return {
         "ok": finite and not any(counts), "times": times, "count": len(expected), "finite": finite,
         "differing": {i: n for i, n in enumerate(counts) if n},

@@ -1,6 +1,6 @@
-"""The same bits: run after run, in poisoned memory, beside other work, and as views into buffers of NaN.
+"""The same bits in every run, in memory filled with NaN, beside other work, and as views into buffers of NaN.
 
-Every op runs by our kernels alone (``impl="triton"``), so that a difference is theirs.
+Every op runs only our kernels (``impl="triton"``), so a difference comes from them.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def _again(run: Callable[[], list[Tensor]], times: int) -> dict:
 
 
 def race(log: Log, rehearse: bool) -> None:
-    """250 times in fresh memory that held NaN, at another offset each time, while a second stream keeps the GPU busy.
+    """250 runs in new memory filled with NaN, each at another offset, while a second stream keeps the GPU busy.
 
-    Nothing waits between the runs, so that kernels of consecutive ones can meet, too.
+    There is no synchronisation between the runs, so kernels of consecutive runs can overlap.
     """
     device, times = cases.device(rehearse), 2 if rehearse else 250
     for case in cases.op_cases(device, rehearse):
@@ -52,13 +52,13 @@ def _raced(case: cases.Case, times: int) -> dict:
 
 
 def _at_offset(t: Tensor, offset: int) -> Tensor:
-    """A copy that starts ``offset`` elements into a new buffer of NaN; 16 elements keep the alignment of 16 bytes."""
+    """A copy from element ``offset`` of a new buffer of NaN. A multiple of 16 keeps an alignment of 16 bytes."""
     buffer = torch.full((t.numel() + 2 * offset,), float("nan"), dtype=t.dtype, device=t.device)
     return buffer[offset : offset + t.numel()].view(t.shape).copy_(t)
 
 
 class _Busy:
-    """Matrix products on a stream of their own."""
+    """Matrix products on a separate stream."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream() if device.type == "cuda" else None
@@ -75,8 +75,8 @@ class _Busy:
 
 
 def nan_bands(log: Log, rehearse: bool) -> None:
-    """Inputs and cotangents as views into buffers of NaN, outputs in memory of NaN: nothing beyond the edges is read,
-    nothing inside them is left unwritten."""
+    """Inputs and cotangents are views into buffers of NaN, and outputs are filled with NaN. So a read beyond an edge
+    or an element that is not written shows."""
     for case in cases.op_cases(cases.device(rehearse), rehearse):
         log.attempt(lambda case=case: _banded(case), op=case.op)
 
@@ -90,9 +90,9 @@ def _banded(case: cases.Case) -> dict:
 
 
 def _in_nans(t: Tensor) -> Tensor:
-    """A copy inside a buffer of NaN: rows in front and behind, 16 elements left and right of every row.
+    """A copy inside a buffer of NaN, with a row before and after it and 16 elements left and right of every row.
 
-    Rows stay equally far apart, so that no op copies the view, and aligned, so that the kernel is the same.
+    Rows have one stride, so no op copies the view. They are aligned, so the kernel is the same.
     """
     width = t.shape[-1]
     buffer = torch.full((t.numel() // width + 2, width + 32), float("nan"), dtype=t.dtype, device=t.device)
@@ -104,7 +104,7 @@ def _in_nans(t: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def nan_outputs() -> Iterator[None]:
-    """Fills what torch.empty returns with NaN, so that an element that a kernel leaves unwritten shows."""
+    """Makes torch.empty fill its result with NaN, so that an element that a kernel does not write shows."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:

@@ -1,7 +1,7 @@
-"""Large: more than 2³¹ elements in a tensor, more than 65,535 heads in a batch.
+"""Tensors of more than 2³¹ elements, and batches of more than 65,535 heads.
 
-The cotangent is zero but for a few samples of the batch: the first, the last, and those where a 32-bit offset would
-overflow. So these alone decide every gradient, also those of weights, and the reference needs to see no others.
+The cotangent is zero except for a few samples of the batch: the first, the last, and those where a 32-bit offset
+overflows. So only these determine the gradients, also those of weights, and the reference runs only these.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from benchmarks.harness import as_tuple
 from benchmarks.log import Log, name_of
 from vit.testing import relative_error
 
-# rms of bf16 results against fp32 ones of the same inputs: a rounding is 0.002, gradients see several, and a sample
-# that was read from or written to another place is off by 1 and more.
+# Largest rms error of bf16 results against fp32. One rounding is 0.002, and gradients have several. A sample at a wrong
+# address has an error of 1 or more.
 LIMIT = 0.02
 
 
 def heads(log: Log, rehearse: bool) -> None:
-    """70,000 heads in a batch: more than a grid's second and third dimension take."""
+    """70,000 heads in a batch exceed the second and third dimension of a grid."""
     rand = functools.partial(torch.randn, device=cases.device(rehearse), dtype=cases.half(rehearse))
     for batch, head_count in ((5, 2), (9, 1)) if rehearse else ((4375, 16), (70_000, 1)):
         tokens, head_dim = (5, 16) if rehearse else (65, 64)
@@ -47,7 +47,7 @@ def large(log: Log, rehearse: bool) -> None:
 
 
 def _large(op: str, rehearse: bool) -> dict:
-    """The shapes of a ViT-B and 14,400 images, made for one op at a time: 20 to 45 GB at work."""
+    """The shapes of a ViT-B and 14,400 images, for one op at a time, which takes 20 to 45 GB."""
     device = cases.device(rehearse)
     batch, grid, dim, patch = (4, 2, 32, 8) if rehearse else (14_400, 14, 768, 16)
     tokens, head_count = 1 + grid * grid, dim // (16 if rehearse else 64)
@@ -76,11 +76,11 @@ def _large(op: str, rehearse: bool) -> dict:
 
 
 def _check_samples(case: cases.Case, batched: list[str], also: list[int]) -> dict:
-    """Runs the op on everything, and compares what a few samples got with the reference of these alone.
+    """Runs the op on all samples, and compares a few with the reference of only these.
 
     Args:
-        case: whose ``batched`` tensors, and outputs, have samples in their first dimension.
-        also: samples to look at besides the first, the last and those that contain element 2³¹ or 2³².
+        case: its ``batched`` tensors and its outputs have samples in their first dimension.
+        also: samples to check besides the first, the last and those with element 2³¹ or 2³².
     """
     leaves = {k: t.requires_grad_() for k, t in case.tensors.items()}
     first = leaves[batched[0]]

@@ -1,4 +1,4 @@
-"""The same bits however the code is run: on another stream, from a CUDA graph, checkpointed, compiled."""
+"""The same bits on another stream, from a CUDA graph, with checkpointing, and compiled."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from benchmarks.log import Log
 from vit.cuda_graph import Graph, capture, graph
 from vit.testing import relative_error
 
-IMPLS = ("triton", "auto")  # every product by our kernel; plain ones by cuBLAS
+IMPLS = ("triton", "auto")  # our kernel runs every product; cuBLAS runs plain ones
 
 
 def streams(log: Log, rehearse: bool) -> None:
-    """Every op on a side stream, where its inputs arrive late: a kernel on any other stream would read NaN."""
+    """Every op runs on a side stream that writes its inputs late. A kernel on another stream would read NaN."""
     device = cases.device(rehearse)
     for case in cases.op_cases(device, rehearse):
         log.attempt(functools.partial(_on_side_stream, case, device), op=case.op)
@@ -34,7 +34,7 @@ def _on_side_stream(case: cases.Case, device: torch.device) -> dict:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        torch.cuda._sleep(100_000_000)  # cycles: some 50 ms, longer than all launches take
+        torch.cuda._sleep(100_000_000)  # cycles, about 50 ms, longer than all launches
         for k, t in late.items():
             t.copy_(case.tensors[k])
         found = case.results(tensors=late)
@@ -43,7 +43,7 @@ def _on_side_stream(case: cases.Case, device: torch.device) -> dict:
 
 
 def graphs(log: Log, rehearse: bool) -> None:
-    """A small ViT, captured once, replayed with other images: its forward, forward and backward, and `vit.graph`."""
+    """A small ViT is captured once and replayed with other images: forward, forward + backward, and `vit.graph`."""
     device = cases.device(rehearse)
     for impl in IMPLS:
         for mode in ("fwd", "full"):
@@ -73,7 +73,7 @@ def _replayed(device: torch.device, rehearse: bool, impl: str, mode: str) -> dic
 
 
 def _through_vit_graph(device: torch.device, rehearse: bool, impl: str) -> dict:
-    """As a user calls it: what one call returned stays what it is while the next replays."""
+    """The next replay does not change the result of a call."""
     model, image, _ = cases.small_model(device, rehearse, impl)
     others = [torch.randn_like(image) for _ in range(2)]
     with torch.no_grad():
@@ -83,7 +83,7 @@ def _through_vit_graph(device: torch.device, rehearse: bool, impl: str) -> dict:
 
 
 def checkpoint(log: Log, rehearse: bool) -> None:
-    """Every block recomputed in the backward, by both kinds of `torch.utils.checkpoint`."""
+    """The backward recomputes every block, with both kinds of `torch.utils.checkpoint`."""
     device = cases.device(rehearse)
     for impl in IMPLS:
         for reentrant in (True, False):
@@ -93,16 +93,16 @@ def checkpoint(log: Log, rehearse: bool) -> None:
 
 def _checkpointed(device: torch.device, rehearse: bool, impl: str, reentrant: bool) -> dict:
     model, image, cotangent = cases.small_model(device, rehearse, impl)
-    calls: list[object] = []  # of a block's forward, the recomputed ones among them
+    calls: list[object] = []  # of the forwards of blocks, also recomputed ones
     for block in model.blocks:
-        block.forward = functools.partial(_counted, block.forward, calls)  # a block of another forward sees all tokens
+        block.forward = functools.partial(_counted, block.forward, calls)  # makes the last block compute all tokens
     expected = cases.model_results(model, image, cotangent)
     calls.clear()
     for block in model.blocks:
         block.forward = functools.partial(recomputed, block.forward, use_reentrant=reentrant)
     image = image.clone().requires_grad_()
     out = model(image)
-    out.backward(cotangent)  # the reentrant kind knows nothing of autograd.grad
+    out.backward(cotangent)  # the reentrant kind does not support autograd.grad
     found = [out.detach(), image.grad, *(p.grad for p in model.parameters())]
     record = cases.same_bits(expected, [found])
     again = len(calls) - len(model.blocks)
@@ -115,9 +115,9 @@ def _counted(forward: Callable, calls: list[object], *args: object) -> object:
 
 
 def compiled(log: Log, rehearse: bool) -> None:
-    """torch.compile without a graph break. Our ops keep their bits; what Inductor makes of the rest may round apart.
+    """torch.compile without a graph break. With ``impl="triton"`` the bits do not change.
 
-    With ``impl="auto"`` Inductor picks the plain products, so there the errors are compared, not the bits.
+    With ``impl="auto"`` Inductor chooses the plain products, so there the error is compared, not the bits.
     """
     device = cases.device(rehearse)
     runs = [("aot_eager", "triton"), ("inductor", "triton"), ("inductor", "auto")]

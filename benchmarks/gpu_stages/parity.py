@@ -1,4 +1,4 @@
-"""Right at all: every op once, the kernel tests compiled, and ViT-B/16 against `vit.reference`."""
+"""Correct results: every op once, the kernel tests compiled, and ViT-B/16 against `vit.reference`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OP_TESTS = ("patch_embed", "layer_norm", "linear", "mlp", "attention")
 
 
 def smoke(log: Log, rehearse: bool) -> None:
-    """One launch of every kernel, forward and backward, head_dim 64 and 80."""
+    """Every op once, forward and backward, with head_dim 64 and 80."""
     device = cases.device(rehearse)
     for head_dim, heads in ((64, 12), (80, 16)):
         for case in cases.op_cases(device, rehearse, head_dim, heads):
@@ -38,11 +38,11 @@ def _once(case: cases.Case, device: torch.device) -> dict[str, Any]:
 
 
 def ops(log: Log, rehearse: bool) -> None:
-    """The kernel tests, one file after another; several processes, because most of the time is compilation."""
+    """The kernel tests, file by file, in several processes, because compilation takes most of the time."""
     workers = ["-n", str(min(os.cpu_count() or 1, 8))] if importlib.util.find_spec("xdist") else []
     for op in OP_TESTS[1:2] if rehearse else OP_TESTS:
         command = [sys.executable, "-m", "pytest", f"tests/kernels/test_{op}.py", "-q", "--tb=short", *workers]
-        command.append("--basetemp=.pytest-tmp-ops")  # not that of a test run which this is a part of
+        command.append("--basetemp=.pytest-tmp-ops")  # not that of a surrounding test run
         if rehearse:
             command += ["-k", "bad_", "-n", "0"] if workers else ["-k", "bad_"]
         start = time.perf_counter()
@@ -56,7 +56,7 @@ def ops(log: Log, rehearse: bool) -> None:
 
 
 def whole_model(log: Log, rehearse: bool) -> None:
-    """Logits and every gradient of ViT-B/16, each tensor judged by the policy for whole models."""
+    """The policy for whole models judges the logits and every gradient of ViT-B/16."""
     device = cases.device(rehearse)
     name = "vit_tiny_patch16_224" if rehearse else "vit_base_patch16_224"
     small = {"img_size": 32, "depth": 1, "num_classes": 10, "impl": "triton"} if rehearse else {}

@@ -1,4 +1,4 @@
-"""Models of timm and transformers, accelerated: the output and every gradient against themselves in fp64."""
+"""Accelerated models of timm and transformers: output and every gradient against the same model in fp64."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vit.commands.parity import CannotStart
 from vit.commands.parity import library as import_library
 from vit.testing.parity import copies, enough_draws, example, parity, widen
 
-# Library, its name of the model, and the name and fields of the same architecture in this package.
+# Library, its name of the model, and name and fields of the same architecture in this package.
 MODELS = (
     ("timm", "vit_base_patch16_224", "vit_base_patch16_224", {}),
     ("transformers", "ViT-B/16", "vit_base_patch16_224", {"norm_eps": 1e-12}),
@@ -25,7 +25,7 @@ TINY = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 1, "num_head
 
 
 def peers(log: Log, rehearse: bool) -> None:
-    """Where a library is not installed, this package's own model of the architecture stands against its reference."""
+    """If a library is not installed, this package's own model is compared with its reference instead."""
     device, impl = cases.device(rehearse), "triton" if rehearse else "auto"
     for library, name, *own in MODELS[:1] if rehearse else MODELS:
         for dtype in (torch.float32,) if rehearse else (torch.bfloat16, torch.float16):

@@ -1,7 +1,7 @@
-"""compute-sanitizer: every op once, at one shape, under memcheck and racecheck.
+"""Every op once, at one shape, under memcheck and racecheck of compute-sanitizer.
 
-The ops run in a process of their own, ``python -m benchmarks.gpu_stages.sanitizer``, one a line between markers, so
-that what the tool says belongs to an op.
+The ops run in a separate process, ``python -m benchmarks.gpu_stages.sanitizer``. It prints a marker before and after
+each op, so each message of the tool belongs to an op.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from benchmarks.log import ROOT, Log
 
 BEGIN, DONE = "@@ begin ", "@@ done "
 SECONDS = {"memcheck": 40, "racecheck": 50}
-FIXED = ("COMPUTE-SANITIZER", "ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 0 hazards")  # what it says of no fault
+FIXED = ("COMPUTE-SANITIZER", "ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 0 hazards")  # messages that are no faults
 
 
 def sanitizer(log: Log, rehearse: bool) -> None:
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     for check, seconds in SECONDS.items():
         if rehearse and check == "memcheck":
-            command = []  # the ops and the reading of their output, without the tool
+            command = []  # without the tool
         elif tool is None:
             log.add(ok=True, tool=check, skipped="compute-sanitizer is not installed")
             continue
-        else:  # API errors that torch asks for on purpose are none of ours
+        else:  # torch causes API errors on purpose
             command = [tool, "--tool", check, "--report-api-errors", "no"]
         command += [sys.executable, "-m", __name__, str(seconds), *(["tiny"] if rehearse else [])]
         _run(log, check, command)
 
 
 def _run(log: Log, check: str, command: list[str]) -> None:
-    # A cudaMalloc for each tensor, so that memcheck knows where it ends.
+    # One cudaMalloc for each tensor, so that memcheck finds accesses beyond its end.
     env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     with tempfile.TemporaryFile("w+") as output:
         code = subprocess.run(command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT).returncode
@@ -62,7 +62,7 @@ def _run(log: Log, check: str, command: list[str]) -> None:
 
 
 def _child() -> None:
-    """Ends itself after some seconds: nobody outlives the stage, and what was printed stays."""
+    """Runs the ops. It exits after some seconds, so that it does not outlive the stage and its output is kept."""
     faulthandler.dump_traceback_later(int(sys.argv[1]), exit=True)
     rehearse = "tiny" in sys.argv
     from benchmarks.gpu_stages import cases

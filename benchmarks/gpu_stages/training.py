@@ -1,14 +1,14 @@
-"""1,000 steps of training, ours beside eager PyTorch: do the loss curves agree.
+"""1,000 steps of training: our loss curve must agree with that of eager PyTorch.
 
-The task is made on the device: noisy gratings, whose orientation is the class. AdamW on fp32 copies of the weights; the
-model computes in bf16, and in fp32.
+The images are generated on the device: noisy gratings, whose orientation is the class. AdamW updates fp32 copies of the
+weights. The model computes in bf16, and in fp32.
 
-Judged as everything else is (`vit.testing`), against fp64 and beside eager PyTorch's own error: eager trains once in
-fp64, and our loss curve may be `FACTOR` times as far from that one as eager's in the same dtype is, or `FLOOR` of the
-first loss, whichever is more. The factor is 2 for what the policy lets an fp32 op err beside eager, times 2 for chance,
-because rounding errors grow from step to step and each distance is a single draw. Compared are means over windows of
-steps, the root mean square over all windows, because one step's loss is the noise of its batch. What that catches in
-fp32 is small: a LayerScale that learns in the wrong direction (`tests/benchmarks/test_gpu_script.py`).
+As in `vit.testing`, the limit is a multiple of eager PyTorch's error against fp64. Eager also trains in fp64. The
+distance of our curve from that one may be `FACTOR` times that of eager in the same dtype, or `FLOOR` of the first loss
+if that is more. The factor is 2, as for an fp32 op, times 2 for chance, because rounding errors grow with the steps and
+each distance is a single draw. The distance is the rms of differences between means over windows of steps, because the
+loss of one step depends on its batch. In fp32 this detects a LayerScale with the wrong sign in its gradient
+(`tests/benchmarks/test_gpu_script.py`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def training(log: Log, rehearse: bool) -> None:
 
 
 def verdict(ours: list[float], eager: list[float], exact: list[float]) -> dict:
-    """Whether ours is about as near to exact as eager is; NaN fails."""
+    """Whether ours is about as close to exact as eager is. NaN fails."""
     distance, distance_eager = _distance(ours, exact), _distance(eager, exact)
     limit = max(FACTOR * distance_eager, FLOOR * exact[0])
     return {"ok": distance <= limit, "distance": distance, "distance_eager": distance_eager, "limit": limit}
@@ -64,7 +64,7 @@ def _distance(a: list[float], b: list[float]) -> float:
 
 
 def train(model: torch.nn.Module, dtype: torch.dtype, steps: int, batch: int) -> list[float]:
-    """The loss of every step of ``model``, which computes in ``dtype``; the batches depend on the step alone."""
+    """The loss of every step of ``model``, which computes in ``dtype``. The batch depends only on the step."""
     wide = torch.promote_types(dtype, torch.float32)
     masters = [p.detach().to(wide, copy=True) for p in model.parameters()]
     params = list(model.to(dtype).parameters())
@@ -83,7 +83,7 @@ def train(model: torch.nn.Module, dtype: torch.dtype, steps: int, batch: int) ->
 
 
 def gratings(batch: int, size: int, seed: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images [batch, 3, size, size] of waves of any phase and length under noise, and the class of their direction."""
+    """Images [batch, 3, size, size] of noisy waves of any phase and length, and the class of their direction."""
     generator = torch.Generator(device).manual_seed(seed)
     label = torch.randint(CLASSES, (batch,), generator=generator, device=device)
     phase, length = torch.rand(2, batch, 1, 1, generator=generator, device=device)
