@@ -1,10 +1,9 @@
-"""``make bench``: how fast every kernel and every model is, beside what one would use instead, and beside the floor.
+"""``make bench``: the speed of every kernel and model, compared with alternatives and with the floor.
 
-On a GPU: the card's own matrix rate and copy bandwidth, then whole models, then each op, most wanted first. Each file
-of results has a process of its own and is whole after every record, so a run that is cut short keeps what it has:
-``benchmarks/results/<gpu>/bench_<name>.json``. A run of only some points writes to ``build/bench/<gpu>/`` instead.
-``--rehearse`` runs the same code without a GPU, small, in fp32, into ``build/``: it proves the script and measures
-nothing.
+It measures the card's matrix rate and copy bandwidth, then whole models, then each op, the most important first. Each
+file of results, ``benchmarks/results/<gpu>/bench_<name>.json``, is written by a separate process. It is complete after
+every record, so an interrupted run keeps its results. A run of only some points writes to ``build/bench/<gpu>/``.
+``--rehearse`` runs the same code without a GPU on small shapes in fp32 and writes to ``build/``. It tests the script.
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ from benchmarks.log import folder_of
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="4 minutes instead of 10: fewer shapes, nothing tuned")
+    parser.add_argument("--quick", action="store_true", help="4 minutes instead of 10: fewer shapes, no max-autotune")
     for name, what in (
         ("op", "mlp, attention, residual_layer_norm, vit, …"),
-        ("shape", "vit_base_patch16_224/b256, say"),
+        ("shape", "vit_base_patch16_224/b256, …"),
         ("provider", "ours, sdpa-cudnn, …"),
         ("mode", "fwd, bwd, full"),
     ):
-        parser.add_argument(f"--{name}", default="", metavar=name.upper(), help=f"only these, commas between: {what}")
+        parser.add_argument(f"--{name}", default="", metavar=name.upper(), help=f"only these, with commas: {what}")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--budget", type=arguments.positive, help="seconds in all (default 240 with --quick, else 600)")
     parser.add_argument("--out", type=arguments.folder, help="folder of the JSON files")
-    parser.add_argument("--rehearse", action="store_true", help="without a GPU, small, into build/: no figures")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="what changed from A to B, and stop")
+    parser.add_argument("--rehearse", action="store_true", help="small shapes without a GPU, into build/")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="only compare two results")
     args = parser.parse_args()
     if args.compare:
         from benchmarks.compare import main as compare

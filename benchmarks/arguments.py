@@ -1,4 +1,4 @@
-"""What a command's arguments may be. Anything else is one line and exit status 2, before anything has run."""
+"""Types of command-line arguments. A wrong argument gives one line and exit status 2 before anything runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def count(text: str) -> int:
 
 
 def shape(text: str) -> Shape:
-    """A model and a batch, "vit_base_patch16_224/b256"."""
+    """A model and a batch, such as "vit_base_patch16_224/b256"."""
     from benchmarks.shapes import parse
 
     try:
@@ -35,7 +35,7 @@ def shape(text: str) -> Shape:
 
 
 def folder(text: str) -> Path:
-    """A folder to write to, which is made."""
+    """A folder to write to. It is created."""
     try:
         Path(text).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -44,7 +44,7 @@ def folder(text: str) -> Path:
 
 
 def file(text: str) -> Path:
-    """A file to write, whose folder is made."""
+    """A file to write. Its folder is created."""
     if Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"cannot write to {text}: it is a folder")
     folder(str(Path(text).parent))

@@ -1,7 +1,7 @@
-"""Attention on packed qkv [B, N, 3, HEADS, HEAD_DIM]; at 197 and 257 tokens bound by bytes, at 577 by products.
+"""Attention on packed qkv [B, N, 3, HEADS, HEAD_DIM]. 197 and 257 tokens are bound by bytes, 577 by products.
 
-"reference" writes the softmax out, "eager" is what PyTorch chooses, "sdpa-…" its backends one by one. PyTorch and
-xformers get their own layout without a copy, as views; what they return is brought to [B, N, D] as a model needs it.
+"reference" stores the softmax, "eager" is PyTorch's choice, and "sdpa-…" are its backends. PyTorch and xformers get
+views in their own layout. Their results are copied to [B, N, D] if needed, as in a model.
 """
 
 import functools
@@ -21,7 +21,7 @@ def inputs(s, rand):
 def work(s, e):
     x, product = s.rows * s.width, 2 * s.rows * s.tokens * s.width
     stats = s.rows * s.heads * 4
-    # fwd: qkv -> o by q·k and p·v. bwd: do, o, qkv and the logsumexp -> dqkv by those four products and q·k again.
+    # fwd: qkv -> o, two products. bwd: do, o, qkv and the logsumexp -> dqkv, four products and q·k again.
     return {"fwd": Work(2 * product, 4 * x * e), "bwd": Work(5 * product, 8 * x * e + stats)}
 
 

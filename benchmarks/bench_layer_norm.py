@@ -1,4 +1,4 @@
-"""LayerNorm, alone and behind the residual add: bound by bytes. A row of the stream is `width` elements."""
+"""LayerNorm, alone and after the residual add. It is bound by bytes. A row has `width` elements."""
 
 import torch.nn.functional as F
 

@@ -1,7 +1,7 @@
-"""The linear layers of a block one by one, fc1 with its GELU.
+"""The linear layers of a block, each alone, fc1 with its GELU.
 
-"ours" is what impl="auto" takes, cuBLAS but for fc1; "triton" is our own kernel; "cublas" is cuBLAS and, behind fc1, a
-pass for GELU.
+"ours" is impl="auto", which takes cuBLAS except for fc1. "triton" is our own kernel. "cublas" is cuBLAS and, after fc1,
+a pass for GELU.
 """
 
 import functools
@@ -29,7 +29,7 @@ def work(op, s, e):
     k, n = LAYERS[op](s)
     x, y, w = s.rows * k, s.rows * n, n * k
     product = 2 * s.rows * k * n
-    # fwd: x, weight, bias -> y. bwd: dy, x, weight -> dx, dweight, dbias by two products; before a GELU the bias, too.
+    # fwd: x, weight, bias -> y. bwd: dy, x, weight -> dx, dweight, dbias two products. A GELU needs the bias, too.
     bwd = y + 2 * x + 2 * w + (2 if op == "fc1" else 1) * n
     return {"fwd": Work(product, (x + y + w + n) * e), "bwd": Work(2 * product, bwd * e)}
 

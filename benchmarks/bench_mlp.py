@@ -1,4 +1,4 @@
-"""The MLP of a block with exact GELU. "cublas" is two products of cuBLAS and a pass for GELU: eager PyTorch."""
+"""The MLP of a block with exact GELU. "cublas" is eager PyTorch: two products of cuBLAS and a pass for GELU."""
 
 import torch.nn.functional as F
 
@@ -20,8 +20,8 @@ def inputs(s, rand):
 def work(s, e):
     x, params = s.rows * s.width, 2 * s.width * s.hidden + s.width + s.hidden
     products = 4 * s.rows * s.width * s.hidden
-    # fwd: x, parameters -> y. bwd: dy, x, all but fc2's bias -> dx and the parameters' gradients. Floors, so nothing is
-    # counted for the hidden activation, which an implementation could compute again instead of saving it.
+    # fwd: x, parameters -> y. bwd: dy, x, all but fc2's bias -> dx and the parameters' gradients. The hidden activation
+    # does not count, because an implementation could recompute it instead of saving it.
     bwd = 3 * x + 2 * params - s.width
     return {"fwd": Work(products, (2 * x + params) * e), "bwd": Work(2 * products, bwd * e)}
 

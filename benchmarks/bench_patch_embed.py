@@ -1,4 +1,4 @@
-"""Patches, projection, position embedding and class token in one pass; what it reads is the image, once."""
+"""Patches, projection, position embedding and class token in one pass, which reads the image once."""
 
 import torch
 import torch.nn.functional as F

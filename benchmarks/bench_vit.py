@@ -1,8 +1,8 @@
-"""Whole models: forward without gradients, and forward + backward, in images a second. All have the same weights.
+"""Whole models: forward without gradients, and forward + backward, in images/s. All have the same weights.
 
-"reference" is `vit.reference`, the plain torch.nn model, whose kernels are timm's in eager mode; "compile" and
-"compile-max" compile it; "…-cudnn" is with cuDNN's attention, where PyTorch would choose another. "accelerated" is
-timm's model after `vit.accelerate`. The gate looks at two images: logits, gradients of the first and last parameters.
+"reference" is `vit.reference`, the plain torch.nn model, with the same kernels as timm in eager mode. "compile" and
+"compile-max" compile it. "…-cudnn" uses cuDNN's attention, which PyTorch may not choose. "accelerated" is timm's model
+after `vit.accelerate`. The gate checks the logits of two images and gradients of the first and last parameters.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CHECKED = ("patch_embed.proj.weight", "pos_embed", "norm.weight", "head.weight")
 
 
 def inputs(s, rand):
-    """The image, and the parameters under timm's names."""
+    """The image, and the parameters by timm's names."""
     with torch.device("meta"):
         params = vit.reference.VisionTransformer(s.config).named_parameters()
     tensors = {"image": rand(s.batch, s.config.in_chans, *s.config.img_size)}
@@ -38,9 +38,9 @@ def inputs(s, rand):
 
 
 def work(s, e):
-    """Products only: 24·N·D² (at mlp_ratio 4) + 4·N²·D per block and image, patches and head; backward twice that.
+    """Products only: 24·N·D² (at mlp_ratio 4) + 4·N²·D per block and image, patches and head. Backward: twice that.
 
-    Of the last block, the head needs the class token alone. So the other tokens need only keys and values there.
+    The head needs only the class token, so in the last block the other tokens need only keys and values.
     """
     c, n, d = s.config, s.tokens, s.width
     pixels = c.in_chans * c.patch_size[0] * c.patch_size[1]
@@ -54,11 +54,11 @@ def work(s, e):
     return {"fwd": Work(flops, image), "bwd": Work(2 * flops, image)}
 
 
-# ---- what is timed: (shape, parameters under timm's names) -> the model ----------------------------------------------
+# ---- functions (shape, parameters by timm's names) -> model ----------------------------------------------------------
 
 
 def _assign(model: nn.Module, params: dict[str, Tensor]) -> nn.Module:
-    """``model``, made on the meta device, with these tensors as its parameters."""
+    """``model`` from the meta device, with these tensors as its parameters."""
     model.load_state_dict(params, assign=True)
     return model.requires_grad_().eval()
 
@@ -103,8 +103,8 @@ class _HuggingFace(nn.Module):
 class WithAttention(nn.Module):
     """A model with one backend of PyTorch's attention.
 
-    A module, because a compiled model asks only while it is traced, and then keeps what it got: a context around its
-    calls would neither choose later nor tell two models apart that differ in nothing else.
+    A compiled model keeps the backend that was active during tracing. So the context must be inside the module, which
+    also distinguishes two models that are otherwise equal.
     """
 
     def __init__(self, backend: SDPBackend, model: nn.Module) -> None:
@@ -147,7 +147,7 @@ AT_ONCE = {"ours": _ours, "graph": _graph, "reference": _reference, "timm": _tim
 
 @dataclasses.dataclass(frozen=True)
 class ModelBench(Bench):
-    """Models are made of the tensors; the reference sees as many images as the gate looks at."""
+    """Models are made from the tensors. The reference gets only the images that the gate checks."""
 
     def run(self, name: str, shape: Shape, tensors: dict[str, Tensor]) -> Run:
         params = {k: t for k, t in tensors.items() if k != "image"}
@@ -167,7 +167,7 @@ class ModelBench(Bench):
 
 
 def _call(model: Any, image: Tensor, name: str) -> Tensor:
-    if name.startswith("compile-"):  # its graphs write each step's results to where the last step's were
+    if name.startswith("compile-"):  # its graphs overwrite the results of the step before
         torch.compiler.cudagraph_mark_step_begin()
     return model(image)
 

@@ -1,7 +1,7 @@
-"""What `benchmarks.tune` tries for each function of `vit.kernels.configs`, the nearest to the pinned one first, and
-what it times to judge that. Only what cannot fit is left out here; what spills, the compiler says.
+"""The candidates of `benchmarks.tune` for each function of `vit.kernels.configs`, and the bench that times them.
 
-``gemm_…`` are the products of a block one by one, forward, beside cuBLAS: which form of the one kernel, which GELU.
+Those that are similar to the pinned one come first. Candidates that cannot fit are left out. The compiler reports
+spills. ``gemm_…`` are the single products of a block, forward, compared with cuBLAS.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from vit import kernels
 from vit.kernels import configs, reference, runtime
 from vit.kernels.configs import Config, next_power_of_2
 
-#: Forms of the GEMM that are tried first: Hopper's own kernel before all. Then an epilogue in pieces, two programs an
-#: SM, and specialised warps, where a mistake of the compiler would be a program that waits forever, last.
+#: Forms of the GEMM that are tried first: the ping-pong kernel, an epilogue in pieces, two programs per SM, and
+#: specialised warps. The last are at the end, because after a compiler bug they might wait forever.
 FORMS = (
     Config(128, 128, 64, 8, 8, 3, pingpong=True),
     Config(128, 256, 64, 8, 8, 3, 2),
@@ -31,7 +31,7 @@ FORMS = (
     Config(128, 256, 64, 8, 4, 3, 1, True),
     Config(128, 256, 64, 8, 4, 3, 2, True),
 )
-SHARED = 227 * 1024  # bytes that a program of sm_90 can have; others have less, and the compiled kernel is checked
+SHARED = 227 * 1024  # bytes for a program on sm_90; on others the check of the compiled kernel is stricter
 
 
 def gemm(arch: int, shape: Shape, dtype: torch.dtype, role: str | None) -> Iterator[Config]:
@@ -43,7 +43,7 @@ def gemm(arch: int, shape: Shape, dtype: torch.dtype, role: str | None) -> Itera
     for (m, n), k, warps, stages, split, ws in product(
         tiles, (block_k, block_k // 2), (4, 8), (3, 4), (1, 2, 4), specialised
     ):
-        accumulators = m * n // (32 * warps * (2 if ws else 1))  # a thread; specialised warps are two groups of them
+        accumulators = m * n // (32 * warps * (2 if ws else 1))  # per thread; there are two groups of specialised warps
         if accumulators <= 128 and stages * (m + n) * k * dtype.itemsize <= SHARED and not (ws and warps == 8):
             for group in (8, 16):
                 yield Config(m, n, k, group, warps, stages, split, ws)
@@ -62,7 +62,7 @@ def attention_bwd(arch: int, shape: Shape, dtype: torch.dtype, role: str | None)
 def layer_norm(arch: int, shape: Shape, dtype: torch.dtype, role: str | None) -> Iterator[Config]:
     block_d = next_power_of_2(shape.width)
     for m, warps in product((1, 2, 4, 8, 16), (1, 2, 4, 8, 16)):
-        if 4 <= m * block_d // (32 * warps) <= 64:  # elements a thread
+        if 4 <= m * block_d // (32 * warps) <= 64:  # elements per thread
             yield Config(m, block_d, num_warps=warps)
 
 
@@ -81,7 +81,7 @@ def patch_embed(arch: int, shape: Shape, dtype: torch.dtype, role: str | None) -
 
 
 def pinned(function: str, arch: int, shape: Shape, dtype: torch.dtype, role: str | None = None) -> Config:
-    """What the ops get today."""
+    """The configuration that the ops get now."""
     if function in ("attention_fwd", "attention_bwd"):
         return getattr(configs, function)(arch, shape.tokens, shape.head_dim, dtype)
     if function in ("layer_norm", "elementwise"):
@@ -91,7 +91,7 @@ def pinned(function: str, arch: int, shape: Shape, dtype: torch.dtype, role: str
 
 
 def candidates(function: str, arch: int, shape: Shape, dtype: torch.dtype, role: str | None = None) -> list[Config]:
-    """The pinned configuration, `FORMS`, then the others, the fewer fields differ the earlier."""
+    """The pinned configuration, `FORMS`, then the others, sorted by the number of fields that differ."""
     first = pinned(function, arch, shape, dtype, role)
 
     def differs(config: Config) -> int:
@@ -103,7 +103,7 @@ def candidates(function: str, arch: int, shape: Shape, dtype: torch.dtype, role:
     return [first, *sorted(others, key=lambda c: (differs(c), not c.pingpong, dataclasses.astuple(c)[:-1]))]
 
 
-# ---- what shows how good they are ------------------------------------------------------------------------------------
+# ---- targets ---------------------------------------------------------------------------------------------------------
 
 
 def _dropout(op: Callable[..., Any], x: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -119,10 +119,10 @@ DROPOUT = Bench(
 
 
 class Target(NamedTuple):
-    """A function of `vit.kernels.configs` (of patch_embed, one role), and what shows how good a configuration is."""
+    """A function of `vit.kernels.configs` (and a role of patch_embed), and the bench and mode that time it."""
 
     function: str
-    kernel: str  # how the names of the kernels begin that it configures
+    kernel: str  # prefix of the names of its kernels
     bench: Bench
     mode: str
     role: str | None = None
@@ -135,7 +135,7 @@ _BENCHES = {
     for bench in module.BENCHES
 }
 TARGETS = {
-    "mlp": Target("gemm", "_gemm", _BENCHES["mlp"], "full", impl="auto"),  # with GELU; the other products are cuBLAS's
+    "mlp": Target("gemm", "_gemm", _BENCHES["mlp"], "full", impl="auto"),  # cuBLAS runs products without GELU
     "linear": Target("gemm", "_gemm", _BENCHES["qkv"], "full"),
     **{f"gemm_{op}": Target("gemm", "_gemm", _BENCHES[op], "fwd") for op in ("fc1", "fc2", "qkv", "proj")},
     "attention_fwd": Target("attention_fwd", "_attention_fwd", _BENCHES["attention"], "fwd"),
@@ -150,7 +150,7 @@ OPS = (*TARGETS, "attention", "gemm", "patch_embed")
 
 
 def of_target(target: Target, arch: int, shape: Shape, dtype: torch.dtype) -> list[Config]:
-    """Its `candidates`; of fc1 each with the cheap GELU and with erf."""
+    """The `candidates` of a target. Those of fc1 are tried with the cheap GELU and with erf."""
     found = candidates(target.function, arch, shape, dtype, target.role)
     if target is not TARGETS["gemm_fc1"]:
         return found

@@ -1,9 +1,8 @@
-"""``python -m benchmarks.compare A B``: what changed from A to B beyond noise; each is a result file or a folder.
+"""``python -m benchmarks.compare A B``: changes from A to B beyond noise. Each is a result file or a folder.
 
 A time has changed if the intervals from the 20th to the 80th percentile of the two runs do not touch and the medians
-differ by more than 2 %. A record without percentiles has an interval of its median alone. A largest batch, which is
-searched and not timed, has changed if it differs by more than 2 %. A point that was timed in A and failed in B counts
-as slower.
+differ by more than 2 %. The interval of a record without percentiles is its median. A largest batch has changed if it
+differs by more than 2 %. A point that was timed in A and failed in B counts as slower.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from pathlib import Path
 
 from benchmarks.records import ABOUT, Record, ResultError, ceilings, load, number
 
-#: Medians that differ by less are equal: clocks and temperature alone move them so much from one run to the next.
+#: Medians that differ by less are equal, because clocks and temperature change them that much between runs.
 THRESHOLD = 1.02
 
 
 def compare(a: Path, b: Path, across_devices: bool = False) -> tuple[str, int]:
-    """What to print, and the exit code: 1 if something is slower, else 0.
+    """(text, exit code). The exit code is 1 if something is slower, else 0.
 
     Raises:
         ResultError: nothing to read, or the devices differ and ``across_devices`` is not set.
@@ -46,7 +45,7 @@ def compare(a: Path, b: Path, across_devices: bool = False) -> tuple[str, int]:
             lines += [f"ceiling: {' → '.join(number(v, 4) for v in values)} {unit}"] if all(values) else []
 
     changed = sorted((ratio, p) for p in here & there if (ratio := change(old[p], new[p])) is not None)
-    for ratio, p in reversed(changed):  # how much more time; the slowest first
+    for ratio, p in reversed(changed):  # the slowest first
         time = ("faster", "slower"), "ms_p50", "ms"
         words, field, unit = time if old[p].timed else (("larger", "smaller"), "largest_batch", "images")
         values = " → ".join(number(getattr(r, field), 4) for r in (old[p], new[p]))
@@ -62,7 +61,7 @@ def compare(a: Path, b: Path, across_devices: bool = False) -> tuple[str, int]:
 
 
 def change(old: Record, new: Record) -> float | None:
-    """By what factor the time grew (or the largest batch shrank); None within the noise."""
+    """The factor by which the time grew or the largest batch shrank, or None within the noise."""
     if old.timed and new.timed:
         (low, high), (low2, high2) = ((r.ms_p20 or r.ms_p50, r.ms_p80 or r.ms_p50) for r in (old, new))
         apart, ratio = high < low2 or high2 < low, new.ms_p50 / old.ms_p50
@@ -74,7 +73,7 @@ def change(old: Record, new: Record) -> float | None:
 
 
 def _about(records: list[Record]) -> str:
-    """Every value that occurs, in the order of `ABOUT`."""
+    """The values that occur, in the order of `ABOUT`."""
     told = []
     for key in ABOUT:
         values = sorted({r.about[key] for r in records if r.about[key]})
@@ -83,7 +82,7 @@ def _about(records: list[Record]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description="What changed from A to B.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description="Changes from A to B.")
     parser.add_argument("a", type=Path, help="result file, or folder of bench_*.json")
     parser.add_argument("b", type=Path, help="the newer one")
     parser.add_argument("--across-devices", action="store_true", help="compare although the devices differ")

@@ -1,7 +1,7 @@
-"""Compiling kernels for GPUs that this machine need not have, and what ptxas says of them.
+"""Compiles kernels for GPUs that need not be in this machine, and reads the output of ptxas.
 
-Imported before anything that decorates kernels: it unsets TRITON_INTERPRET, which is read then, and gives Triton a
-cache of its own, whose entries hold the words of ptxas.
+Import it before anything that decorates kernels. It unsets TRITON_INTERPRET, which decorators read, and gives Triton a
+separate cache, whose entries include the output of ptxas.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from vit.kernels import dry_run, runtime
 if runtime.INTERPRETED:
     raise ImportError("vit was imported with TRITON_INTERPRET set, so nothing can be compiled in this process")
 
-# Bytes of shared memory that a program may have: the compiler does not check.
+# Bytes of shared memory for a program. The compiler does not check them.
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
-ASYNC_DOT = {90: "wgmma", 100: "tcgen05"}  # how tensor cores work beside the warps, from 64 rows and 4 warps on
+ASYNC_DOT = {90: "wgmma", 100: "tcgen05"}  # asynchronous products, for 64 rows and 4 warps or more
 
 
 @functools.cache
 def _prepare() -> None:
-    """Once a process: kernels keep what ptxas said in their metadata."""
+    """Makes kernels keep the output of ptxas in their metadata. Runs once per process."""
     triton.knobs.nvidia.dump_ptxas_log = True
     make_cubin = CUDABackend.make_cubin
 
     def make_cubin_and_log(self, src, metadata, *rest):
         with contextlib.redirect_stdout(io.StringIO()) as log:
             cubin = make_cubin(self, src, metadata, *rest)
-        metadata["ptxas_log"] = log.getvalue()  # goes through Triton's cache with the rest
+        metadata["ptxas_log"] = log.getvalue()  # Triton's cache stores the metadata
         return cubin
 
     CUDABackend.make_cubin = make_cubin_and_log
 
 
 def compile_kernel(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], options: dict[str, Any]) -> Any:
-    """The compiled kernel of a launch, or the exception: the launches after it are still wanted."""
+    """The compiled kernel of a launch, or the exception, so that later launches still compile."""
     _prepare()
     try:
         return dry_run.compile_kernel(kernel, grid, args, options)
@@ -57,7 +57,7 @@ def compile_kernel(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], opt
 
 @contextlib.contextmanager
 def compiling(arch: int, report: Callable[[str, dict[str, Any], Any], None]) -> Iterator[None]:
-    """Inside, launches compile for ``arch``: ``report(kernel, arguments, compiled kernel or exception)`` for each."""
+    """Inside, a launch compiles for ``arch`` and calls ``report(kernel, arguments, compiled kernel or exception)``."""
 
     def on_launch(kernel, grid, args, options):
         report(kernel.__name__, args | options, compile_kernel(kernel, grid, args, options))
@@ -67,7 +67,7 @@ def compiling(arch: int, report: Callable[[str, dict[str, Any], Any], None]) -> 
 
 
 def figures(compiled: Any) -> dict[str, Any]:
-    """What the lock file keeps of a compiled kernel, read from ptxas, PTX, TTGIR and metadata."""
+    """The entry of a compiled kernel in the lock file, from ptxas, PTX, TTGIR and metadata."""
     log, ptx, meta = compiled.metadata.ptxas_log, compiled.asm["ptx"], compiled.metadata
     arch = meta.target.arch
 
@@ -92,7 +92,7 @@ def figures(compiled: Any) -> dict[str, Any]:
     }
     if arch == 100:
         result |= {"tcgen05": count(r"\btcgen05\.mma\."), "tensor_memory": meta.tmem_size}
-    # Dots that became no instruction of the asynchronous tensor core though type and rows (the result's M) allow it.
+    # Dots without an asynchronous instruction, although type and rows (M of the result) allow one.
     slow = sum(
         int(rows) >= 64 and (operand in ("bf16", "f16") or "inputPrecision = tf32" in line)
         for line in re.findall(r"= tt\.dot .*", compiled.asm["ttgir"])

@@ -1,14 +1,14 @@
-"""Where the clocks of every kernel go: a cycle model of the compiled code. No GPU is needed, and nothing is measured.
+"""A cycle model of the compiled code shows where each kernel spends its clocks. It needs no GPU and measures nothing.
 
     python -m benchmarks.cycles [--shape vit_base_patch16_224/b256] [--arch 90] [--kernel attention] [--out FILE]
 
-Our kernels: `benchmarks.walk` executes the SASS of a few programs with the arguments of the launch, so trip counts need
-no table, and `benchmarks.sm` simulates a quadrant of a multiprocessor that runs them. It does so twice, with first
-programs that start together and apart; the prediction is the middle. cuBLAS, PyTorch's attention and passes over memory
-take the rates that others published (`published`). Those hold for large batches. The host's time is not counted.
+For our kernels, `benchmarks.walk` executes the SASS of a few programs with the arguments of the launch, and
+`benchmarks.sm` simulates a quadrant of a multiprocessor that runs them. It simulates twice: the first programs start
+together, or apart. The prediction is the mean. For cuBLAS, PyTorch's attention and passes over memory it takes
+published rates (`published`), which hold for large batches. The time of the host is not counted.
 
-tests/benchmarks/test_bench_cycles.py holds the model within -20 and +25 % of what is published of Triton's attention
-and GEMM. Nothing else of it has been checked.
+tests/benchmarks/test_bench_cycles.py checks that predictions are within -20 and +25 % of the published rates of
+Triton's attention and GEMM. Nothing else has been checked.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ from benchmarks.walk import Constants, Step, constants, loops, walk
 from vit.kernels.dry_run import dry_run
 
 LABEL = "MODEL of executed SASS and published rates, not a measurement"
-LAUNCH = 2.5  # us that even an empty kernel takes among others
-SAMPLES, STEPS = 8, 100_000  # programs of a launch that are executed, and steps of them together, at most
-ROUNDS = 5  # how often the programs on a multiprocessor are replaced before the pace is known
-BINDS = 0.6  # a unit that is busy for less of the time does not bind a kernel: its latencies do
+LAUNCH = 2.5  # us of an empty kernel among others
+SAMPLES, STEPS = 8, 100_000  # most programs of a launch that are executed, and most steps of all
+ROUNDS = 5  # the simulation replaces the programs on a multiprocessor this often
+BINDS = 0.6  # if no unit is busy for this part of the time, latencies bind the kernel
 
 # ---- our kernels -----------------------------------------------------------------------------------------------------
 
 
 def sample(programs: int, count: int) -> list[int]:
-    """Numbers of ``count`` programs, spread so that every tile and role among neighbours comes as often."""
+    """Numbers of ``count`` programs, spread so that every tile and role is sampled equally often."""
     stride = next(s for s in itertools.count(round(0.618 * programs)) if math.gcd(s, programs) == 1)
     return [k * stride % programs for k in range(min(count, programs))]
 
 
 def from_memory(programs: Sequence[Sequence[Sequence[Step]]], launch: Constants, total: int) -> dict[int, float]:
-    """For each tensor, the part of what ``total`` programs like these load that memory serves: each byte once."""
+    """For each tensor, the part of the loads of ``total`` such programs that memory serves, which is each byte once."""
     loads: collections.Counter[int] = collections.Counter()
     for step in (step for program in programs for steps in program for step in steps):
         if step.bytes and step.instruction.base not in ("STG", "UTMASTG"):
@@ -62,7 +62,7 @@ def from_memory(programs: Sequence[Sequence[Sequence[Step]]], launch: Constants,
 
 
 def predict(launch: Launch, blocks: int, machine: Machine) -> dict[str, Any]:
-    """What the model says of a launch of which ``blocks`` programs share a multiprocessor.
+    """The prediction for a launch of which ``blocks`` programs share a multiprocessor.
 
     Raises:
         ValueError: the path of a program cannot be followed.
@@ -89,7 +89,7 @@ def predict(launch: Launch, blocks: int, machine: Machine) -> dict[str, Any]:
     pipes = collections.Counter(step.instruction.pipe for steps in traces for step in steps)
     found = {at: loop for steps in traces for at, loop in loops(steps).items()}
     return {
-        "executed": sum(pipes.values()) / len(programs),  # by a program, in a quadrant
+        "executed": sum(pipes.values()) / len(programs),  # per program, in a quadrant
         "pipes": {pipe: n / len(programs) for pipe, n in pipes.items()},
         "loops": " ".join(f"{size}x{n}" for _, (size, n) in sorted(found.items()) if n > 1),
         "clocks": clocks / of_sm,
@@ -99,18 +99,19 @@ def predict(launch: Launch, blocks: int, machine: Machine) -> dict[str, Any]:
     }
 
 
-# ---- what others published -------------------------------------------------------------------------------------------
+# ---- published rates -------------------------------------------------------------------------------------------------
 
-#: Of a large product's rate. Triton's Gluon tutorial has 588 of 665 TFLOP/s for cuBLAS at K = 1024; the rest: guesses.
+#: Parts of a large product's rate. Triton's Gluon tutorial has 588 of 665 TFLOP/s for cuBLAS at K = 1024. The others
+#: are estimates.
 SHORT, LONG, WEIGHTS = 0.88, 0.95, 0.90  # K up to 1024, longer, and gradients of weights
-PASS, SUM = 0.90, 0.75  # of a copy's rate: elementwise passes; sums over rows
-#: TFLOP/s of FlashAttention-2 on an H100, in whole tiles of 128 tokens: a guess from its rates at 512 tokens in Shah et
-#: al., FlashAttention-3, 2024.
+PASS, SUM = 0.90, 0.75  # parts of a copy's rate: elementwise passes, sums over rows
+#: TFLOP/s of FlashAttention-2 on an H100 for whole tiles of 128 tokens, estimated from its rates at 512 tokens in Shah
+#: et al., FlashAttention-3, 2024.
 ATTENTION = {"fwd": 271.0, "bwd": 215.0}
 
 
 def published(launch: Launch, rates: Ceilings) -> float:
-    """Microseconds of one of PyTorch's operations."""
+    """Microseconds of an operation of PyTorch."""
     us = launch.bytes / rates.gbps / 1e3 / (SUM if launch.name == "sum" else PASS)
     if "attention" in launch.name:
         tokens = launch.shapes[0][-2]
@@ -127,7 +128,7 @@ def published(launch: Launch, rates: Ceilings) -> float:
 
 
 def timed(launch: Launch, count: int, arch: int, known: dict[tuple, dict[str, Any]]) -> dict[str, Any]:
-    """The line of `benchmarks.roofline` with the model's time; ``known``: kernels that are done."""
+    """The line of `benchmarks.roofline` with the predicted time. ``known`` has the kernels that are done."""
     rates, _ = ceilings(DEVICES[arch])
     line = roofline.line(launch, count, arch, rates, compiles=True)
     if launch.kernel is None:
@@ -144,7 +145,7 @@ def timed(launch: Launch, count: int, arch: int, known: dict[tuple, dict[str, An
 
 
 def analyse(shape: Shape, arch: int, wanted: str | None) -> dict[str, Any]:
-    """The lines of a model's launches: of our kernels with ``wanted`` in their name, or all, and then their sums."""
+    """The lines of a model's launches and their sums, or only those of our kernels with ``wanted`` in their name."""
     machine(arch)
     device = DEVICES[arch]
     rates, source = ceilings(device)
@@ -223,7 +224,7 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cycles", description=__doc__.split("\n\n")[0])
     parser.add_argument("--shape", action="append", type=arguments.shape, help="vit_base_patch16_224/b256 if none")
     parser.add_argument("--arch", default=90, type=int, help="compute capability times ten; only 90 has a model")
-    parser.add_argument("--kernel", help="only our kernels with this in their name: attention, gemm dgelu, layer_norm")
+    parser.add_argument("--kernel", help="only our kernels with this in their name, such as gemm dgelu")
     parser.add_argument("--out", type=arguments.file, help="write everything to this file as well")
     args = parser.parse_args(words)
     results = []

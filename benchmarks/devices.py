@@ -1,7 +1,7 @@
-"""One card for each architecture that the kernels are compiled for, and how many programs fit on it.
+"""One card for each architecture, and how many programs fit on it.
 
-The rates are vendors' figures for dense bf16 with fp32 accumulation and for memory, but for the H100, where they are
-what one card was seen to reach. Either way they are assumed: `ceilings` takes a run's own, once there are results.
+The rates are the vendor's, for dense bf16 with fp32 accumulation and for memory. Those of the H100 were measured on one
+card. `ceilings` takes the rates of a run instead if there are results.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """Limits of a GPU; shared memory in bytes, registers of 32 bits."""
+    """Limits of a GPU. Shared memory is in bytes, and a register has 32 bits."""
 
-    name: str  # as part of the name that the driver gives the card
+    name: str  # a part of the driver's name of the card
     num_sms: int
     assumed: Ceilings
     basis: str  # of ``assumed``
@@ -36,8 +36,8 @@ DEVICES = {
     80: Device("A100", 108, Ceilings(312.0, 2039.0), "datasheet", shared=167_936),
     # Ada architecture whitepaper, table of the RTX 4090: 128 SMs, 165.2 TFLOP/s with fp32 accumulation, 1,008 GB/s.
     89: Device("RTX 4090", 128, Ceilings(165.2, 1008.0), "datasheet", max_warps=48, max_blocks=24, shared=102_400),
-    # H100 SXM5: 132 SMs (architecture whitepaper). The datasheet's 989 TFLOP/s and 3,350 GB/s are not reached: an
-    # 8192^3 product of random numbers runs at 798 TFLOP/s, a copy at 3.0 TB/s.
+    # H100 SXM5: 132 SMs (architecture whitepaper). An 8192^3 product of random numbers runs at 798 TFLOP/s and a copy
+    # at 3.0 TB/s, below the datasheet's 989 TFLOP/s and 3,350 GB/s.
     90: Device("H100", 132, Ceilings(798.0, 3000.0), "seen on one card"),
     # HGX B200 datasheet (2024): 2,250 TFLOP/s and 8,000 GB/s per GPU; 148 SMs as the driver reports them.
     100: Device("B200", 148, Ceilings(2250.0, 8000.0), "datasheet"),
@@ -53,10 +53,10 @@ class Occupancy:
 
 
 def occupancy(device: Device, registers: int, shared: int, warps: int) -> Occupancy:
-    """From a kernel's registers per thread, bytes of shared memory and warps per program.
+    """The occupancy for a kernel's registers per thread, bytes of shared memory and warps per program.
 
-    The rules of NVIDIA's occupancy calculator from compute capability 8.0 on: a warp gets registers in lots of 256 and
-    warps come in fours; a program's shared memory is rounded up to 128 bytes and has 1 KiB for the system on top.
+    These are the rules of NVIDIA's occupancy calculator from compute capability 8.0 on. Registers of a warp are rounded
+    up to 256, and warps down to fours. A program's shared memory and 1 KiB for the system are rounded up to 128 bytes.
     """
     per_warp = _round_up(max(registers, 1) * 32, 256)
     by_registers = device.registers // per_warp // 4 * 4 // warps
@@ -66,7 +66,7 @@ def occupancy(device: Device, registers: int, shared: int, warps: int) -> Occupa
 
 
 def waves(programs: int, slots: int) -> tuple[float, float]:
-    """(how often ``programs`` fill the ``slots`` of a GPU, the share of the slots that the last time uses)."""
+    """(waves of ``programs`` on the ``slots`` of a GPU, the share of the slots that the last wave uses)."""
     last = programs % slots or slots
     return programs / slots, last / slots
 
@@ -76,7 +76,7 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 def ceilings(device: Device, results: Path = RESULTS) -> tuple[Ceilings, str]:
-    """(the card's rates, where they come from): the last measured ones under ``results``, or the assumed ones.
+    """(the card's rates, their source). They are the last measured ones under ``results``, or the assumed ones.
 
     Raises:
         benchmarks.records.ResultError: a file is damaged.

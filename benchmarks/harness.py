@@ -1,8 +1,8 @@
-"""One op at one shape: what it cannot avoid doing, what can run it; each of them checked, then timed in turn.
+"""Measures one op at one shape: checks each provider against the gate, and then times all of them in turn.
 
-The gate: a provider whose outputs and gradients are, in rms and against fp64, more than `GATE` times as wrong as eager
-PyTorch's in the same dtype, and a rounding more, is not timed. The floor of a point is the longer of its FLOPs at the
-card's matrix rate and its bytes at the card's copy bandwidth, both measured in the same process.
+The gate compares outputs and gradients with fp64. A provider is not timed if its rms error is larger than `GATE` times
+that of eager PyTorch in the same dtype, plus a rounding. The floor of a point is the longer of two times: its FLOPs at
+the card's matrix rate, and its bytes at the card's copy bandwidth. Both rates are measured in the same process.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Cotangents = Callable[[Sequence[Tensor]], list[Tensor]]
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """What the card itself reaches: TFLOP/s of a large product, GB/s of a copy (read + write)."""
+    """Measured rates of the card: TFLOP/s of a large product, GB/s of a copy (read + write)."""
 
     tflops: float
     gbps: float
@@ -41,7 +41,7 @@ class Ceilings:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What every implementation has to do: FLOPs (2 per multiply-add of a product) and bytes read and written once."""
+    """The least work of any implementation: FLOPs (2 per multiply-add of a product), and bytes moved once."""
 
     flops: float
     bytes: float
@@ -53,14 +53,14 @@ class Work:
         return max(self.flops / ceilings.tflops / 1e9, self.bytes / ceilings.gbps / 1e6)
 
     def rates(self, ms: float, ceilings: Ceilings) -> dict[str, float]:
-        """What a record says of work that took ``ms``."""
+        """The fields of a record for work that took ``ms``."""
         found = {"tflops": self.flops / ms / 1e9} if self.flops else {}
         return found | {"gbps": self.bytes / ms / 1e6, "sol_fraction": self.floor_ms(ceilings) / ms}
 
 
 @dataclasses.dataclass
 class Run:
-    """A call that is ready: ``checked`` are the tensors whose gradients the gate looks at, ``wanted`` those timed."""
+    """A call. The gate checks the gradients of ``checked``. The timed backward computes those of ``wanted``."""
 
     call: Callable[[], Any]
     wanted: Sequence[Tensor]
@@ -72,15 +72,15 @@ class Bench:
     """One op.
 
     Args:
-        name: of the file of results, "layer_norm" for ``bench_layer_norm.json``.
-        op: of the line in it, "residual_layer_norm".
-        inputs: (shape, rand) -> tensors; ``rand(*sizes, scale=1.0)`` makes one. Every one of them wants a gradient.
+        name: "layer_norm" for the file of results ``bench_layer_norm.json``.
+        op: the op of its records, "residual_layer_norm".
+        inputs: (shape, rand) -> tensors, which all require grad. ``rand(*sizes, scale=1.0)`` makes one.
         work: (shape, bytes of an element) -> the `Work` of modes "fwd" and "bwd"; "full" is their sum.
-        reference: eager PyTorch, called with the tensors as keywords in any dtype; what the gate compares with.
-        providers: what is timed, called likewise. One that imports what is not there, or raises, is skipped.
+        reference: eager PyTorch for the gate, called with the tensors as keywords in any dtype.
+        providers: timed functions, called likewise. One that cannot be imported, or raises, is skipped.
         compiles: the provider that "compile" and "compile-max" compile; None for no such providers.
-        replay: time CUDA graphs, because launching takes longer than the op.
-        samples: how many of the batch the gate looks at; all, if None. The others then have a gradient of zero.
+        replay: time CUDA graphs, because the launches take longer than the op.
+        samples: how many samples of the batch the gate checks, or None for all. The others get zero cotangents.
     """
 
     name: str
@@ -102,7 +102,7 @@ class Bench:
             return self.providers[name]
         from torch._functorch import config
 
-        config.donated_buffer = False  # else the backward cannot be walked twice
+        config.donated_buffer = False  # otherwise the backward runs only once
         return torch.compile(self.providers[self.compiles], mode=COMPILED[name], dynamic=False)
 
     def run(self, name: str, shape: Shape, tensors: dict[str, Tensor]) -> Run:
@@ -111,7 +111,7 @@ class Bench:
         return Run(call, list(leaves.values()), list(leaves.values()))
 
     def exact(self, shape: Shape, tensors: dict[str, Tensor], dtype: torch.dtype) -> Run:
-        """The reference in any dtype, of the samples that the gate looks at."""
+        """The reference in any dtype, for the samples that the gate checks."""
         leaves = {k: t.detach().to(dtype).requires_grad_() for k, t in tensors.items()}
         return Run(functools.partial(self.reference, **leaves), list(leaves.values()), list(leaves.values()))
 
@@ -122,7 +122,7 @@ class Bench:
 
 
 def tensors_of(bench: Bench, shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """The inputs of ``bench``: random, the same every time on one kind of device."""
+    """The inputs of ``bench``: random, but always the same on one kind of device."""
     generator = torch.Generator(device).manual_seed(0)
 
     def rand(*sizes: int, scale: float = 1.0) -> Tensor:
@@ -132,7 +132,7 @@ def tensors_of(bench: Bench, shape: Shape, dtype: torch.dtype, device: torch.dev
 
 
 def as_tuple(out: Any) -> tuple[Tensor, ...]:
-    """Outputs that have a gradient: without the logsumexp that the reference of attention returns."""
+    """The outputs with a gradient, that is, without the logsumexp of attention's reference."""
     outs = out if isinstance(out, tuple) else (out,)
     return tuple(o for o in outs if o.dtype == outs[0].dtype)
 
@@ -141,7 +141,7 @@ def as_tuple(out: Any) -> tuple[Tensor, ...]:
 
 
 class Gate:
-    """What is right for one point, and how wrong eager PyTorch is in its dtype."""
+    """The exact results of one point, and the errors of eager PyTorch in its dtype."""
 
     def __init__(self, bench: Bench, shape: Shape, tensors: dict[str, Tensor]) -> None:
         dtype = next(iter(tensors.values())).dtype
@@ -153,14 +153,14 @@ class Gate:
         self.floor = 1e-6 if dtype is torch.float32 else torch.finfo(dtype).eps / 4  # about one rounding in 16 bits
 
     def cotangents(self, outs: Sequence[Tensor]) -> list[Tensor]:
-        """Random, and for each sample the same, so that they do not depend on how many there are."""
+        """Random and the same for each sample, so they do not depend on the number of samples."""
         if not self.per_sample:
             generator = torch.Generator(outs[0].device).manual_seed(1)
             self.per_sample = [torch.randn(o.shape[1:], generator=generator, device=o.device) for o in outs]
         return [c.to(o.dtype).expand(o.shape).clone() for c, o in zip(self.per_sample, outs, strict=True)]
 
     def results(self, run: Run) -> list[Tensor]:
-        if not run.checked:  # nor is anything timed with gradients, which would be compiled for them alone
+        if not run.checked:  # otherwise only the gate would compile a forward with gradients
             return [o[: self.samples].detach() for o in as_tuple(_without_grad(run.call))]
         outs = as_tuple(run.call())
         cotangents = self.cotangents(outs)
@@ -170,7 +170,7 @@ class Gate:
         return [t.detach() for t in (*(o[: self.samples] for o in outs), *grads)]
 
     def error(self, run: Run) -> tuple[float, str | None]:
-        """The largest rms error of a tensor, relative to its rms, and what is wrong, if anything is."""
+        """(the largest rms error of a tensor relative to its rms, a message if that is too large)."""
         found = self.results(run)
         if len(found) != len(self.right):
             return float("nan"), f"{len(found)} results instead of {len(self.right)}"
@@ -187,9 +187,9 @@ class Gate:
 def milliseconds(
     fns: dict[str, Callable[[], Any]], device: torch.device, *, rounds: int = 3, rep_ms: float = 60.0
 ) -> dict[str, list[float]]:
-    """Times of every function, taken in turn, so that a card that warms up warms up for all of them.
+    """Times of the functions, taken in turn, so that a change of the card's temperature affects all of them.
 
-    On a GPU `triton.testing.do_bench`, which empties the L2 cache before every call; on a CPU a clock.
+    On a GPU it uses `triton.testing.do_bench`, which clears the L2 cache before every call, on a CPU a clock.
     """
     times: dict[str, list[float]] = {name: [] for name in fns}
     for _ in range(rounds):
@@ -211,10 +211,10 @@ def percentiles(times: list[float]) -> dict[str, float]:
 
 
 def ready(run: Run, cotangents: Cotangents, mode: str, device: torch.device, replay: bool) -> Callable[[], Any]:
-    """What is timed, called once: with ``replay`` as a CUDA graph, whose replay takes no time of the CPU.
+    """The function to time, after one call. With ``replay`` it is a CUDA graph, which takes no time of the CPU.
 
     Raises:
-        RuntimeError: it cannot be captured, usually. torch.OutOfMemoryError: too little memory.
+        RuntimeError: usually, it cannot be captured. torch.OutOfMemoryError: too little memory.
     """
     if not replay:
         fn = mode_of(run, cotangents, mode)
@@ -222,9 +222,9 @@ def ready(run: Run, cotangents: Cotangents, mode: str, device: torch.device, rep
         return fn
     stream, graph, current = torch.cuda.Stream(device), torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
     stream.wait_stream(current)
-    with torch.cuda.stream(stream):  # the forward of "bwd", too: autograd walks back on the stream that it came on
+    with torch.cuda.stream(stream):  # "bwd", too: a backward runs on the stream of its forward
         fn = mode_of(run, cotangents, mode)
-        for _ in range(3):  # compiles and makes cuBLAS allocate, neither of which can be captured
+        for _ in range(3):  # compiles, and lets cuBLAS allocate, which cannot be captured
             fn()
     torch.cuda.synchronize(device)
     gc.collect()
@@ -232,16 +232,16 @@ def ready(run: Run, cotangents: Cotangents, mode: str, device: torch.device, rep
         with torch.cuda.graph(graph, stream=stream):
             results = fn()
     finally:
-        torch.cuda.set_stream(current)  # after a capture that failed PyTorch does not return to it
+        torch.cuda.set_stream(current)  # PyTorch does not do so after a failed capture
 
-    def replayed(kept: Any = (fn, results)) -> None:  # a replay reads what fn holds, too: what a forward saved, say
+    def replayed(kept: Any = (fn, results)) -> None:  # a replay reads tensors that fn holds
         graph.replay()
 
     return replayed
 
 
 def mode_of(run: Run, cotangents: Cotangents, mode: str) -> Callable[[], Any]:
-    """The call of a mode; the graph that "bwd" walks stays alive as long as its function does."""
+    """The call of a mode. The function of "bwd" keeps the graph alive."""
     wanted = list(run.wanted)
     if mode == "fwd":
         return lambda: _without_grad(run.call)
@@ -258,7 +258,7 @@ def _without_grad(call: Callable[[], Any]) -> Any:
 
 
 def measure_ceilings(log: Log, device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Of this card, in this process; a small product and copy on a CPU."""
+    """Measures the rates of this card. On a CPU the product and the copy are small."""
     size, count = (8192, 2**30) if device.type == "cuda" else (256, 2**20)
     x = torch.randn(size, size, device=device).to(dtype)
     source = torch.empty(count, device=device, dtype=torch.int32).random_()
@@ -278,25 +278,25 @@ def measure_ceilings(log: Log, device: torch.device, dtype: torch.dtype) -> Ceil
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """What to measure together."""
+    """An op, shape and dtype, and the providers to measure together."""
 
     bench: Bench
     shape: Shape
     dtype: torch.dtype = torch.bfloat16
     modes: tuple[str, ...] = MODES
-    providers: tuple[str, ...] = ()  # all of the bench's, if empty
+    providers: tuple[str, ...] = ()  # empty: all
 
 
 def measure(point: Point, log: Log, ceilings: Ceilings, device: torch.device) -> None:
-    """One record for every provider and mode, as soon as it is known; what goes wrong is one, too."""
+    """Adds a record for every provider and mode as soon as it is known, also for errors."""
     bench, shape = point.bench, point.shape
     about = {"bench": bench.name, "op": bench.op, "shape": str(shape), "dtype": name_of(point.dtype)}
     try:
         _measure(point, log, ceilings, device, about)
-    except Exception as error:  # the points after this one are wanted all the same
+    except Exception as error:  # the next points still run
         log.add(**about, **failure("ours", error, device))
     if any(name.startswith("compile") for name in point.providers or bench.names):
-        # Else these shapes make the next ones recompilations, and the CUDA graphs of compiled code keep their memory.
+        # Otherwise the next shapes count as recompilations, and the CUDA graphs of compiled code keep their memory.
         torch._dynamo.reset()
     release(device)
 
@@ -322,7 +322,7 @@ def _measure(point: Point, log: Log, ceilings: Ceilings, device: torch.device, a
                     fns[name] = ready(run, gate.cotangents, mode, device, replay)
                     how[name] = "graph" if replay else "launches"
                     break
-                except Exception as error:  # a capture that failed is no verdict: it is timed as it is
+                except Exception as error:  # after a failed capture, launches are timed
                     if not replay or isinstance(error, torch.OutOfMemoryError):
                         log.add(**about, mode=mode, provider=name, **failure(name, error, device))
                         break
@@ -333,7 +333,7 @@ def _measure(point: Point, log: Log, ceilings: Ceilings, device: torch.device, a
             record = work[mode].rates(ms, ceilings) | {"error_rms": errors[name], "timed": how[name]}
             if bench.name == "vit":
                 record["img_s"] = 1e3 * shape.batch / ms
-            # The memory of compiled code's own CUDA graphs does not show in a replay.
+            # The replay of a CUDA graph does not show its memory, also in compiled code.
             plain = how[name] == "launches" and not name.startswith("compile-max")
             if mode == "full" and plain and device.type == "cuda":
                 record |= memory(runs[name], fns[name], tensors, device)
@@ -344,7 +344,7 @@ def _measure(point: Point, log: Log, ceilings: Ceilings, device: torch.device, a
 def admit(
     bench: Bench, name: str, shape: Shape, tensors: dict[str, Tensor], gate: Gate
 ) -> tuple[dict[str, Any], Run | None]:
-    """(what a record says, the run); no run where the provider is not to be timed."""
+    """(fields of a record, the run, or None if the provider must not be timed)."""
     try:
         run = bench.run(name, shape, tensors)
         error, wrong = gate.error(run)
@@ -357,10 +357,10 @@ def admit(
 
 
 def failure(name: str, error: Exception, device: torch.device) -> dict[str, Any]:
-    """What a record says of it: ours must run, our kernels on a GPU; too little memory, and others, are skipped."""
+    """The fields of a record. An error of ours, or of "triton" on a GPU, is a failure, but not too little memory."""
     if isinstance(error, torch.OutOfMemoryError):
         return {"ok": True, "skipped": f"memory: {error}"[:300]}
-    if isinstance(error, ImportError | CannotStart):  # CannotStart says itself which library is missing
+    if isinstance(error, ImportError | CannotStart):  # CannotStart names the missing library
         return {"ok": True, "skipped": f"{'not installed: ' * isinstance(error, ImportError)}{error}"[:200]}
     said = f"{type(error).__name__}: {error}"[:600]
     must = name == "ours" or (name == "triton" and device.type == "cuda")
@@ -368,7 +368,7 @@ def failure(name: str, error: Exception, device: torch.device) -> dict[str, Any]
 
 
 def memory(run: Run, fn: Callable[[], Any], tensors: dict[str, Tensor], device: torch.device) -> dict[str, float]:
-    """MiB of the GPU: at the peak of a call, with inputs and parameters; and what a forward keeps for its backward."""
+    """MiB of the GPU at the peak of a call, with inputs and parameters, and MiB that a forward saves."""
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)

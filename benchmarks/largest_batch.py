@@ -1,4 +1,4 @@
-"""The largest batch of a training step that fits the card, against the image's side: the right half of Fig. 12."""
+"""The largest batch of a training step that fits the card, by the side of the image: right half of Fig. 12."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ AT_MOST = 2**16
 
 
 def search(log: Log, side: int, dtype: torch.dtype, device: torch.device) -> None:
-    """A record each for ours and the reference, forward + backward of B/16; at most a batch of 2 on a CPU."""
+    """Adds a record each for ours and the reference: forward + backward of B/16. On a CPU the limit is a batch of 2."""
     for name in ("ours", "reference"):
         shape = Shape(MODELS["B/16"].model, 1, side)
         about = {"bench": "vit", "op": "largest_batch", "shape": str(shape), "dtype": name_of(dtype)}
@@ -39,9 +39,9 @@ def search(log: Log, side: int, dtype: torch.dtype, device: torch.device) -> Non
 
 
 def largest(fits: Callable[[int], bool], at_most: int, within: float = 0.03) -> int:
-    """The largest batch that fits, to 3 %: doubled until one does not, then halfway between. 0 if not even 1 does.
+    """The largest batch that fits, within 3 %, or 0 if not even 1 fits. It doubles the batch, and then bisects.
 
-    Multiples of 16 as far as that is close enough: for other batches Triton compiles every kernel once more.
+    Batches are multiples of 16 if these are close enough.
     """
     good, bad = 0, min(16, at_most)
     while bad <= at_most and fits(bad):

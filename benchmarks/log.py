@@ -1,4 +1,4 @@
-"""What every command shares: how results are written as soon as they are known, where they go, how a table looks."""
+"""Common parts of the commands: the log of results, its folder, and tables."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ ROOT = Path(__file__).resolve().parents[1]
 def run_stage(
     target: str, path: Path, about: dict[str, str], rehearse: bool, seconds: float, options: dict[str, Any]
 ) -> None:
-    """The whole of a stage's process: exit code 0 if every record is ok, 1 if one is not."""
+    """The process of a stage. Its exit code is 0 if every record is ok, else 1."""
     deadline = time.monotonic() + seconds
-    os.setsid()  # so that a stage that is stopped takes its own processes along, off the GPU
+    os.setsid()  # so that its child processes can be killed with it
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS raises in deterministic mode without it
     import torch
 
-    torch.backends.cudnn.allow_tf32 = False  # on by default: the eager convolution in fp32 would be no yardstick
+    torch.backends.cudnn.allow_tf32 = False  # on by default, which makes eager's fp32 convolution less exact
     torch.manual_seed(0)
     log = Log(path, about, rehearse, deadline)
     module, function = target.split(":")
@@ -39,9 +39,9 @@ def run_stage(
 
 
 class Log:
-    """Records of one stage; the file on disk is whole after every record. ``deadline`` is of the monotonic clock.
+    """Records of one stage. The file is complete after every record. ``deadline`` is of the monotonic clock.
 
-    In the file every record also says where it comes from, so that records of many files can be one table.
+    In the file every record includes ``about``, so records of many files can be one table.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Log:
         return bool(self.records) and all(r["ok"] for r in self.records)
 
     def add(self, *, ok: bool, **record: Any) -> None:
-        """Adds a record. One with ``skipped``, a reason, says nothing about the kernels."""
+        """Adds a record. One with ``skipped``, a reason, is no result of the kernels."""
         self.records.append({"ok": ok, **record} | ({"rehearsal": True} if self.rehearse else {}))
         shown = {
             k: f"{v:.4g}" if isinstance(v, float) else v for k, v in record.items() if k not in ("tensors", "loss")
@@ -80,7 +80,7 @@ class Log:
         write(self.path, self.about, [r | self.about | r for r in self.records])
 
     def attempt(self, fn: Callable[[], dict[str, Any]], **about: Any) -> None:
-        """Adds ``about`` with what ``fn`` returns; too little memory is a reason to skip, any other error a failure."""
+        """Adds ``about`` with the result of ``fn``. Too little memory is a skip, any other error a failure."""
         import torch
 
         start = time.perf_counter()
@@ -102,25 +102,25 @@ def write(path: Path, about: dict[str, Any], records: list[dict[str, Any]]) -> N
 
 
 def amend(path: Path, record: dict[str, Any]) -> None:
-    """Adds a record to the file of a stage that can no longer do so itself."""
+    """Adds a record to the file of a stage whose process has ended."""
     found = json.loads(path.read_text()) if path.exists() else {"about": {"utc": utc()}, "records": []}
     write(path, found["about"], [*found["records"], record])
 
 
 def folder_of(gpu: str, results: str = "benchmarks/results") -> Path:
-    """Where the files of this card go; ``gpu``: its name, or "rehearsal"."""
+    """The folder for the files of a card. ``gpu`` is its name, or "rehearsal"."""
     return ROOT / ("build/rehearsal" if gpu == "rehearsal" else f"{results}/{'-'.join(gpu.lower().split())}")
 
 
 def name_of(dtype: Any) -> str:
-    """Of a `torch.dtype`, as records have it: ``bfloat16``."""
+    """The name of a `torch.dtype` in records: ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[Any]], markdown: bool = False) -> str:
-    """Columns as wide as they must be, the first on the left, the others on the right; None is an empty cell.
+    """A table. The first column is left-aligned, the others are right-aligned. None is an empty cell.
 
-    A float has four digits; a caller that wants others writes the text itself.
+    A float has four digits. For other formats pass text.
     """
     lines = [[*heads]]
     lines += [["" if x is None else f"{x:.4g}" if isinstance(x, float) else str(x) for x in row] for row in rows]
@@ -137,7 +137,7 @@ def utc() -> str:
 
 
 def git_commit() -> str | None:
-    """That of the checkout; of a copy without one, even inside another checkout, what the variable COMMIT says."""
+    """The commit of the checkout. Without a ``.git`` here, it is the variable COMMIT."""
     return _output("git", f"--git-dir={ROOT / '.git'}", "rev-parse", "--short", "HEAD") or os.environ.get("COMMIT")
 
 

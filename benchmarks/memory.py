@@ -1,13 +1,12 @@
-"""Memory of a training step and of a forward, counted without a GPU; ours and others'.
+"""Memory of a training step and of a forward, ours and others', counted without a GPU.
 
     python -m benchmarks.memory [--shape vit_base_patch16_224/b256] [--provider ours] [--largest GIB] [--out FILE]
 
-The model runs on tensors of device "meta" while every storage is followed from its first tensor to its last, those
-inside the host code of our ops included. Peak: parameters, images, and the most that was alive at once of the rest, the
-gradients among it. Saved: what autograd keeps between forward and backward, each storage once, without parameters and
-images. Not counted: what a single operation of PyTorch allocates and frees, workspaces of cuBLAS and cuDNN, the
-context, and what the caching allocator rounds up or cannot reuse; so a card needs somewhat more. An optimizer's state
-comes on top.
+The model runs on tensors of device "meta", and every storage is tracked while it exists, also in the host code of our
+ops. Peak is parameters, images, and the most of all others at one time, which includes gradients. Saved is what
+autograd keeps between forward and backward, each storage once, without parameters and images. A card needs more:
+temporary memory inside an operation of PyTorch, workspaces of cuBLAS and cuDNN, the context, the caching allocator's
+rounding and fragmentation, and the state of an optimizer are not counted.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ Factory = Callable[[int], tuple[nn.Module, Tensor]]  # batch -> the model and it
 
 
 class Live(trace.HostCode):
-    """Bytes of the storages that were made inside and are alive: ``live`` now, ``peak`` at most."""
+    """Bytes of the storages that are allocated inside: ``live`` now, ``peak`` at most."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +43,7 @@ class Live(trace.HostCode):
         self.known: set[int] = set()
 
     def ignore(self, *tensors: Tensor) -> None:
-        """Storages that were there before."""
+        """Excludes storages from before."""
         self.known |= {t.untyped_storage()._cdata for t in tensors}
 
     def called(self, func, args, kwargs, out):
@@ -63,7 +62,7 @@ class Live(trace.HostCode):
 
 @dataclasses.dataclass
 class Memory:
-    """Bytes; ``peak`` includes parameters, images and, with a backward, gradients and what is saved."""
+    """In bytes. ``peak`` includes parameters, images and, with a backward, gradients and saved tensors."""
 
     parameters: int
     gradients: int
@@ -73,7 +72,7 @@ class Memory:
 
 
 def count(model: nn.Module, image: Tensor, train: bool, arch: int = 90, num_sms: int = 132) -> Memory:
-    """Of `trace.step` of a model and images on device "meta", as on a GPU of this architecture."""
+    """Memory of `trace.step` of a model and images on device "meta", as on a GPU of this architecture."""
     parameters = list(model.parameters())
     before, saved = [*parameters, *model.buffers(), image], {}
     own = {t.untyped_storage()._cdata for t in before}
@@ -82,7 +81,7 @@ def count(model: nn.Module, image: Tensor, train: bool, arch: int = 90, num_sms:
         storage = t.untyped_storage()
         if storage._cdata not in own:
             saved[storage._cdata] = storage.nbytes()
-        return t.detach()  # the tensor itself would hold the graph that holds it
+        return t.detach()  # t itself would make a reference cycle with the graph
 
     live = Live()
     live.ignore(*before)
@@ -98,7 +97,7 @@ def count(model: nn.Module, image: Tensor, train: bool, arch: int = 90, num_sms:
 
 
 def saved_by_a_block(make: Factory, batch: int, depth: int) -> int:
-    """Bytes that one block saves for its backward: what the model saves less without its second one."""
+    """Bytes that one block saves for its backward: the difference if the model has no second block."""
     model, image = make(batch)
     whole = count(model, image, train=True).saved
     del next(m for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m) == depth)[1]
@@ -106,12 +105,12 @@ def saved_by_a_block(make: Factory, batch: int, depth: int) -> int:
 
 
 def largest_batch(make: Factory, memory_bytes: float, train: bool) -> int:
-    """The largest batch whose counted peak is within ``memory_bytes``; 0 if one image is too much."""
+    """The largest batch whose counted peak is within ``memory_bytes``, or 0 if one image is too much."""
 
     def fits(batch: int) -> bool:
         return count(*make(batch), train).peak <= memory_bytes
 
-    # The peak grows linearly but for corners: the guess is close, and the steps from it are few.
+    # The peak is nearly linear in the batch, so the guess is close.
     few, many = (count(*make(batch), train).peak for batch in (32, 64))
     batch = max(0, int(32 + (memory_bytes - few) * 32 / (many - few)))
     while batch and not fits(batch):
@@ -122,7 +121,7 @@ def largest_batch(make: Factory, memory_bytes: float, train: bool) -> int:
 
 
 def factory(provider: str, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Factory:
-    """Makes the model of a provider of `benchmarks.bench_vit` with images of a shape, in any batch.
+    """A function that makes the model of a provider of `benchmarks.bench_vit` and a batch of images.
 
     Raises:
         vit.commands.parity.CannotStart: the library is not installed.
@@ -141,7 +140,7 @@ def factory(provider: str, shape: Shape, dtype: torch.dtype = torch.bfloat16) ->
 
 
 def records(shape: Shape, provider: str, largest_gib: float | None) -> list[dict[str, Any]]:
-    """One for the training step and one for the forward, with ``largest_gib`` also the largest batches."""
+    """A record for the training step and one for the forward. With ``largest_gib`` also the largest batches."""
     make = factory(provider, shape)
     about = {"bench": "memory", "op": "vit", "shape": str(shape), "dtype": "bfloat16", "provider": provider, "ok": True}
     found = []
@@ -183,9 +182,9 @@ def show(shape: Shape, found: list[dict[str, Any]]) -> None:
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--shape", action="append", type=arguments.shape, help="vit_base_patch16_224/b256; all if none")
-    parser.add_argument("--provider", action="append", choices=PROVIDERS, help="all if none")
-    parser.add_argument("--largest", type=arguments.positive, metavar="GIB", help="also the largest batch in so much")
+    parser.add_argument("--shape", action="append", type=arguments.shape, help="vit_base_patch16_224/b256; default all")
+    parser.add_argument("--provider", action="append", choices=PROVIDERS, help="default all")
+    parser.add_argument("--largest", type=arguments.positive, metavar="GIB", help="also the largest batch within GIB")
     parser.add_argument("--out", type=arguments.file, help="write the records to this file as well")
     args = parser.parse_args(words)
     results: list[dict[str, Any]] = []

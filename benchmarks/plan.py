@@ -1,4 +1,4 @@
-"""What `make bench` measures, most wanted first, and how much of it where only some is asked for."""
+"""The points that `make bench` measures, the most important first, and the selection of some."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.log import Log
 from benchmarks.shapes import LATENCY, MODELS, SIDES, SMALL, Shape, parse
 from benchmarks.stages import Stage
 
-# File of results, without "bench_": seconds that a quick run and a whole one may want on an H100.
+# File of results, without "bench_": seconds of a quick run and of a whole one on an H100.
 SECONDS = {
     "vit": (110, 335),
     "attention": (30, 75),
@@ -24,14 +24,14 @@ SECONDS = {
     "linear": (20, 50),
     "patch_embed": (15, 30),
 }
-# What compiling takes of the 12 blocks of a model, and of an op: nothing is begun that would be stopped before its end.
+# Seconds to compile the 12 blocks of a model, and an op. A point without enough time does not start.
 COMPILING = {"compile": (55, 10), "compile-max": (140, 40), "compile-reduce": (15, 15)}
 B16, *OTHERS = MODELS.values()
 
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """What the command line picks; empty means everything."""
+    """The selection of the command line. Empty means all."""
 
     ops: tuple[str, ...] = ()
     shapes: tuple[str, ...] = ()
@@ -42,7 +42,7 @@ class Wanted:
 
     @property
     def some(self) -> bool:
-        """Whether it is a part of what a run measures."""
+        """Whether it selects only a part of a run."""
         return bool(self.ops or self.shapes or self.providers or self.modes or self.dtype != "bfloat16")
 
 
@@ -51,10 +51,10 @@ def benches(name: str) -> list[Bench]:
 
 
 def stages(wanted: Wanted, rehearse: bool = False) -> dict[str, Stage]:
-    """One for each file of results that has something to measure.
+    """A stage for each file of results that has something to measure.
 
     Raises:
-        ValueError: there is no such op, shape, provider or mode, or nothing that is all of it.
+        ValueError: an op, shape, provider or mode does not exist, or nothing has all of them.
     """
     of_file = {name: benches(name) for name in SECONDS}
     everything = [bench for group in of_file.values() for bench in group]
@@ -85,7 +85,7 @@ def _known(what: str, names: Iterable[str], known: set[str]) -> None:
 
 
 def _sweep(name: str, wanted: Wanted) -> bool:
-    """Whether largest batches are looked for."""
+    """Whether to search the largest batches."""
     if name != "vit" or wanted.quick or wanted.shapes:
         return False
     return "largest_batch" in wanted.ops or not wanted.some
@@ -96,14 +96,14 @@ def device_of(rehearse: bool) -> torch.device:
 
 
 def run(log: Log, rehearse: bool, name: str, wanted: Wanted) -> None:
-    """A stage: the ceilings, then point after point, until the time is over."""
+    """A stage: measures the ceilings, then the points in order, until the time is over."""
     device = device_of(rehearse)
     if rehearse:  # 16-bit products are slow on a CPU
         wanted = dataclasses.replace(wanted, dtype="float32")
     dtype = getattr(torch, wanted.dtype)
     ceilings = measure_ceilings(log, device, dtype)
     gc.collect()
-    gc.freeze()  # what is imported is never garbage, and a capture, of hundreds, looks for garbage first
+    gc.freeze()  # makes hundreds of captures faster, because each runs the garbage collector
     for point in points(name, wanted, rehearse):
         if log.seconds_left < least(point):
             bench = point.bench
@@ -118,14 +118,14 @@ def run(log: Log, rehearse: bool, name: str, wanted: Wanted) -> None:
 
 
 def least(point: Point) -> float:
-    """Seconds below which ``point`` is not begun."""
+    """The seconds that ``point`` needs to start."""
     whole = point.bench.name == "vit"
     times = [COMPILING[p.removesuffix("-cudnn")][not whole] for p in point.providers if not _plain(p)]
     return 4 + sum(times) * (point.shape.config.depth / 12 if whole else 1)
 
 
 def points(name: str, wanted: Wanted, rehearse: bool) -> Iterator[Point]:
-    """What is asked for, in order; a point that would have no provider is left out."""
+    """The selected points in order, without points that have no provider."""
     plan = _vit if name == "vit" else _op
     for point in _picked(name, wanted, rehearse) if wanted.shapes or rehearse else plan(benches(name), wanted.quick):
         bench = point.bench
@@ -142,7 +142,7 @@ def _picked(name: str, wanted: Wanted, rehearse: bool) -> Iterator[Point]:
         for bench in benches(name):
             yield _point(bench, shape, _plain)
             for compiled in [p for p in bench.names if not _plain(p)]:
-                # In a rehearsal a compiler is only started where it is asked for.
+                # A rehearsal compiles only on request.
                 if compiled in wanted.providers or not (wanted.providers or rehearse):
                     yield _beside_ours(bench, shape, compiled)
 
@@ -157,11 +157,11 @@ def _plain(provider: str) -> bool:
 
 
 def _op(group: list[Bench], quick: bool) -> Iterator[Point]:
-    """Every provider that need not be compiled at every model's shape, then the compiled ones beside ours."""
+    """All providers without a compiler at all shapes, then each compiled one with ours."""
     for shape in (B16, MODELS["H/14"]) if quick else MODELS.values():
         for bench in group:
             yield _point(bench, shape, _plain)
-    for compiled in () if quick else COMPILED:  # the slower one behind what the other one found
+    for compiled in () if quick else COMPILED:  # the slower one last
         for shape in (B16, MODELS["L/16"]):
             for bench in group:
                 if bench.compiles:

@@ -1,4 +1,4 @@
-"""The plots of ``make report``, as PNG files beside the records; the same records give the same bytes."""
+"""The plots of ``make report``, as PNG files beside the records. The same records give the same bytes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.records import DTYPES, Record, ceilings, dtypes_of, label, model
 from benchmarks.shapes import LATENCY, parse
 
 MODES = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
-#: Ours are dark and come first; the others in this order, each always in its colour and marker.
+#: Ours are dark and come first. All providers are in this order, each with its own colour and marker.
 COLOURS = {
     "ours": "#b2182b", "triton": "#ef8a62", "reference": "#969696", "eager": "#636363", "timm": "#2c7fb8",
     "hf": "#41b6c4", "compile": "#253494", "compile-max": "#081d58", "cublas": "#76b900", "sdpa-flash": "#54278f",
@@ -33,7 +33,7 @@ STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "
 
 
 def draw(records: list[Record], folder: Path) -> list[str]:
-    """Draws what the records suffice for, into ``folder``; a line for each file, or for what is left out and why."""
+    """Draws all possible plots into ``folder``. Returns a line for each file, or the reason why it is left out."""
     told = []
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -51,9 +51,9 @@ def draw(records: list[Record], folder: Path) -> list[str]:
 
 
 def roofline(records: list[Record], dtype: str) -> Figure | str:
-    """Intensity against speed of every op and provider under the run's own ceilings; ours filled.
+    """Speed by intensity of every op and provider, and the ceilings of the run. Ours have filled marks.
 
-    Without whole models: no count says how many bytes they cannot do without.
+    Whole models are left out, because the bytes of their work are not counted.
     """
     rate, speed = ceilings(records, dtype)
     found = [r for r in _of(records, dtype) if r.timed and r.tflops and r.gbps and r.point.bench != "vit"]
@@ -90,7 +90,7 @@ def _point(provider: str, colour: str) -> dict[str, Any]:
 
 
 def models(records: list[Record], dtype: str) -> Figure | str:
-    """Images a second of whole models, a panel each with its own scale; the dashed line is the floor's speed."""
+    """Images/s of whole models, with a panel and a scale for each. The dashed line is the speed at the floor."""
     found = [r for r in _of(records, dtype) if r.point[:2] == ("vit", "vit")]
     shapes = model_shapes(records, dtype)
     if not any(r.timed and r.point.shape in shapes for r in found):
@@ -120,7 +120,7 @@ def models(records: list[Record], dtype: str) -> Figure | str:
 
 
 def ops(records: list[Record], dtype: str) -> Figure | str:
-    """Share of the floor of every op: a row for each op, a column for each mode, a group of bars for each shape."""
+    """Share of the floor of every op, with a row per op, a column per mode and a group of bars per shape."""
     found = [r for r in _of(records, dtype) if r.point.bench != "vit"]
     names = list(dict.fromkeys(r.point.op for r in found if r.point.op))
     if not any(r.timed and r.sol_fraction for r in found):
@@ -136,7 +136,7 @@ def ops(records: list[Record], dtype: str) -> Figure | str:
         mine = [p for p in providers if any(r.point.op == op and r.point.provider == p for r in found)]
         step = len(mine) + 1.5
         for group, shape in enumerate(shapes[op]):
-            places = ((op, shape, dtype, mode), (op, shape, dtype, ""))  # what was not admitted has no mode
+            places = ((op, shape, dtype, mode), (op, shape, dtype, ""))  # a failed gate has no mode
             here = {r.point.provider: r for r in found if r.point[1:5] in places}
             _bars(ax, mine, here, lambda r: r.sol_fraction and 100 * r.sol_fraction, start=group * step)
         ticks = [group * step + (len(mine) - 1) / 2 for group in range(len(shapes[op]))]
@@ -153,9 +153,9 @@ def ops(records: list[Record], dtype: str) -> Figure | str:
 
 
 def sides(records: list[Record], dtype: str) -> Figure | str:
-    """Best forward speed over the batches, and the largest batch of a training step: ViT paper, Fig. 12.
+    """Best forward speed of all batches, and the largest batch of a training step, as in Fig. 12 of the ViT paper.
 
-    A mark at the bottom stands where nothing was found.
+    A mark at the bottom means that there is no result.
     """
     family = _family(LATENCY.model)
     found = [r for r in _of(records, dtype) if r.point.bench == "vit" and _family(r.point.shape) == family]
@@ -176,7 +176,7 @@ def sides(records: list[Record], dtype: str) -> Figure | str:
     for ax, (title, (mine, field)) in zip(axes, panels.items(), strict=True):
         for place, (name, style) in reversed(list(enumerate(styles.items()))):
             values = sorted((_side(r), getattr(r, field) or 0) for r in mine if r.point.provider == name)
-            best = {side: value for side, value in values if value}  # the largest comes last
+            best = {side: value for side, value in values if value}  # the largest value is last
             ax.plot(list(best), list(best.values()), linewidth=2 if name == "ours" else 1, **style)
             for r in (r for r in mine if r.point.provider == name and r.missing is not None and _side(r) not in best):
                 where = {"transform": ax.get_xaxis_transform(), "ha": "center", "fontweight": "bold"}
@@ -191,7 +191,7 @@ def sides(records: list[Record], dtype: str) -> Figure | str:
 
 
 def _plain_ticks(ax: Axes) -> None:
-    """On a logarithmic axis 1, 2 and 5 of each decade, written out, and a grid."""
+    """A logarithmic axis with 1, 2 and 5 of each decade as plain numbers, and a grid."""
     ax.grid(which="major", color="#e5e5e5")
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}" if y >= 1 else f"{y:g}")
@@ -201,7 +201,7 @@ def _plain_ticks(ax: Axes) -> None:
 def _bars(
     ax: Axes, providers: list[str], here: dict[str, Record], value, start: float = 0, written: bool = False
 ) -> None:
-    """A bar for each provider at its fixed place; a cross where it failed, a dash where it was skipped."""
+    """A bar for each provider at a fixed place, or a cross if it failed, or a dash if it was skipped."""
     for place, name in enumerate(providers, start=0):
         r = here.get(name)
         if r is None:
@@ -216,7 +216,7 @@ def _bars(
 
 
 def _legend(figure: Figure, keys: list[Line2D], found: list[Record]) -> None:
-    """``keys``, and what the marks of missing points mean."""
+    """A legend of ``keys`` and of the marks of missing points."""
     marks = {"failed" if r.error is not None else "skipped": _mark(r) for r in found if r.missing is not None}
     for word, (mark, colour) in sorted(marks.items()):
         keys.append(Line2D([], [], marker=f"${mark}$", color=colour, label=word, linestyle="", markersize=7))
@@ -246,7 +246,7 @@ def _colour(provider: str) -> str:
 
 
 def _family(shape: str) -> str:
-    """The model without its image size."""
+    """The name of the model without its image size."""
     return re.sub(r"_\d+$", "", re.split("[@/]", shape)[0])
 
 
@@ -255,7 +255,7 @@ def _side(r: Record) -> int:
 
 
 def _save(figure: Figure, path: Path) -> str:
-    """Without a date or a version in it, and only if it changed."""
+    """Writes the file without a date or version, and only if it changed."""
     FigureCanvasAgg(figure)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=110, metadata={"Software": None})

@@ -1,6 +1,6 @@
-"""``make profile``: PyTorch's profiler on one step of a model: its own table, and the shares of each kind of kernel.
+"""``make profile``: PyTorch's profiler on one step of a model, its table, and the share of each kind of kernel.
 
-On a GPU the times are those of the kernels; without one, those of PyTorch's operators on this CPU, small and in fp32.
+On a GPU the times are those of kernels. Without one they are those of operators on this CPU, for a small fp32 model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks import arguments
 from benchmarks.log import ROOT, name_of, table
 
-# Kinds of kernels by their names on a GPU and of operators by theirs on a CPU; the first that fits.
+# Kinds by names of kernels on a GPU and of operators on a CPU. The first that matches counts.
 KINDS = {
     "our kernels": r"^_\w+_kernel",
     "attention of PyTorch": r"flash|fmha|attention|cudnn_generated",
@@ -29,7 +29,7 @@ def kind_of(name: str) -> str:
 
 
 def shares(events: list[Any], time: str) -> str:
-    """Milliseconds a step of every kind, and its share; ``time``: the field of an event with its own microseconds."""
+    """Milliseconds per step of every kind, and its share. ``time``: the field of an event with its own microseconds."""
     ms = dict.fromkeys(KINDS, 0.0)
     for event in events:
         ms[kind_of(event.key)] += getattr(event, time) / STEPS / 1e3
@@ -39,10 +39,10 @@ def shares(events: list[Any], time: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", type=arguments.shape, help="default vit_base_patch16_224/b256, on a CPU a small one")
+    parser.add_argument("--shape", type=arguments.shape, help="default vit_base_patch16_224/b256, small on a CPU")
     parser.add_argument("--provider", default="ours", help="ours, reference, timm, hf, accelerated, compile, …")
     parser.add_argument("--mode", default="full", choices=("fwd", "full"), help="full: forward + backward")
-    parser.add_argument("--top", type=arguments.count, default=25, help="how many kernels the table has")
+    parser.add_argument("--top", type=arguments.count, default=25, help="number of kernels in the table")
     parser.add_argument("--out", type=arguments.folder, default=ROOT / "build/profile", help="folder of trace.json")
     args = parser.parse_args()
     import torch
@@ -58,7 +58,7 @@ def main() -> int:
     shape = args.shape or (MODELS["B/16"] if gpu else SMALL)
     if args.provider not in bench.providers:
         parser.error(f"no provider {args.provider!r}; there are {', '.join(bench.providers)}")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else PyTorch's profiler logs its start and its end
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler logs its start and its end
     args.out.mkdir(parents=True, exist_ok=True)
     try:
         run = bench.run(args.provider, shape, tensors_of(bench, shape, dtype, device))
@@ -69,7 +69,7 @@ def main() -> int:
             for _ in range(STEPS):
                 step()
             torch.cuda.synchronize() if gpu else None
-    except Exception as error:  # a library that is missing says so
+    except Exception as error:  # such as a missing library
         print(f"{args.provider} does not run: {error}", file=sys.stderr)
         return 2
     found.export_chrome_trace(str(args.out / "trace.json"))

@@ -1,8 +1,7 @@
-"""Result files, read: every ``bench_*.json`` of a folder as records that are checked and know where they come from.
+"""Reads result files: every ``bench_*.json`` of a folder, as checked records with their source.
 
-A file is ``{"about": {gpu, driver, torch, triton, commit, command, utc}, "records": [...]}``. What a record says of
-these itself counts before ``about``, and a list of records that say all of it, as `benchmarks.log.Log`
-writes them, is a file, too.
+A file is ``{"about": {gpu, driver, torch, triton, commit, command, utc}, "records": [...]}``. A record's own fields
+replace those of ``about``. A list of records that have all of these fields is a file, too.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ ABOUT = ("gpu", "driver", "torch", "triton", "commit", "command", "utc")
 
 
 class ResultError(Exception):
-    """A file that cannot be used, or a wrong argument; the message is one line."""
+    """A file is unusable or an argument is wrong. The message is one line."""
 
 
 class Point(NamedTuple):
-    """What was to be timed. ``mode`` is fwd, bwd or full (forward + backward)."""
+    """The subject of a record. ``mode`` is fwd, bwd or full (forward + backward)."""
 
     bench: str
     op: str
@@ -41,9 +40,9 @@ class Point(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One point and what was found: times, a largest batch, a ceiling, or why there is nothing.
+    """One point and its result: times, a largest batch, a ceiling, or a reason why there is none.
 
-    Units: milliseconds, TFLOP/s, GB/s (10⁹ bytes), images a second, MiB. ``sol_fraction`` is floor / ``ms_p50``.
+    Units: milliseconds, TFLOP/s, GB/s (10⁹ bytes), images/s, MiB. ``sol_fraction`` is floor / ``ms_p50``.
     ``about`` is that of its file, with the keys of `ABOUT`.
     """
 
@@ -68,12 +67,12 @@ class Record:
 
     @property
     def ours(self) -> bool:
-        """Our kernels, in whatever form: ``accelerated`` is another library's model on them."""
+        """Whether our kernels ran. ``accelerated`` is another library's model with them."""
         return self.point.provider in ("ours", "triton", "graph", "accelerated")
 
     @property
     def missing(self) -> str | None:
-        """Why there is no time, in a few words; None if nothing is missing."""
+        """A short reason why there is no result, or None if there is one."""
         if self.error is not None:
             return "failed parity" if "parity" in self.error.lower() else f"failed: {_brief(self.error)}"
         return None if self.skipped is None else f"skipped: {_brief(self.skipped)}"
@@ -83,30 +82,30 @@ _NUMBERS = [f.name for f in dataclasses.fields(Record) if f.type == "float | Non
 
 
 def label(shape: str) -> str:
-    """For readers: ``B/16, batch 256`` of ``vit_base_patch16_224/b256``."""
+    """The text ``B/16, batch 256`` for ``vit_base_patch16_224/b256``."""
     model, _, batch = shape.partition("/b")
     base, at, side = model.partition("@")
     return f"{_NAMES.get(base, base)}{at}{side}, batch {batch}"
 
 
 def model_shapes(records: Iterable[Record], dtype: str) -> list[str]:
-    """The whole models of the table, in the order of `MODELS`; those with ``@`` are for the plot against the side."""
+    """The whole models of the table, in the order of `MODELS`. Others with ``@`` are only for the plot by side."""
     wanted = [str(shape) for shape in (*MODELS.values(), LATENCY)]
     found = {r.point.shape: 0 for r in records if r.point[:2] == ("vit", "vit") and r.point.dtype == dtype}
     return [s for s in wanted if s in found] + [s for s in found if s not in wanted and "@" not in s]
 
 
 def dtypes_of(records: Iterable[Record]) -> list[str]:
-    """Of whole models and ops; bfloat16 first."""
+    """The dtypes of whole models and ops, bfloat16 first."""
     found = {r.point.dtype for r in records if r.point.bench != "ceiling" and r.point.dtype}
     return sorted(found, key=lambda dtype: (dtype != "bfloat16", dtype))
 
 
 def load(path: Path) -> list[Record]:
-    """The records of a file, or of every ``bench_*.json`` in a folder; of a point that occurs twice the newest.
+    """The records of a file, or of every ``bench_*.json`` in a folder. Of equal points the newest counts.
 
     Raises:
-        ResultError: nothing is there, a file is damaged, or the files of one folder are of two devices.
+        ResultError: there is no file, a file is damaged, or the files of one folder are from several devices.
     """
     files = sorted(path.glob("bench_*.json")) if path.is_dir() else [path]
     if not files:
@@ -123,13 +122,13 @@ def load(path: Path) -> list[Record]:
     if len(gpus) > 1:
         raise ResultError(f"{path} has files of different devices: {', '.join(gpus)}")
     newest: dict[Point, Record] = {}
-    for r in sorted(records, key=lambda r: r.about["utc"] or ""):  # stable: in one file the later one is newer
+    for r in sorted(records, key=lambda r: r.about["utc"] or ""):  # stable: later in a file is newer
         newest[r.point] = r
-    return [r for r in records if newest[r.point] is r]  # in the files' order
+    return [r for r in records if newest[r.point] is r]  # in the order of the files
 
 
 def ceilings(records: Iterable[Record], dtype: str) -> tuple[float | None, float | None]:
-    """The card's matrix rate in this dtype, TFLOP/s, and its copy bandwidth, GB/s, as measured; None: not there."""
+    """The measured matrix rate in this dtype, TFLOP/s, and copy bandwidth, GB/s. None if there is none."""
     found = [r for r in records if r.point.bench == "ceiling" and r.missing is None]
     rates = [r.tflops for r in found if r.point.op == "matmul" and r.point.dtype == dtype]
     speeds = [r.gbps for r in found if r.point.op == "copy"]
@@ -137,7 +136,7 @@ def ceilings(records: Iterable[Record], dtype: str) -> tuple[float | None, float
 
 
 def not_timed(records: Iterable[Record], full: bool = False) -> list[str]:
-    """Every point that was skipped or failed, a line for each provider and reason; ``full``: with the whole message."""
+    """A line for each provider and reason with the points that were skipped or failed. ``full`` adds the message."""
     groups: dict[tuple[str, str], dict[str, list[str]]] = {}
     for r in records:
         if r.missing is not None:
@@ -153,19 +152,19 @@ def not_timed(records: Iterable[Record], full: bool = False) -> list[str]:
 
 
 def number(x: float, digits: int = 3) -> str:
-    """Rounded to so many significant digits, with separators of thousands: 13,600; 1.40."""
+    """Rounded to so many significant digits, with thousands separators: 13,600; 1.40."""
     x = float(f"{x:.{digits - 1}e}")
     decimals = digits - 1 - math.floor(math.log10(abs(x))) if x else 0
     return f"{x:,.{max(decimals, 0)}f}"
 
 
 def parse(found: Any, path: Path) -> list[Record]:
-    """The records of a file's content; ``path`` is named in messages.
+    """The records of the content of a file. Messages name ``path``.
 
     Raises:
-        ResultError: something in it is not as it should be.
+        ResultError: the content is not valid.
     """
-    if isinstance(found, list):  # records that carry all of it themselves
+    if isinstance(found, list):  # records with all fields
         found = {"about": {}, "records": found}
     if not isinstance(found, dict) or not isinstance(found.get("about"), dict):
         raise ResultError(f'{path} is not a result file: no "about"')
@@ -203,7 +202,7 @@ def _record(r: Any, about: dict[str, str | None], path: Path, index: int) -> Rec
         must(number and 0 < value < math.inf, f"{key} is {value!r}, not a positive number")
     failed = r.get("ok") is False
     if failed or "skipped" in why:
-        # What ended a whole run has no point of its own: then the file's name says what it was about.
+        # The end of a whole run has no point, so the name of the file stands for it.
         names["bench"] = names["bench"] or path.stem.removeprefix("bench_")
         why = {"error": why.get("error", "parity")} if failed else {"skipped": why["skipped"]}
         return Record(Point(**names), about, path, **why)
@@ -219,12 +218,12 @@ def _record(r: Any, about: dict[str, str | None], path: Path, index: int) -> Rec
 
 
 def _line(text: str) -> str:
-    """The telling line of a message: the last of a traceback."""
+    """The last line of a message, which is the error of a traceback."""
     return (text.strip().splitlines() or [""])[-1].strip()
 
 
 def _brief(text: str) -> str:
-    """What stands before the first colon, bracket or full stop: ``out of memory``."""
+    """The text before the first colon, bracket, full stop or semicolon: ``out of memory``."""
     line = _line(text)
     for mark in (":", "(", ". ", ";"):
         line = line.split(mark)[0]

@@ -1,6 +1,6 @@
-"""``make report``: README's table of speed and the plots, from the result files alone.
+"""``make report``: README's table of speed and the plots, from the result files.
 
-The files are ``benchmarks/results/<gpu>/bench_*.json``; the plots go beside them. Where no GPU has written one, the
+The files are ``benchmarks/results/<gpu>/bench_*.json``, and the plots are written beside them. Without a file, the
 README says that nothing is measured.
 """
 
@@ -36,7 +36,7 @@ cards, and calls that a prediction."""
 
 
 def table(records: list[Record]) -> str:
-    """Models as rows, in Markdown; what was not timed has its reason in its cell."""
+    """A table in Markdown with a row per model. A cell without a time has the reason."""
     heads, rows = ["model"], []
     for mode in ("forward", "forward + backward"):
         heads += [f"{mode}, img/s", "share of floor", "best peer, img/s"]
@@ -49,7 +49,7 @@ def table(records: list[Record]) -> str:
 
 
 def section(records: list[Record], base: Path) -> str:
-    """The table of one device and where it comes from; ``base``: the folder that links start from."""
+    """The table of one device and its sources. Links are relative to the folder ``base``."""
     models = [r for r in records if r.point.bench == "vit" and "@" not in r.point.shape]
     models = [r for r in models if r.point.op != "largest_batch"]
     if not any(r.point.op for r in models):
@@ -67,7 +67,7 @@ def section(records: list[Record], base: Path) -> str:
 
 
 def readme_text(devices: list[list[Record]], base: Path) -> str:
-    """What stands between README's markers: a section for each device, or that there is none."""
+    """The text between README's markers: a section for each device, or that there is none."""
     heads = [f"**{records[0].about['gpu']}**\n\n" if len(devices) > 1 else "" for records in devices]
     parts = [head + section(records, base) for head, records in zip(heads, devices, strict=True)]
     return "\n\n".join(parts) or _NONE
@@ -77,7 +77,7 @@ def insert(readme: str, text: str) -> str:
     """README with ``text`` between its markers.
 
     Raises:
-        ResultError: a marker is missing, doubled, or they are in the wrong order.
+        ResultError: a marker is missing or doubled, or they are in the wrong order.
     """
     parts = re.split(f"({'|'.join(MARKERS)})", readme)
     if tuple(parts[1::2]) != MARKERS:
@@ -86,7 +86,7 @@ def insert(readme: str, text: str) -> str:
 
 
 def read(results: Path, samples: bool = False) -> list[list[Record]]:
-    """The records of each device; ``samples``: even made-up ones, for the tests.
+    """The records of each device. ``samples`` allows invented ones, for the tests.
 
     Raises:
         ResultError: a file is damaged, or was not measured.
@@ -103,7 +103,7 @@ def read(results: Path, samples: bool = False) -> list[list[Record]]:
 
 
 def report(results: Path, readme: Path, check: bool = False, plots: bool = True, samples: bool = False) -> int:
-    """Writes (or only compares) README's table, draws the plots, says what it did; the exit code."""
+    """Writes README's table, or only compares it, draws the plots, and returns the exit code."""
     devices = read(results, samples)
     old = readme.read_text(encoding="utf-8")
     new = insert(old, readme_text(devices, readme.resolve().parent))
@@ -128,7 +128,7 @@ def report(results: Path, readme: Path, check: bool = False, plots: bool = True,
 
 
 def _speed(row: list[Record], mode: str) -> list[str]:
-    """Three cells: images a second of ours, its share of the floor, the best peer and how many times faster ours is."""
+    """Three cells: images/s of ours, its share of the floor, and the best peer with the ratio of ours to it."""
     row = [r for r in row if r.point.mode in (mode, "")]
     ours = next((r for r in row if r.point.provider == "ours"), None)
     peers = [r for r in row if r.timed and not r.ours]
@@ -143,7 +143,7 @@ def _speed(row: list[Record], mode: str) -> list[str]:
 
 
 def _memory(row: list[Record]) -> str:
-    """Of forward + backward, and beside it the peer that needs least."""
+    """Memory of forward + backward of ours, and of the peer with the least."""
     found = [r for r in row if r.point.mode == "full" and r.peak_mem_mb]
     ours = next((r for r in found if r.point.provider == "ours"), None)
     peer = min((r for r in found if not r.ours), key=lambda r: r.peak_mem_mb, default=None)
@@ -155,7 +155,7 @@ def _memory(row: list[Record]) -> str:
 
 
 def _latency(records: list[Record], dtype: str) -> str:
-    """A line of what one image takes, the fastest first."""
+    """A line with the latencies of one image, the fastest first."""
     found = [r for r in records if r.point[:2] == ("vit", "latency") and r.point.dtype == dtype and r.timed]
     told = [f"{r.point.provider} {number(r.ms_p50)} ms" for r in sorted(found, key=lambda r: r.ms_p50)]
     return f"Forward of {label(found[0].point.shape)}, {DTYPES.get(dtype, dtype)}: {', '.join(told)}." if found else ""

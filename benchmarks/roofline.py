@@ -1,12 +1,12 @@
-"""What every kernel must cost and how it sits on the card: predictions without a GPU.
+"""Predicts the least cost and the occupancy of every kernel without a GPU.
 
     python -m benchmarks.roofline [--shape vit_base_patch16_224/b256] [--arch 90] [--no-compile] [--out FILE]
 
-Per launch of a forward, and of a forward and backward (`benchmarks.trace`): bytes, FLOPs, and its floor, the longer of
-the two at the card's rates. Of our kernels also what the compiler says (registers, spills, shared memory; the GPU need
-not be here) and what follows: programs and warps on a multiprocessor at once, and waves, how often the grid fills the
-card, with the share of it that the last wave uses. Then what the whole model can reach at most, every launch at its
-floor, ours beside eager PyTorch, and the memory that it needs (`benchmarks.memory`). Nothing here is a measurement.
+For each launch of a forward, and of a forward and backward (`benchmarks.trace`), it prints bytes, FLOPs, and the floor,
+which is the longer of the two at the card's rates. For our kernels it adds registers, spills and shared memory from the
+compiler, programs and warps per multiprocessor, waves of the grid, and the share of the card that the last wave uses.
+For the whole model, ours and eager PyTorch's, it prints the speed with every launch at its floor, and the memory
+(`benchmarks.memory`). Nothing is measured.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from vit.kernels.dry_run import dry_run
 
 LABEL = "PREDICTION from counted bytes and FLOPs, not a measurement"
 MODES = {"fwd": "forward, no gradients", "full": "forward + backward"}
-SMALL = 0.005  # of the model's time: lines below it are one line together
+SMALL = 0.005  # operations with a smaller part of the model's time share one line
 
 
 def analyse(shape: Shape, arch: int, compiles: bool) -> dict[str, Any]:
-    """The lines of every launch of a model on one card, and the predictions for the whole."""
+    """The lines of the launches of a model on one card, and the predictions for the whole."""
     device = DEVICES[arch]
     rates, source = ceilings(device)
     kernels, wholes = [], []
@@ -69,12 +69,12 @@ def analyses(tasks: list[tuple[Shape, int]], compiles: bool) -> Iterator[dict[st
     if len(tasks) == 1:
         yield analyse(*tasks[0], compiles)
         return
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:  # never threads: Triton is not thread-safe
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:  # no threads: Triton is not thread-safe
         yield from pool.map(analyse, *zip(*tasks, strict=True), [compiles] * len(tasks))
 
 
 def alike(launches: list[Launch]) -> list[tuple[Launch, int]]:
-    """Each kind of launch with how often it comes, in the order of the first."""
+    """Each kind of launch with its count, in the order of the first launches."""
     kinds: dict[tuple, list[Launch]] = {}
     for launch in launches:
         kinds.setdefault(_kind(launch), []).append(launch)
@@ -97,7 +97,7 @@ def label(launch: Launch) -> str:
 
 
 def tile(launch: Launch) -> str:
-    """Of our kernels: ``128x128x64 w8 s3``, the blocks, warps and stages."""
+    """Blocks, warps and stages of our kernels: ``128x128x64 w8 s3``."""
     if launch.args is None:
         return ""
     blocks = "x".join(str(v) for k, v in launch.args.items() if k.startswith("BLOCK_"))
@@ -164,9 +164,9 @@ def _row(x: dict[str, Any]) -> list[Any]:
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--shape", action="append", type=arguments.shape, help="vit_base_patch16_224/b256; all if none")
+    parser.add_argument("--shape", action="append", type=arguments.shape, help="vit_base_patch16_224/b256; default all")
     parser.add_argument("--arch", default="80,89,90,100", type=_archs, help="compute capabilities times ten")
-    parser.add_argument("--no-compile", action="store_true", help="counts alone, in seconds")
+    parser.add_argument("--no-compile", action="store_true", help="only counts, in seconds")
     parser.add_argument("--out", type=arguments.file, help="write everything to this file as well")
     args = parser.parse_args(words)
     start, results = time.time(), []
@@ -176,7 +176,7 @@ def main(words: list[str] | None = None) -> int:
             print(show(result), flush=True)
             print(f"{len(results) + 1} of {len(tasks)}, {time.time() - start:.0f} s", file=sys.stderr, flush=True)
             results.append(result)
-    except ResultError as error:  # in the files that the card's rates are read from
+    except ResultError as error:  # in the files with the card's rates
         parser.error(str(error))
     if args.out:
         said = {"label": LABEL, "torch": torch.__version__, "commit": git_commit(), "utc": utc()}

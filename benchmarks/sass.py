@@ -31,8 +31,8 @@ _PIPE_OF = {opcode: pipe for pipe, opcodes in PIPES.items() for opcode in opcode
 class Instruction:
     """One instruction with its control bits.
 
-    stall: clocks until the warp's next instruction. writes, reads: the scoreboard (0 to 5) that is released when the
-    result is there, or when the operands have been read. waits: the scoreboards it waits for.
+    stall: clocks until the warp's next instruction. writes, reads: the scoreboard (0 to 5) that is released with the
+    result, or after the operands have been read. waits: the scoreboards that it waits for.
     """
 
     address: int
@@ -48,7 +48,7 @@ class Instruction:
     def __post_init__(self) -> None:
         self.base, *self.modifiers = self.opcode.split(".")
         self.pipe = _PIPE_OF.get(self.base, "other")
-        # ISETP without its U; the uniform instructions compute the same.
+        # UISETP computes the same as ISETP, in uniform registers.
         self.core = self.base[1:] if self.base.startswith("U") and not self.base.startswith("UTMA") else self.base
         sizes = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
         self.width = next((sizes[m] for m in self.modifiers if m in sizes), 4)  # bytes of a thread's access
@@ -79,10 +79,10 @@ def disassemble(cubin: bytes) -> list[Instruction]:
 
 
 def parse(text: str) -> list[Instruction]:
-    """From what nvdisasm writes. The control bits are the upper ones of an instruction's 128, from bit 105 on.
+    """Instructions from the output of nvdisasm. Of an instruction's 128 bits, those from bit 105 on are control bits.
 
-    Stall 4, yield 1, write barrier 3, read barrier 3 (7: none), wait mask 6, reuse flags (Jia et al., Dissecting the
-    NVIDIA Volta GPU Architecture via Microbenchmarking, 2018, section 2.1).
+    Their fields are stall (4 bits), yield (1), write barrier (3), read barrier (3, 7 is none), wait mask (6) and reuse
+    flags: Jia et al., Dissecting the NVIDIA Volta GPU Architecture via Microbenchmarking, 2018, section 2.1.
     """
     found: list[Instruction] = []
     labels: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""The one table of what is measured: models at a batch size. The shapes of every op follow from them."""
+"""The table of measured models and batch sizes. The shapes of every op follow from them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vit.config import ViTConfig, get_config
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A model under timm's name, a batch, and an image size where it is not the name's own."""
+    """A model by timm's name, a batch, and an image size if it is not that of the name."""
 
     model: str
     batch: int
@@ -22,32 +22,32 @@ class Shape:
         return get_config(self.model, **({} if self.img_size is None else {"img_size": self.img_size}))
 
     tokens = property(lambda self: self.config.num_tokens)
-    rows = property(lambda self: self.batch * self.tokens)  # of the token matrix that linear layers and norms see
+    rows = property(lambda self: self.batch * self.tokens)  # of the token matrix
     width = property(lambda self: self.config.embed_dim)
     hidden = property(lambda self: self.config.mlp_hidden_dim)
     heads = property(lambda self: self.config.num_heads)
     head_dim = property(lambda self: self.config.head_dim)
 
     def __str__(self) -> str:
-        """As in the records: ``vit_base_patch16_224/b256``; of another image size ``vit_base_patch16_224@320/b256``."""
+        """As in records: ``vit_base_patch16_224/b256``, or ``vit_base_patch16_224@320/b256`` for another image size."""
         return f"{self.model}{'' if self.img_size is None else f'@{self.img_size}'}/b{self.batch}"
 
 
 def parse(text: str) -> Shape:
-    """The `Shape` that is written so.
+    """The `Shape` of such a text.
 
     Raises:
         ValueError: it is not of the form ``MODEL/bBATCH`` or ``MODEL@SIZE/bBATCH``, or there is no such model.
     """
     found = re.fullmatch(r"(\w+?)(?:@(\d+))?/b(\d+)", text)
     if not found or int(found[3]) < 1:
-        raise ValueError(f"shape {text!r} is not understood; write vit_base_patch16_224/b256, say")
+        raise ValueError(f"shape {text!r} is not understood; write it as in vit_base_patch16_224/b256")
     shape = Shape(found[1], int(found[3]), int(found[2]) if found[2] else None)
-    shape.config  # noqa: B018 (raises where there is no such model or size)
+    shape.config  # noqa: B018 (raises if there is no such model or size)
     return shape
 
 
-#: Most wanted first. The names of the columns of README's table come from here, too.
+#: The most important first. README's table has these names.
 MODELS = {
     "B/16": Shape("vit_base_patch16_224", 256),
     "L/16": Shape("vit_large_patch16_224", 128),
@@ -55,9 +55,9 @@ MODELS = {
     "B/16@384": Shape("vit_base_patch16_384", 64),
     "S/16": Shape("vit_small_patch16_224", 256),
 }
-#: Where latency counts: one image.
+#: For latency: one image.
 LATENCY = Shape("vit_base_patch16_224", 1)
-#: The paper's Fig. 12: speed and largest batch of B/16 against the image's side.
+#: Fig. 12 of the ViT paper: speed and largest batch of B/16 by the side of the image.
 SIDES = (64, 128, 224, 384, 512)
-#: Small enough for a CPU, and with ragged edges: 17 tokens, 3 heads.
+#: Small enough for a CPU, and ragged: 17 tokens, 3 heads.
 SMALL = Shape("vit_tiny_patch16_224", 2, 64)

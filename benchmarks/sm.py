@@ -1,9 +1,9 @@
-"""One quadrant of a streaming multiprocessor (SM) as an event simulation: a model of time, not a measurement.
+"""An event simulation of one quadrant of a streaming multiprocessor (SM). It is a model, not a measurement.
 
-The warps of the programs that share the SM issue the steps of `benchmarks.walk`, one a clock. They wait as the control
-bits say: for stall counts, scoreboards, groups of asynchronous products and copies, and barriers. A unit takes an
-instruction when it is free. The other three quadrants do the same, so traffic is counted for four warps at once.
-Not modelled: bank conflicts, the instruction cache, address translation, changes of the clock.
+The warps of the programs on the SM issue the steps of `benchmarks.walk`, one per clock. According to the control bits
+they wait for stall counts, scoreboards, groups of asynchronous products and copies, and barriers. A unit takes an
+instruction when it is free. The other three quadrants do the same, so traffic is counted for four warps together.
+Bank conflicts, the instruction cache, address translation and changes of the clock rate are not modelled.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from benchmarks.devices import DEVICES, ceilings
 from benchmarks.sass import Instruction
 from benchmarks.walk import Step
 
-#: Clocks that an instruction of a warp holds a unit: 32 threads over the lanes of a quadrant. CUDA C++ Programming
-#: Guide, "Arithmetic Instructions", compute capability 9.0: 128 fp32, 64 integer, 16 special functions a clock and SM.
+#: Clocks of a unit for an instruction of a warp: 32 threads / lanes of a quadrant. CUDA C++ Programming Guide,
+#: "Arithmetic Instructions", compute capability 9.0: 128 fp32, 64 integer, 16 special functions per clock and SM.
 CLOCKS = {"fma": 1, "imad": 2, "alu": 2, "mufu": 8, "uniform": 2}
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """A GPU at work: rates, latencies in clocks, sizes in bytes. Values without a source are estimates."""
+    """A GPU: rates, latencies in clocks, sizes in bytes. Values without a source are estimates."""
 
     num_sms: int
-    tflops: float  # what a large product reaches; the GPU's power limits it
+    tflops: float  # of a large product, which the power limit slows down
     gbps: float  # to and from memory
-    ghz: float = 1.755  # under load; without a limit up to 1.98
-    flops: int = 4096  # dense bf16 a clock and SM: 989 TFLOP/s at 1.83 GHz, H100 architecture whitepaper
-    mma: float = 0.62  # the part of it that mma.sync reaches, after Luo et al., arXiv:2402.13499, 2024
-    port: int = 128  # shared memory, a clock and SM
-    l2_gbps: float = 8500.0  # to all SMs: pranjalssh/fast.cu reaches 777 TFLOP/s with 192x192 tiles, which need 8,100
-    l2_port: float = 64.0  # to one SM, a clock
-    store_port: float = 32.0  # from one SM, a clock
-    l2: int = 280  # latencies of a load from L2 and of one from memory
+    ghz: float = 1.755  # under load; at most 1.98
+    flops: int = 4096  # dense bf16 per clock and SM: 989 TFLOP/s at 1.83 GHz, H100 architecture whitepaper
+    mma: float = 0.62  # the part that mma.sync reaches, from Luo et al., arXiv:2402.13499, 2024
+    port: int = 128  # shared memory, per clock and SM
+    l2_gbps: float = 8500.0  # to all SMs: pranjalssh/fast.cu has 777 TFLOP/s with 192x192 tiles, which need 8,100
+    l2_port: float = 64.0  # to one SM, per clock
+    store_port: float = 32.0  # from one SM, per clock
+    l2: int = 280  # latencies of loads from L2 and from memory
     dram: int = 650
     tma: int = 150  # more than a plain load
     mufu: int = 22
@@ -44,15 +44,15 @@ class Machine:
     tensor: int = 32
     barrier: int = 18
     constant: int = 45  # LDC, S2R
-    launch: int = 300  # from the end of a program to the first instruction of the next in its place
+    launch: int = 300  # from the end of a program to the first instruction of the next
     queue: int = 48  # clocks of work that may wait for the shared memory port
-    burst: int = 16_384  # what an SM may take from memory at once beyond its part of the rate
-    absorb: int = 150_000  # stores of an SM on their way to memory that L2 holds
-    backlog: int = 500  # clocks of stores on their way to L2
+    burst: int = 16_384  # bytes that an SM may get from memory above its part of the rate
+    absorb: int = 150_000  # bytes of an SM's stores that L2 buffers
+    backlog: int = 500  # clocks of buffered stores to L2
 
     @property
     def stretch(self) -> float:
-        """By how much the power limit makes products longer."""
+        """The factor by which the power limit makes products longer."""
         return max(1.0, self.flops * self.num_sms * self.ghz / 1e3 / self.tflops)
 
 
@@ -70,16 +70,16 @@ def machine(arch: int) -> Machine:
 
 @dataclasses.dataclass
 class Timing:
-    """Of one SM: clocks when the simulated programs ended, how long one took, and how long each unit was busy."""
+    """Clocks of one SM: the ends of the simulated programs, the mean time of one, and the busy time of each unit."""
 
     ends: list[float]
     latency: float
     busy: dict[str, float]
 
     def clocks(self, programs: int, blocks: int) -> float:
-        """Until ``programs`` have ended, and until memory has done what they ask for.
+        """Clocks until ``programs`` have ended and memory has finished their accesses.
 
-        Those after the simulated ones go on at the pace in the middle, without the first and the last ``blocks``.
+        Programs after the simulated ones have the mean pace of these without the first and last ``blocks``.
         """
         count, end = len(self.ends), self.ends[-1]
         if programs > count:
@@ -89,18 +89,18 @@ class Timing:
 
 
 def product(i: Instruction, machine: Machine) -> tuple[float, float]:
-    """(clocks of the tensor cores, clocks of the shared memory port) of HGMMA by four warps, or HMMA by one in each."""
+    """(clocks of the tensor cores, of the shared memory port) of HGMMA by four warps, or HMMA by one per quadrant."""
     if i.base == "HMMA":
         m, n, k = map(int, re.fullmatch(r"(16)(8)(\d+)", i.modifiers[0]).groups())
         return 4 * 2 * m * n * k / machine.flops / machine.mma, 0.0
     m, n, k = map(int, i.modifiers[0].split("x"))
     size = 4 if "TF32" in i.modifiers else 2  # tf32 has half the rate
-    rows = 0 if re.match(r"R\d", i.operands[1]) else m  # A comes from registers or, like B, from shared memory
+    rows = 0 if re.match(r"R\d", i.operands[1]) else m  # A is in registers or in shared memory
     return 2 * m * n * k / machine.flops * size / 2, (rows + n) * k * size / machine.port
 
 
 class _Barrier:
-    """An mbarrier: a phase ends when all have arrived and all bytes have landed."""
+    """An mbarrier. A phase ends when all threads and all bytes have arrived."""
 
     def __init__(self, count: int) -> None:
         self.count = self.pending = count
@@ -114,7 +114,7 @@ class _Barrier:
             self.pending = self.count
 
     def passed(self, parity: int) -> float:
-        """When the phase of this parity has ended; infinity as long as it has not."""
+        """The time when the phase of this parity ended, or infinity if it has not."""
         if len(self.ends) % 2 == parity:
             return float("inf")
         return self.ends[-1] if self.ends else 0.0
@@ -123,21 +123,21 @@ class _Barrier:
 class _Program:
     def __init__(self, slot: int, start: float, warps: int) -> None:
         self.slot, self.start, self.warps, self.left = slot, start, warps, warps
-        self.waiting: dict[str, list[_Warp]] = collections.defaultdict(list)  # at BAR, by its number
+        self.waiting: dict[str, list[_Warp]] = collections.defaultdict(list)  # at BAR, by barrier
         self.barriers: dict[int | None, _Barrier] = collections.defaultdict(lambda: _Barrier(1))
 
 
 class _Warp:
     def __init__(self, steps: Sequence[Step], program: _Program, start: float) -> None:
         self.steps, self.program, self.at = steps, program, 0
-        self.ready = start  # when the stall count of its last instruction is over
+        self.ready = start  # the end of the last stall count
         self.boards = [0.0] * 6
         self.products: list[float] = []  # ends of its groups of HGMMA
         self.copies: list[float] = []  # ends of its groups of cp.async
         self.copied = 0.0
 
     def earliest(self) -> float:
-        """When its next instruction may issue, as far as the warp itself decides."""
+        """The time when its next instruction may issue if the units are free."""
         step = self.steps[self.at]
         i = step.instruction
         time = max([self.ready, *(self.boards[board] for board in i.waits)])
@@ -159,15 +159,15 @@ def simulate(
     """Runs ``count`` programs, ``blocks`` at a time.
 
     Args:
-        programs: for each program the steps of its warps in this quadrant; they come again in turn.
-        shares: for each tensor the part of its loads that memory and not L2 serves; 1 where it is missing.
+        programs: for each program the steps of its warps in this quadrant. They repeat in turn.
+        shares: for each tensor the part of its loads that memory serves, not L2. The default is 1.
         spread: clocks between the starts of the first programs.
-        sms: how many SMs share L2 and memory; all if None.
+        sms: how many SMs share L2 and memory, or None for all.
     """
     sms, shares = machine.num_sms if sms is None else sms, shares or {}
     l2, dram = (min(machine.l2_port, rate / sms / machine.ghz) for rate in (machine.l2_gbps, machine.gbps))
     burst, absorb = machine.burst / dram, machine.absorb / dram
-    free: dict[str, float] = collections.defaultdict(float)  # when each unit has done what it was given
+    free: dict[str, float] = collections.defaultdict(float)  # when each unit is free
     free["read"] = free["DRAM"] = -burst
     busy: dict[str, float] = collections.defaultdict(float)
     warps: list[_Warp] = []
@@ -183,22 +183,22 @@ def simulate(
         started += 1
 
     def take(unit: str, time: float, clocks: float, ahead: float = 0.0) -> float:
-        """When a unit has done this too; it may be ``ahead`` of its rate."""
+        """The time when a unit has done this, too. It may be ``ahead`` of its rate."""
         free[unit] = max(free[unit], time - ahead) + clocks
         busy[unit] += clocks
         return free[unit]
 
     def access(time: float, clocks: float) -> float:
-        """When the shared memory port has done this. Products that are queued come first."""
+        """The time when the shared memory port has done this. Queued products come first."""
         if not clocks:
             return time
         begin, busy["shared"] = max(time, free["shared"]), busy["shared"] + clocks
-        most = max(0.0, free["tensor"] - begin) * left  # what fits in before they end
+        most = max(0.0, free["tensor"] - begin) * left  # possible before they end
         free["shared"] = begin + clocks / left if clocks <= most else max(begin, free["tensor"]) + clocks - most
         return free["shared"]
 
     def load(time: float, step: Step) -> float:
-        """When the data is there."""
+        """The time when the data have arrived."""
         done = max(time + machine.l2, take("L2", time, step.bytes / l2) + 0.6 * machine.l2)
         if share := shares.get(step.tensor, 1.0):
             clocks = step.bytes * share / dram
@@ -207,7 +207,7 @@ def simulate(
         return done
 
     def store(time: float, step: Step) -> float:
-        """When the warp may go on."""
+        """The time when the warp may continue."""
         late = take("DRAM", time, step.bytes / dram, burst) - absorb
         return max(time, late, take("store", time, step.bytes / machine.store_port) - machine.backlog)
 
@@ -229,11 +229,11 @@ def simulate(
         i = step.instruction
         take("issue", now, 1)
         warp.ready = now + max(1, i.stall)
-        latency = 15.0  # until the result is there, where a scoreboard waits for it
+        latency = 15.0  # of the result, for a scoreboard
 
         if i.pipe in CLOCKS:
             take(i.pipe, now, CLOCKS[i.pipe])
-            if i.pipe == "imad":  # its lanes are half of those of fma
+            if i.pipe == "imad":  # it uses half the lanes of fma
                 free["fma"] = max(free["fma"], now + 1)
             latency = {"mufu": machine.mufu, "uniform": 12}.get(i.pipe, 6)
         elif i.pipe == "tensor":

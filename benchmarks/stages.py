@@ -1,4 +1,4 @@
-"""Runs stages, each in a process of its own, within a budget; what each finds is on disk as soon as it is known."""
+"""Runs stages within a budget, each in a separate process that writes its records to disk at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.log import amend, run_stage, utc
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Where its function is, how many seconds it may want, and what it is called with beside its log.
+    """The function of a stage as ``module:name``, its seconds, and options for the call.
 
     The seconds are those on an H100 whose kernels are not compiled yet.
     """
@@ -30,10 +30,10 @@ class Stage:
 
 
 def run(stages: dict[str, Stage], out: Path, budget: float, gpu: str, rehearse: bool) -> int:
-    """Runs the stages one after another; 0 if all of them ran and every record is ok.
+    """Runs the stages one after another. Returns 0 if all of them ran and every record is ok.
 
-    A stage may take its share of what is left of the budget, or its own seconds if that is more; a stage that would not
-    even have half of these is not run.
+    A stage may take its share of the remaining budget, or its own seconds if these are more. It does not run if less
+    than half of these are left.
     """
     out.mkdir(parents=True, exist_ok=True)
     about = {"gpu": gpu, "command": shlex.join(["python", "-m", *_module(), *sys.argv[1:]])}
@@ -61,7 +61,7 @@ def _run_one(name: str, stage: Stage, out: Path, limit: float, about: dict[str, 
     path = out / f"{name}.json"
     path.unlink(missing_ok=True)
     start = time.monotonic()
-    # A GPU does not survive a fork; a rehearsal has none, and need not import torch again for every stage.
+    # CUDA does not work after a fork. A rehearsal has no GPU, so a fork saves the import of torch.
     context = multiprocessing.get_context("fork" if rehearse else "spawn")
     process = context.Process(target=run_stage, args=(stage.target, path, about, rehearse, limit, dict(stage.options)))
     process.start()
@@ -88,7 +88,7 @@ def _module() -> list[str]:
 
 
 def _kill(process: multiprocessing.process.BaseProcess) -> None:
-    """With all that it started: a stage is a session of its own as soon as it runs."""
+    """Kills a stage and its child processes. A stage starts a session of its own."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -97,6 +97,6 @@ def _kill(process: multiprocessing.process.BaseProcess) -> None:
 
 
 def _summarise(path: Path, results: dict[str, Any]) -> None:
-    """Replaces the lines of these stages; those of earlier runs stay."""
+    """Replaces the lines of these stages, and keeps those of earlier runs."""
     lines = (json.loads(path.read_text()) if path.exists() else {}) | results
     path.write_text("{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in lines.items()) + "\n}\n")

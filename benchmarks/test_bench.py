@@ -1,7 +1,7 @@
-"""``pytest benchmarks --benchmark-only``: the cases of ``make bench``, small, on any machine.
+"""``pytest benchmarks --benchmark-only``: small cases of ``make bench`` on any machine.
 
-Each group is an op in a mode, its rows the providers (``-k "attention and fwd"`` picks). On a CPU "ours" is the eager
-reference and the times are the CPU's: useful to see that everything runs, and to compare a change of the CPU path.
+Each group is an op in a mode, and its rows are the providers (``-k "attention and fwd"`` selects). On a CPU "ours" is
+the eager reference, so the times show only changes of the CPU path.
 """
 
 import pytest

@@ -1,17 +1,16 @@
-"""Everything a module makes the GPU do, forward and backward, counted without a GPU.
+"""Counts all GPU work of a module, forward and backward, without a GPU.
 
-The module runs on tensors of device "meta", which have shapes and no contents. Each operation of PyTorch that moves
-data is a `Launch`, and each kernel that the host code of our ops launches is one: nothing is listed twice, and no list
-of ours says which kernels there are. What is counted of a launch:
+The module runs on tensors of device "meta", which have shapes and no contents. A `Launch` is an operation of PyTorch
+that moves data, or a kernel that the host code of our ops launches. It counts:
 
-bytes: the memory its tensors cover, each region once, plus the outputs. A cache that is too small, and kernels that
-    read an operand several times, move more. PyTorch's own operations count as one kernel each, as most of them are.
-FLOPs: two per multiply-add of matrix products and attention, nothing else; of PyTorch's operations as its
-    `torch.utils.flop_counter` counts them, of ours by FLOPS below. Attention's backward has five products, of which one
-    computes the logits again.
+bytes: the memory of its operands and outputs, each region once. If the cache is too small, a kernel that reads an
+    operand several times moves more. An operation of PyTorch counts as one kernel, as most of them are.
+FLOPs: two per multiply-add of matrix products and attention, and nothing else. For PyTorch's operations they are those
+    of `torch.utils.flop_counter`, for ours those of FLOPS below. Attention's backward has five products, of which one
+    recomputes the logits.
 
 `F.scaled_dot_product_attention` counts as flash attention for 16-bit tensors and as the memory-efficient kernel for
-fp32, which is what PyTorch takes on a GPU for ViTs; workspaces of cuBLAS and cuDNN are not known here.
+fp32, as PyTorch chooses on a GPU for ViTs. Workspaces of cuBLAS and cuDNN are not counted.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from vit.kernels.dry_run import dry_run
 
 @dataclasses.dataclass
 class Launch:
-    """One kernel, or one operation of PyTorch that moves data. ``grid`` and what follows: of our own kernels."""
+    """One kernel, or one operation of PyTorch that moves data. ``grid`` and later fields are for our kernels only."""
 
     name: str
     phase: str  # "fwd" or "bwd"
@@ -62,7 +61,7 @@ def _patches(image: str) -> Callable[[dict[str, Any]], int]:
     return lambda a: 2 * a[image].numel() * a["D"]  # every pixel is in one patch
 
 
-#: FLOPs of our kernels from their arguments. A kernel that is missing here cannot be counted, and says so.
+#: FLOPs of our kernels from their arguments. A missing kernel is an error.
 FLOPS: dict[str, Callable[[dict[str, Any]], int]] = {
     **dict.fromkeys(("_gemm_kernel", "_gemm_pingpong_kernel"), lambda a: 2 * a["M"] * a["N"] * a["K"]),
     "_attention_fwd_kernel": _attention(2),
@@ -78,10 +77,10 @@ FLOPS: dict[str, Callable[[dict[str, Any]], int]] = {
 
 
 def moved(reads: Iterable[Tensor], writes: Iterable[Tensor] = ()) -> int:
-    """Bytes of the regions that the tensors cover, each once; a region that is read and written counts twice.
+    """Bytes of the regions of the tensors, each once. A region that is read and written counts twice.
 
-    Two views are one region if they start at the same element with the same shape and strides; an expanded dimension is
-    one element long. Together the regions of a storage are never more than the storage.
+    Two views are one region if they have the same first element, shape and strides. An expanded dimension counts as one
+    element. All regions of a storage together are at most the storage.
     """
     total = 0
     for tensors in (reads, writes):
@@ -101,7 +100,7 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 
 class FusedAttention(TorchFunctionMode):
-    """Sends `F.scaled_dot_product_attention` where a GPU would send it; for meta tensors PyTorch writes it out."""
+    """Calls the fused kernel that a GPU would use for attention. PyTorch does not use one for meta tensors."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -116,14 +115,14 @@ def _fused_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, sc
 
 
 class HostCode(TorchDispatchMode):
-    """Runs the host code of our custom ops for meta tensors; ``called`` hears of every operation of PyTorch."""
+    """Runs the host code of our custom ops for meta tensors, and calls ``called`` for every operation of PyTorch."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.namespace == "vit":
             with self:
                 return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
-        with self:  # what is only a name for other operations
+        with self:  # an operation that is composed of others
             out = func.decompose(*args, **kwargs) if func._overloadpacket not in flop_registry else NotImplemented
         if out is not NotImplemented:
             return out
@@ -154,11 +153,11 @@ class _Recorder(HostCode):
         name = func._overloadpacket.__name__
         if (views and not changed) or name.startswith(("empty", "new_empty")):
             return
-        # fill_ and copy_ do not read what they write to, nor does an operation its out=.
+        # fill_ and copy_ do not read their target, and an operation does not read its out=.
         unread = changed[:1] if name in ("fill_", "zero_", "copy_") or schema.overload_name == "out" else []
         reads = [t for t in given if not any(t is u for u in unread)]
         if name.endswith(("zeros", "ones", "full", "zeros_like", "ones_like", "full_like")) or name == "new_full":
-            reads = []  # only the shape of what they are given
+            reads = []  # they use only the shape
         count = flop_registry.get(func._overloadpacket)
         flops = count(*args, **kwargs, out_val=out) if count else 0
         self.launches.append(Launch(name, self.phase, flops, moved(reads, changed or outputs), _shapes(given)))
@@ -167,7 +166,7 @@ class _Recorder(HostCode):
         if kernel.__name__ not in FLOPS:
             raise KeyError(f"{kernel.__name__} has no count of its FLOPs; add one to FLOPS in benchmarks/trace.py")
         flops = FLOPS[kernel.__name__](args)
-        tensors = [getattr(a, "base", a) for a in args.values()]  # a tensor descriptor carries its tensor
+        tensors = [getattr(a, "base", a) for a in args.values()]  # the tensor of a descriptor
         tensors = [t for t in tensors if isinstance(t, Tensor)]
         counts = flops, moved(tensors), _shapes(tensors)
         self.launches.append(Launch(kernel.__name__, self.phase, *counts, grid, kernel, args, options))
@@ -179,7 +178,7 @@ def _shapes(tensors: list[Tensor]) -> tuple[tuple[int, ...], ...]:
 
 @contextlib.contextmanager
 def recording(arch: int = 90, num_sms: int = 132) -> Iterator[list[Launch]]:
-    """Collects every `Launch` inside, of tensors of device "meta", as on a GPU of this architecture."""
+    """Collects every `Launch` inside for tensors of device "meta", as on a GPU of this architecture."""
     recorder = _Recorder()
     with dry_run(arch, recorder.launched, num_sms), FusedAttention(), recorder:
         yield recorder.launches
@@ -204,7 +203,7 @@ def step(function: Callable[..., Any], *inputs: Tensor, train: bool) -> Any:
 def trace(
     function: Callable[..., Any], *inputs: Tensor, train: bool = False, arch: int = 90, num_sms: int = 132
 ) -> list[Launch]:
-    """The launches of `step`: forward, and with ``train`` backward too.
+    """The launches of `step`: forward, and with ``train`` also backward.
 
     Args:
         function: a module with its parameters on device "meta", or any function of tensors.

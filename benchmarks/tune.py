@@ -1,12 +1,11 @@
-"""``make tune OP=mlp``: other configurations of an op's kernels than the pinned one, tried within a time budget.
+"""``make tune OP=mlp``: tries other configurations of an op's kernels within a time budget.
 
-The candidates are compiled beforehand, in parallel, on the CPU. What spills or does not fit is dropped with a line. On
-a GPU each of the others has to pass the gate of `benchmarks.harness` and give the same bits twice, and is then timed in
-turn with the pinned one; the best few once more, for longer, beside cuBLAS where that does the same. The end tells
-their times and the line for ``kernels/configs.py`` with the measurement behind it, or that the pinned one stays. Times
-go into ``tune_<target>.json`` as they are known. Without a GPU the table of what the candidates compile to is all.
-Where kernels are interpreted (``TRITON_INTERPRET=1``) it is a rehearsal on a tiny shape, into ``build/``. Nothing of
-the library tunes at run time.
+First it compiles the candidates in parallel on the CPU, drops those that spill or do not fit, and prints a table. On a
+GPU each of the others must pass the gate of `benchmarks.harness` and give the same bits twice. Then it is timed in turn
+with the pinned configuration. The best few are timed again for longer, also with cuBLAS if that does the same. At the
+end it prints their times and a line for ``kernels/configs.py`` with the measurement, or that the pinned configuration
+stays. ``tune_<target>.json`` has the times. With ``TRITON_INTERPRET=1`` it is a rehearsal on a tiny shape, into
+``build/``. The library itself never tunes at run time.
 """
 
 from __future__ import annotations
@@ -32,19 +31,19 @@ from benchmarks.variants import Kernels, compile_all, configured, summary, why_n
 from vit.kernels import runtime
 from vit.kernels.configs import Config
 
-WORTH = 1.02  # how much faster a configuration has to be to replace the pinned one
+WORTH = 1.02  # the least ratio of times for which a configuration replaces the pinned one
 FINALISTS = 3
 FIGURES = ("registers", "spill", "shared", "wgmma", "tma")
 
 
 def bench_of(target: Target, config: Config) -> Bench:
-    """The bench with one provider: our op, its kernels configured so."""
+    """The bench of a target with our op as its only provider."""
     ours, impl = target.bench.providers["ours"], "triton" if runtime.INTERPRETED else target.impl
     return dataclasses.replace(target.bench, providers={"ours": functools.partial(ours, impl=impl)}, compiles=None)
 
 
 def text_of(config: Config) -> str:
-    """As `kernels/configs.py` writes it; what is as by default is left out."""
+    """The source text of a configuration, without fields that have their default."""
     given = ((f.name, getattr(config, f.name), f.default) for f in dataclasses.fields(config))
     return f"Config({', '.join(f'{name}={value!r}' for name, value, default in given if value != default)})"
 
@@ -53,9 +52,9 @@ def text_of(config: Config) -> str:
 
 
 def compile_call(name: str, shape: Shape, dtype: torch.dtype, config: Config) -> None:
-    """Every launch of a forward and backward, and of a forward without gradients if that is what is timed.
+    """Compiles the launches of a forward and backward, and of a forward without gradients if the target times that.
 
-    A batch of 16 compiles as every other that is a multiple of it.
+    A batch of 16 compiles the same kernels as its multiples.
     """
     target = TARGETS[name]
     small = dataclasses.replace(shape, batch=16) if shape.batch % 16 == 0 else shape
@@ -73,7 +72,7 @@ def compile_call(name: str, shape: Shape, dtype: torch.dtype, config: Config) ->
 def compile_candidates(
     name: str, shape: Shape, dtype: torch.dtype, found: list[Config], arch: int, jobs: int, seconds: float
 ) -> dict[Config, Kernels]:
-    """What compiled within ``seconds``, and a line for each candidate, with the reason for the dropped ones."""
+    """The candidates that compile within ``seconds``. Prints a line for each, with the reason if it is dropped."""
     texts = {text_of(config): config for config in found}
     calls = {text: functools.partial(compile_call, name, shape, dtype, config) for text, config in texts.items()}
     print(f"{name}, {shape}: compiled for sm_{arch}, not measured")
@@ -96,7 +95,7 @@ def compile_candidates(
 
 
 class Trial:
-    """One target at one shape, and what the gate says of it."""
+    """One target at one shape, and its gate."""
 
     def __init__(self, target: Target, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
         self.target, self.shape, self.dtype, self.device = target, shape, dtype, device
@@ -104,7 +103,7 @@ class Trial:
         self.gate = Gate(target.bench, shape, self.tensors)
 
     def wrong(self, config: Config) -> tuple[float, str | None]:
-        """(rms error, what is wrong): parity, or that a second call gives other bits."""
+        """(rms error, a message if parity fails or a second call gives other bits)."""
         with self._configured(config):
             run = bench_of(self.target, config).run("ours", self.shape, self.tensors)
             error, wrong = self.gate.error(run)
@@ -118,7 +117,7 @@ class Trial:
         return ready(run, self.gate.cotangents, self.target.mode, self.device, self.device.type == "cuda")
 
     def ready(self, config: Config) -> Callable[[], Any]:
-        """What is timed; as a CUDA graph on a GPU, so that the CPU's time does not count."""
+        """The function to time. On a GPU it is a CUDA graph, so that the CPU's time does not count."""
         with self._configured(config):
             fn = self.ready_of(bench_of(self.target, config), "ours")
 
@@ -135,7 +134,7 @@ class Trial:
 def tune(
     name: str, trial: Trial, found: list[Config], compiled: dict[Config, Kernels], log: Log
 ) -> tuple[Config, float, float]:
-    """(the best configuration, its milliseconds, those of the pinned one); the pinned one is the first of ``found``.
+    """(the best configuration, its milliseconds, those of the pinned one). The pinned one is the first of ``found``.
 
     Raises:
         RuntimeError: the pinned one fails the gate.
@@ -152,7 +151,7 @@ def tune(
             error_rms, wrong = trial.wrong(config)
             record["error_rms"] = error_rms if math.isfinite(error_rms) else None
             fn = None if wrong else trial.ready(config)
-        except Exception as error:  # too little memory, or more of some resource than there is
+        except Exception as error:  # too little memory or another resource
             wrong = f"{type(error).__name__}: {error}"[:300]
         if wrong:
             log.add(ok=False, **record, error=f"{wrong}: not timed")
@@ -186,7 +185,7 @@ def tune(
 
 
 def line_for(name: str, trial: Trial, log: Log, winner: Config, ms: float, pinned_ms: float) -> str:
-    """What goes into `kernels/configs.py`: the measurement as a comment, then the configuration."""
+    """The lines for `kernels/configs.py`: the measurement as a comment, and the configuration."""
     about = log.about
     measured = f"{ms:.4g} ms, before {pinned_ms:.4g} ms ({pinned_ms / ms:.2f}x)"
     where = f"{about['gpu']}, Triton {about['triton']}, commit {about['commit']}"
@@ -199,10 +198,10 @@ def main() -> int:
     parser.add_argument("--shape", type=arguments.shape, help=f"default {shapes.MODELS['B/16']}")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--budget", type=arguments.positive, default=60, help="seconds for each target (default 60)")
-    parser.add_argument("--limit", type=arguments.count, help="so many candidates, the nearest to the pinned one first")
+    parser.add_argument("--limit", type=arguments.count, help="number of candidates, those like the pinned one first")
     parser.add_argument("--arch", type=int, choices=(80, 86, 89, 90, 100), default=90, help="without a GPU")
     cpus = len(os.sched_getaffinity(0))
-    parser.add_argument("--jobs", type=arguments.count, default=cpus, help="compilers at a time")
+    parser.add_argument("--jobs", type=arguments.count, default=cpus, help="number of compilers at a time")
     args = parser.parse_args()
     rehearsal = runtime.INTERPRETED
     device = torch.device("cpu" if rehearsal else "cuda") if rehearsal or torch.cuda.is_available() else None
@@ -227,7 +226,7 @@ def main() -> int:
         about = {"gpu": card, "command": f"python -m benchmarks.tune {name} --shape {shape} --dtype {args.dtype}"}
         log = Log(out / f"tune_{name}.json", about, rehearsal, deadline)
         if device.type == "cuda":
-            signal.alarm(int(args.budget) + 60)  # a candidate that hangs ends the run; what was found is written
+            signal.alarm(int(args.budget) + 60)  # ends the run if a candidate hangs
         trial = Trial(target, shape, dtype, device)
         try:
             winner, ms, pinned_ms = tune(name, trial, found, compiled, log)

@@ -1,7 +1,7 @@
-"""Configurations other than the pinned one: what they compile to, and how one is put in its place for a while.
+"""Compiles configurations other than the pinned one, and replaces the pinned one temporarily.
 
-Compiling needs no GPU. Each call compiles in a process of its own, because some configurations crash the compiler; all
-of them share the Triton cache of `benchmarks.compiled`, where a run on a GPU then finds the kernels ready.
+Compilation needs no GPU. Each call compiles in a separate process, because some configurations crash the compiler. All
+share the Triton cache of `benchmarks.compiled`, so a run on a GPU does not compile again.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from unittest.mock import patch
 from vit.kernels import configs
 from vit.kernels.configs import Config
 
-# Children of a process that has imported all of this already, which takes longer than most compilations. First what
-# sees to it that kernels are not interpreted.
+# Children of a process that has already imported these modules, because imports take longer than most compilations.
+# benchmarks.compiled is first, so that kernels are not interpreted.
 _FORK = multiprocessing.get_context("forkserver")
 _FORK.set_forkserver_preload(["benchmarks.compiled", "benchmarks.harness", "vit.kernels", "torch._dynamo"])
 
-Kernels = list[dict[str, Any]]  # figures of each kernel that a call launches; one without figures has an "error"
+Kernels = list[dict[str, Any]]  # figures or an "error" of each kernel that a call launches
 
 
 @contextlib.contextmanager
 def configured(function: str, config: Config, role: str | None = None) -> Iterator[None]:
-    """Inside, ``configs.<function>`` returns ``config``; with a ``role`` only when asked for that role."""
+    """Inside, ``configs.<function>`` returns ``config``, with a ``role`` only for that role."""
     pinned = getattr(configs, function)
 
     def chosen(*args: Any, **kwargs: Any) -> Config:
@@ -44,11 +44,11 @@ def configured(function: str, config: Config, role: str | None = None) -> Iterat
 def compile_all(
     calls: Mapping[str, Callable[[], Any]], arch: int, *, jobs: int, seconds: float
 ) -> Iterator[tuple[str, Kernels]]:
-    """(name, what it compiles to) of every call that compiles within ``seconds``, as soon as it is known.
+    """(name, kernels) of every call that compiles within ``seconds``, as soon as they are known.
 
     The calls run ops on CPU tensors and can be pickled.
     """
-    import benchmarks.compiled  # noqa: F401 (this process takes its kernels from the same cache)
+    import benchmarks.compiled  # noqa: F401 (this process uses the same cache)
 
     deadline = time.monotonic() + seconds
     with ThreadPoolExecutor(jobs) as pool:
@@ -78,7 +78,7 @@ def _in_process(call: Callable[[], Any], arch: int, deadline: float) -> Kernels 
 def _compile(call: Callable[[], Any], arch: int, send: Any) -> None:
     from benchmarks.compiled import compiling, figures
 
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where Triton prints the whole program that it could not compile
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Triton prints a program that does not compile
     found: dict[str, dict[str, Any]] = {}
 
     def report(kernel: str, arguments: dict[str, Any], compiled: Any) -> None:
@@ -97,7 +97,7 @@ def _compile(call: Callable[[], Any], arch: int, send: Any) -> None:
 
 
 def why_not(arch: int, kernels: Kernels) -> str | None:
-    """Why kernels that compile like this are not worth a run, or may not have one; None if they are."""
+    """The reason why these kernels should not run, or None."""
     from benchmarks.compiled import ASYNC_DOT, SHARED_LIMIT
 
     instruction = ASYNC_DOT.get(arch)
@@ -118,7 +118,7 @@ def why_not(arch: int, kernels: Kernels) -> str | None:
 
 
 def summary(kernels: Kernels) -> dict[str, int]:
-    """The largest figure of these kernels, where they compiled."""
+    """The largest figures of the kernels that compiled."""
     compiled = [k for k in kernels if "error" not in k]
     names = ("registers", "spill", "shared", "wgmma", "tma")
     return {name: max(k[name] for k in compiled) for name in names} if compiled else {}

@@ -1,9 +1,9 @@
-"""The path of a program through its SASS: which instructions it executes, and what they move.
+"""The path of a program through its SASS: the instructions that it executes, and the bytes that they move.
 
 `walk` executes the SASS for four warps of a program, one in each quadrant of a multiprocessor. It computes integers,
-predicates and addresses from the arguments of the launch. So branches go and loops end as on the GPU, however often the
-compiler unrolled them, and every access to memory has its addresses. Floating point and what is read from memory stay
-unknown; a jump that depends on them is an error.
+predicates and addresses from the arguments of the launch. So branches and loops run as on the GPU, and every access to
+memory has its addresses. Floating-point values and values from memory are unknown. A jump that depends on them is an
+error.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from benchmarks.trace import Launch, moved
 # ---- the launch ------------------------------------------------------------------------------------------------------
 
 PARAMETERS = 0x210  # where the arguments begin in constant bank 0 of sm_90
-PARAMETER_SPACE = 1 << 62  # address of the arguments for those that are used in place, such as tensor descriptors
-SPACE = 40  # tensor k lies at k << SPACE, so that an address says whose it is; the first is 1
+PARAMETER_SPACE = 1 << 62  # address of the arguments, for tensor descriptors
+SPACE = 40  # tensor k starts at k << SPACE, from k = 1 on, so an address identifies its tensor
 
 
 @dataclasses.dataclass
 class Constants:
-    """What a program can read of its launch."""
+    """Constant memory and tensors of a launch."""
 
-    words: dict[int, int]  # constant bank 0, by offset; what is missing is not known
+    words: dict[int, int]  # constant bank 0, by offset; others are unknown
     sizes: dict[int, int]  # bytes of each tensor
     boxes: dict[int, tuple[int, int]]  # address of a tensor descriptor -> (tensor, bytes of a box)
 
 
 def constants(launch: Launch, compiled: Any) -> Constants:
-    """The arguments of a launch as the driver lays them out."""
+    """The arguments of a launch in the driver's layout."""
     given: list[Any] = []
 
     def flatten(kind: Any, value: Any) -> None:
@@ -45,7 +45,7 @@ def constants(launch: Launch, compiled: Any) -> Constants:
                 flatten(*pair)
         elif kind != "constexpr":
             given.append(value)
-            if hasattr(value, "block_shape"):  # of a descriptor, the shape and the strides follow
+            if hasattr(value, "block_shape"):  # a descriptor is followed by shape and strides
                 given.extend([*value.shape, *value.strides])
 
     for name, kind in compiled.src.signature.items():
@@ -55,7 +55,7 @@ def constants(launch: Launch, compiled: Any) -> Constants:
     result = Constants({0x198: 0, 0x19C: PARAMETER_SPACE >> 32}, {}, {})
     result.words |= {0xC + 4 * k: n for k, n in enumerate((*launch.grid, 1, 1)[:3])}
     at = _round_up(PARAMETERS, max(4, *(align for _, align in kinds)))
-    for value, (size, align) in zip(given, kinds, strict=False):  # pointers to scratch memory are the last parameters
+    for value, (size, align) in zip(given, kinds, strict=False):  # the last parameters are scratch memory
         at = _round_up(at, align or size)
         tensor = getattr(value, "base", value)
         if hasattr(tensor, "data_ptr"):
@@ -75,7 +75,7 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-# ---- registers of 128 threads: arrays of 1 or 128 uint64 or bool; None is a value that is not known ------------------
+# ---- registers of 128 threads: arrays of 1 or 128 uint64 or bool, or None for an unknown value -----------------------
 
 _WORD, _SIGN = 0xFFFF_FFFF, 1 << 31
 Array = np.ndarray
@@ -86,13 +86,13 @@ def _array(value: Any) -> Array:
 
 
 def _signed(x: Array) -> Array:
-    """32 bits as 64, the sign extended."""
+    """32 bits extended to 64 with their sign."""
     return (x & _WORD) | (x >> 31 & 1) * (_WORD << 32)
 
 
 @functools.cache
 def _operand(text: str) -> tuple[str, str, int]:
-    """(sign, kind, number) of ``-R5.reuse``, ``c[0x0][0x210]`` or ``0x40``; kind "?" for what is no integer."""
+    """(sign, kind, number) of ``-R5.reuse``, ``c[0x0][0x210]`` or ``0x40``. Kind "?" is no integer."""
     found = re.fullmatch(r"([-~!]?)(?:(U?[RP])(\d+|Z|T)|c\[0x0\]\[(0x\w+)\]|(0x\w+|\d+))(?:\.reuse|\.64|\.U32)?", text)
     if not found:
         return "", "?", 0
@@ -103,14 +103,14 @@ def _operand(text: str) -> tuple[str, str, int]:
 
 
 class Threads:
-    """Registers and predicates; one that was never written holds 0."""
+    """Registers and predicates. Before a write they are 0."""
 
     def __init__(self, words: dict[int, int], special: dict[str, Array]) -> None:
         self.words, self.special = words, special
         self.registers: dict[tuple[str, int], Array | None] = {}
 
     def read(self, text: str, wide: bool = False) -> Array | None:
-        """A source, not yet reduced to 32 bits: -0 is 1 << 32, whose top bit is a carry. ``wide``: 64 bits, a pair."""
+        """A source before its reduction to 32 bits: -0 is 1 << 32, whose top bit is a carry. ``wide`` reads a pair."""
         sign, kind, number = _operand(text)
         if kind == "?":
             return None
@@ -130,7 +130,7 @@ class Threads:
         return ~value if sign == "!" else value ^ _WORD if sign == "~" else value
 
     def write(self, text: str, value: Array | None, active: Array | None, words: int = 1) -> None:
-        """``value`` where ``active``; the other threads keep theirs."""
+        """Writes ``value`` in ``active`` threads. The others keep their value."""
         _, kind, number = _operand(text)
         everywhere = active is not None and active.all()
         if kind not in ("R", "UR", "P", "UP") or (active is not None and not active.any()):
@@ -211,7 +211,7 @@ def compute(core: str, m: list[str], v: list[Array], p: list[Array]) -> tuple[Ar
 
 
 def _compare(m: list[str], v: list[Array], p: list[Array]) -> list[Array]:
-    """ISETP: the comparison and its opposite, each combined with a predicate. EX: of the upper halves of 64 bits."""
+    """ISETP: the comparison and its opposite, each combined with a predicate. EX compares upper halves of 64 bits."""
     a, b = ((x & _WORD) ^ (0 if "U32" in m else _SIGN) for x in v)
     equal = (a == b) & (p[1] if "EX" in m else m[0] in ("LE", "GE", "EQ"))
     value = {"L": (a < b) | equal, "G": (a > b) | equal, "E": equal, "N": (a != b) | equal}[m[0][0]]
@@ -220,7 +220,7 @@ def _compare(m: list[str], v: list[Array], p: list[Array]) -> list[Array]:
 
 
 def execute(t: Threads, i: Instruction, active: Array | None) -> None:
-    """What an instruction writes to registers and predicates."""
+    """Executes the writes of an instruction to registers and predicates."""
     written, dest, sources, read = i.parts
     base, core, m = i.base, i.core, i.modifiers
     results: list[Array | None] = [None] * len(written)
@@ -231,7 +231,7 @@ def execute(t: Threads, i: Instruction, active: Array | None) -> None:
     given, predicates = [t.read(x, k in wide) for k, x in enumerate(sources)], [t.read(x) for x in read]
     if base in ("S2R", "S2UR", "CS2R"):
         value, words = t.special.get(sources[0]), 2 if base == "CS2R" and "32" not in m else 1
-    elif base == "HFMA2" and sources[:2] == ["-RZ", "RZ"]:  # how the compiler writes a constant: two halves
+    elif base == "HFMA2" and sources[:2] == ["-RZ", "RZ"]:  # the compiler's form of a constant: two halves
         high, low = (int(np.float16(float(x)).view(np.uint16)) for x in sources[2:])
         value = _array(high << 16 | low)
     elif base == "LDSM":
@@ -243,11 +243,11 @@ def execute(t: Threads, i: Instruction, active: Array | None) -> None:
         if source is not None:
             lanes = np.broadcast_to(source, 128).reshape(4, 32)
             results = [np.repeat(lanes.all(1) if "ALL" in m else lanes.any(1), 32)]
-    elif base == "R2UR" and active is not None and given[-1] is not None:  # of the first active thread of each warp
+    elif base == "R2UR" and active is not None and given[-1] is not None:  # from the first active thread of each warp
         lanes = np.broadcast_to(active, 128).reshape(4, 32)
         value = np.repeat(np.broadcast_to(given[-1], 128)[np.arange(0, 128, 32) + lanes.argmax(1)], 32)
         active = np.repeat(lanes.any(1), 32)
-    elif core == "P2R" and "B1" not in i.opcode:  # predicates as bits; those that the mask leaves out from a register
+    elif core == "P2R" and "B1" not in i.opcode:  # predicates as bits; a register has those outside the mask
         bits = {k: t.read(f"P{k}") for k in range(7) if _operand(sources[2])[2] >> k & 1}
         if given[1] is not None and all(bit is not None for bit in bits.values()):
             value = sum((bit.astype(np.uint64) << k for k, bit in bits.items()), given[1] & ~given[2] & _WORD)
@@ -276,22 +276,22 @@ def execute(t: Threads, i: Instruction, active: Array | None) -> None:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Step:
-    """One executed instruction of a warp, with what it and the same instruction of the three warps after it move."""
+    """One executed instruction of a warp, with the traffic of four warps, one in each quadrant."""
 
     instruction: Instruction
     bytes: int = 0  # sectors of 32 bytes from or to L2
-    tensor: int = 0  # whose; 0 is not known
+    tensor: int = 0  # 0: unknown
     clocks: float = 0.0  # of the shared memory port
     barrier: int | None = None  # address of an mbarrier
-    arrivals: int = 0  # threads that arrive at it, or that it counts from now on
-    amount: int = 0  # bytes that it expects; the parity of the phase that is waited for
+    arrivals: int = 0  # threads that arrive, or the new count
+    amount: int = 0  # expected bytes, or the parity of the awaited phase
 
 
 LIMIT = 300_000  # steps of a warp
 
 
 def walk(code: list[Instruction], launch: Constants, program: int, first_warp: int = 0) -> list[Step]:
-    """The steps of one warp of a program; the three warps after it go the same way.
+    """The steps of one warp of a program. The next three warps take the same path.
 
     Raises:
         ValueError: the path cannot be followed.
@@ -305,7 +305,7 @@ def walk(code: list[Instruction], launch: Constants, program: int, first_warp: i
     running = np.ones(128, dtype=bool)
     k = 0
     while len(steps) < LIMIT:
-        i, leader = code[k], int(running.argmax())  # all go where the first thread that has not ended goes
+        i, leader = code[k], int(running.argmax())  # all follow the first running thread
         active = threads.read(i.guard[1:]) if i.guard else np.array([True])
         active = None if active is None else active & running
         steps.append(_step(threads, i, active, launch))
@@ -364,7 +364,7 @@ def _step(t: Threads, i: Instruction, active: Array | None, launch: Constants) -
         elif "TRYWAIT" in i.modifiers:
             step.amount = number >> 31
     else:
-        for x in i.parts[3] if i.pipe == "copy" else ():  # where it is false, zeros are written and nothing is read
+        for x in i.parts[3] if i.pipe == "copy" else ():  # false: writes zeros and reads nothing
             lanes = lanes & (True if (condition := t.read(x)) is None else condition)
         address = _address(t, places[-1])
         step.clocks = int(lanes.sum()) * i.width / 128
@@ -376,7 +376,7 @@ def _step(t: Threads, i: Instruction, active: Array | None, launch: Constants) -
 
 
 def _address(t: Threads, text: str) -> Array | None:
-    """Of ``[R3+UR6+0x10]`` or ``desc[UR4][R2.64+-0x10]``, for each thread."""
+    """The addresses of ``[R3+UR6+0x10]`` or ``desc[UR4][R2.64+-0x10]`` for each thread."""
     total = _array(0)
     for term in text[text.rindex("[") + 1 : -1].split("+"):
         value = t.read(term.lstrip("-"), wide=term.endswith(".64"))
@@ -387,7 +387,7 @@ def _address(t: Threads, text: str) -> Array | None:
 
 
 def loops(steps: list[Step]) -> dict[int, tuple[int, int]]:
-    """address of a backward jump -> (instructions of the loop, how often it ran)."""
+    """Address of a backward jump -> (instructions of the loop, number of iterations)."""
     jumps = [s.instruction for s in steps if s.instruction.base == "BRA" and s.instruction.target is not None]
     counts = collections.Counter(i for i in jumps if i.target < i.address)
     return {i.address: ((i.address - i.target) // 16 + 1, n) for i, n in counts.items()}
