@@ -1,6 +1,6 @@
-"""Kernels that the compile-only lock must refuse, and one it must accept; prints its findings as JSON.
+"""Kernels that the compile-only lock must refuse, and some that it must accept. Prints the findings as JSON.
 
-Run by test_lock.py in a process of its own, because the tests' process may interpret.
+test_lock.py runs it in a separate process, because the process of the tests may interpret kernels.
 """
 
 import json
@@ -16,7 +16,7 @@ from vit.kernels import runtime
 @triton.jit
 def _spilling_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + offs)  # lives until its sum is known: 512 registers a thread
+    x = tl.load(x_ptr + offs)  # needed until its sum is known: 512 registers per thread
     tl.store(out_ptr + offs, x - tl.sum(x))
 
 
@@ -49,7 +49,7 @@ def _wide_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _broken_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
-    tl.store(out_ptr + tl.arange(0, BLOCK + 1), tl.load(x_ptr))  # a range must be a power of two
+    tl.store(out_ptr + tl.arange(0, BLOCK + 1), tl.load(x_ptr))  # the length of a range must be a power of two
 
 
 def _what_lock_says(

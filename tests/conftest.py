@@ -1,14 +1,14 @@
-"""One test body serves the interpreter and the GPU: the ``device`` fixture decides which.
+"""The same tests run in the interpreter or on a GPU. The ``device`` fixture decides which.
 
-Without a GPU the kernels are interpreted, under the strict interpreter of `strict.py`. Whether a kernel is
-interpreted is fixed when it is decorated, so the variable is set here, before anything imports vit.
+Without a GPU the strict interpreter of `strict.py` runs the kernels. The decorator of a kernel reads TRITON_INTERPRET,
+so the variable is set here, before anything imports vit.
 """
 
 import os
 import time
 from collections import defaultdict
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist runs one process a core
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist runs one process per core
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS raises in deterministic mode without it
 
 import pytest
@@ -31,7 +31,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Where kernels run: a GPU, or the CPU through the interpreter; skips where neither is possible."""
+    """The device of the kernels: a GPU, or the CPU with the interpreter. Skips if neither is possible."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     if not runtime.INTERPRETED:
@@ -60,7 +60,7 @@ def dtype(request) -> torch.dtype:
 
 @pytest.fixture
 def randn(device):
-    """``randn(*shape)``: the same fp32 normal numbers on every device, a new draw at each call."""
+    """``randn(*shape)``: normal fp32 numbers, the same on every device, but other ones at each call."""
     generator = torch.Generator().manual_seed(0)
     return lambda *shape: torch.randn(shape, generator=generator).to(device)
 
@@ -80,7 +80,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """One table: what each layer of verification ran, and how it ended."""
+    """Prints a table with the results of each folder of tests."""
     rows: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for outcome, reports in terminalreporter.stats.items():
         for report in reports:
@@ -106,7 +106,7 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(autouse=True)
 def _nan_filled_outputs():
-    """Fills what torch.empty returns with NaN, so that an element that a kernel does not write shows."""
+    """Makes torch.empty fill its result with NaN, so that an element that a kernel does not write shows."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

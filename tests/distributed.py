@@ -1,9 +1,9 @@
-"""DDP and FSDP2 training against one process on the whole batch. Not a test file: `test_distributed.py` runs it.
+"""DDP and FSDP2 training against one process on the whole batch. `test_distributed.py` runs it.
 
     TRITON_INTERPRET=1 python tests/distributed.py         two processes on the CPU, gloo
-    torchrun --nproc-per-node 2 tests/distributed.py       on GPUs, one a process, NCCL
+    torchrun --nproc-per-node 2 tests/distributed.py       one GPU per process, NCCL
 
-Rank 0 prints one JSON line a case. ``ok``: the losses and the trained weights are those of one process.
+Rank 0 prints one JSON line per case. ``ok`` means that losses and trained weights are those of one process.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def model(device: torch.device | str, impl: str = "auto") -> vit.VisionTransform
 
 
 def shard(net: nn.Module, mesh: DeviceMesh, *, blocks: bool = True, **options: Any) -> nn.Module:
-    """FSDP2 as its users write it: every block, then the model."""
+    """FSDP2 as in user code: every block, then the model."""
     for block in net.blocks if blocks else ():
         fully_shard(block, mesh=mesh, **options)
     return fully_shard(net, mesh=mesh, **options)
 
 
 def from_meta(mesh: DeviceMesh, device: torch.device) -> nn.Module:
-    """Sharded before it has memory; the seed gives the weights that a model in one process has."""
+    """A model that is sharded on the meta device. The seed gives the same weights as in one process."""
     net = shard(model("meta"), mesh)
     assert all(p.is_meta for p in net.parameters())
     net.to_empty(device=device)
@@ -55,7 +55,7 @@ def from_meta(mesh: DeviceMesh, device: torch.device) -> nn.Module:
 
 
 def train(net: nn.Module, images: Tensor, labels: Tensor, accumulate: bool = False) -> tuple[list[float], list[Tensor]]:
-    """Losses of the steps, averaged over processes, and the weights after them. images: [STEPS, B, C, H, W].
+    """(losses of the steps, averaged over processes, weights after them). images: [STEPS, B, C, H, W].
 
     With ``accumulate`` each step's batch runs as two forwards, then one backward.
     """
@@ -90,14 +90,14 @@ def checkpointed(net: vit.VisionTransformer) -> vit.VisionTransformer:
 
 
 def some_blocks(net: vit.VisionTransformer, mesh: DeviceMesh) -> nn.Module:
-    """The last block, and the final norm with the head, as torchtitan groups them; the rest by the root."""
+    """Shards the last block, and the final norm with the head, as torchtitan does. The root shards the rest."""
     fully_shard(net.blocks[1], mesh=mesh)
     fully_shard([net.norm, net.head], mesh=mesh)
     return fully_shard(net, mesh=mesh)
 
 
 def parts_of_blocks(net: vit.VisionTransformer, mesh: DeviceMesh) -> nn.Module:
-    """The branches of every block and its first norm, then the model."""
+    """Shards the branches of every block and its first norm, then the model."""
     for block in net.blocks:
         for part in (block.norm1, block.attn, block.mlp):
             fully_shard(part, mesh=mesh)
@@ -105,7 +105,7 @@ def parts_of_blocks(net: vit.VisionTransformer, mesh: DeviceMesh) -> nn.Module:
 
 
 Build = Callable[[vit.VisionTransformer, DeviceMesh, torch.device], nn.Module]
-#: name: (the model from the one of a single process, options of `train`, limit of the errors)
+#: name: (function that wraps the model of a single process, options of `train`, limit of the errors)
 CASES: dict[str, tuple[Build, dict[str, Any], float]] = {
     "ddp": (lambda net, mesh, device: DistributedDataParallel(net), {}, 1e-4),
     "fsdp": (lambda net, mesh, device: shard(net, mesh), {}, 1e-4),
@@ -121,12 +121,12 @@ CASES: dict[str, tuple[Build, dict[str, Any], float]] = {
         lambda net, mesh, device: shard(net, mesh, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32)),
         {}, 0.1,
     ),
-    "fsdp, kernels": (lambda net, mesh, device: shard(net, mesh), {}, 1e-3),  # fp32 rounded at other places
+    "fsdp, kernels": (lambda net, mesh, device: shard(net, mesh), {}, 1e-3),  # rounded at other places
 }  # fmt: skip
 
 
 def run(rank: int, world: int, device: torch.device) -> bool:
-    """Runs every case here; returns whether all were right."""
+    """Runs every case, and returns whether all were right."""
     mesh, good = init_device_mesh(device.type, (world,)), True
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(STEPS, BATCH, 3, 16, 24, generator=generator).to(device)
@@ -134,8 +134,8 @@ def run(rank: int, world: int, device: torch.device) -> bool:
     mine = slice(rank, None, world)
     before = [p.detach().clone() for p in model(device).parameters()]
     for name, (build, options, limit) in CASES.items():
-        impl, steps = ("triton", 1) if name == "fsdp, kernels" else ("auto", STEPS)  # interpreted, a step takes seconds
-        # One process, the whole batch; in every process the same, so that averaging over them changes nothing.
+        impl, steps = ("triton", 1) if name == "fsdp, kernels" else ("auto", STEPS)  # an interpreted step takes seconds
+        # The whole batch, in every process the same, so that averages over processes change nothing.
         expected = train(model(device), images[:steps], labels[:steps])
         net = build(model(device, impl), mesh, device)
         record = compare(train(net, images[:steps, mine], labels[:steps, mine], **options), expected, before, limit)
@@ -146,7 +146,7 @@ def run(rank: int, world: int, device: torch.device) -> bool:
 
 
 def other_methods(single: nn.Module, net: nn.Module, image: Tensor, rank: int) -> bool:
-    """A method unknown to FSDP gets sharded parameters and says so; once registered, it is right."""
+    """A method that is not registered with FSDP raises an error about sharded parameters. A registered one is right."""
     try:
         net.forward_intermediates(image)
         said = "nothing"
@@ -167,7 +167,7 @@ def other_methods(single: nn.Module, net: nn.Module, image: Tensor, rank: int) -
 
 
 def process(rank: int, world: int, port: int) -> None:
-    """One of the processes on the CPU."""
+    """A process on the CPU."""
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world)
@@ -181,7 +181,7 @@ def main() -> int:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        processes = mp.start_processes(process, (2, port), 2, join=False, start_method="fork")  # torch is imported once
+        processes = mp.start_processes(process, (2, port), 2, join=False, start_method="fork")  # imports torch once
         try:
             while not processes.join():
                 pass

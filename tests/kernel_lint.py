@@ -1,7 +1,7 @@
-"""A lint for rules of CONTRIBUTING.md that no test of results can check; it reads the kernels' source.
+"""Checks rules of CONTRIBUTING.md in the source of the kernels that no test of results can check.
 
-`problems` takes the sources of all kernel files at once, because it follows through names, tuples and calls
-whether a value is as narrow as it was loaded.
+`problems` needs the sources of all kernel files, because it tracks through names, tuples and calls whether a value
+still has the dtype in which it was loaded.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Mapping
 
-NARROW, WIDE = "narrow", "wide"  # as loaded, perhaps 16 bits; in the accumulator's type; None: a scalar, or not known
+NARROW, WIDE = "narrow", "wide"  # the loaded dtype, maybe 16 bits; the accumulator's; None: a scalar, or unknown
 REDUCTIONS = {"sum", "cumsum", "cumprod", "reduce", "associative_scan"}
 FORBIDDEN = {
     "make_block_ptr": "block pointers are deprecated; use a pointer or a tensor descriptor",
@@ -21,7 +21,7 @@ FORBIDDEN = {
 
 
 def problems(sources: Mapping[str, str]) -> list[str]:
-    """What breaks a rule in kernel files, given as file name -> source: ``file:line: what``."""
+    """Violations as ``file:line: what`` in kernel files, which are given as file name -> source."""
     trees = {file: ast.parse(source) for file, source in sources.items()}
     kernels = [(file, f) for file, tree in trees.items() for f in ast.walk(tree) if _is_jit(f)]
     found = [(file, line, what) for file, tree in trees.items() for line, what in _forbidden(tree)]
@@ -38,7 +38,7 @@ def _is_jit(node: ast.AST) -> bool:
 
 
 def _name(node: ast.AST) -> str:
-    """The last word of a name, an attribute or what is called: ``load`` of ``tl.load(…)``."""
+    """The last part of a name, an attribute or a call: ``load`` of ``tl.load(…)``."""
     if isinstance(node, ast.Call):
         return _name(node.func)
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
@@ -62,7 +62,7 @@ def _forbidden(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def _calls(kernel: ast.FunctionDef, is_tile_dot: bool) -> Iterator[tuple[int, str]]:
-    """Rules about a single call or loop."""
+    """Violations in a single call or loop."""
     widened = set()
     for node in ast.walk(kernel):
         if _is_int64(node):
@@ -89,7 +89,7 @@ def _is_int64(node: ast.AST) -> bool:
 
 
 def _multiplied_ids(kernel: ast.FunctionDef) -> Iterator[tuple[int, str]]:
-    """Products of a program id, or of what an id was divided into, in 32 bits."""
+    """32-bit products with a program id or with a quotient of one."""
     narrow: set[str] = set()
 
     def is_narrow(node: ast.AST) -> bool:
@@ -108,14 +108,14 @@ def _multiplied_ids(kernel: ast.FunctionDef) -> Iterator[tuple[int, str]]:
 
 
 def _specialised(kernel: ast.FunctionDef) -> Iterator[str]:
-    """A dropout's offset differs per block; Triton would compile another kernel for multiples of 16."""
+    """The offset of a dropout differs per block, and Triton would compile another kernel for multiples of 16."""
     drops = kernel.name.endswith("_kernel") and "OFFSET" in [a.arg for a in kernel.args.args]
     if drops and not any("'OFFSET'" in ast.unparse(d) for d in kernel.decorator_list):
         yield 'OFFSET is specialised; decorate with @triton.jit(do_not_specialize=["OFFSET"])'
 
 
 class _Widths:
-    """Follows which values are as narrow as they were loaded, through every function until nothing changes."""
+    """Finds the values that still have their loaded dtype, in all functions until nothing changes."""
 
     def __init__(self, kernels: list[tuple[str, ast.FunctionDef]]) -> None:
         self.kernels = kernels
@@ -134,14 +134,14 @@ class _Widths:
         return self.found
 
     def join(self, function: str, what: str, width: str | None) -> None:
-        """Narrow if one caller or one return is narrow."""
+        """A parameter or result is narrow if one caller or one return is narrow."""
         if self.known.get((function, what)) != NARROW and width is not None:
             self.known[function, what] = width
 
     def run(self, body: list[ast.stmt]) -> None:
         for node in body:
             if isinstance(node, (ast.If, ast.For, ast.While)):
-                for _ in range(2):  # a loop's second round knows what its first assigned
+                for _ in range(2):  # the second round sees assignments of the first
                     self.width(node.test if hasattr(node, "test") else node.iter)
                     self.run(node.body)
                 self.run(node.orelse)
@@ -161,7 +161,7 @@ class _Widths:
             self.names[name.id] = width
 
     def mixed(self, nodes: list[ast.AST]) -> str | None:
-        """Several values in one operation: the wider one decides."""
+        """The width of an operation is that of its widest operand."""
         widths = [self.width(n) for n in nodes]
         return WIDE if WIDE in widths else NARROW if NARROW in widths else None
 
@@ -172,7 +172,7 @@ class _Widths:
             return self.width(node.value)
         if not isinstance(node, ast.Call):
             widths = {self.width(child) for child in ast.iter_child_nodes(node)}
-            if isinstance(node, ast.Tuple):  # holds several values, each with its own width
+            if isinstance(node, ast.Tuple):  # narrow if one of its values is
                 return NARROW if NARROW in widths else WIDE if WIDE in widths else None
             return WIDE if WIDE in widths else NARROW if NARROW in widths else None
         return self.call(node)
@@ -198,7 +198,7 @@ class _Widths:
         return WIDE if WIDE in widths else NARROW if NARROW in widths else None
 
     def of_type(self, dtype: ast.AST) -> str | None:
-        """Width of this type: ACC, tl.float32 and an accumulator's own type are wide."""
+        """The width of a type. ACC, tl.float32, tl.float64 and the dtype of a wide value are wide."""
         text = ast.unparse(dtype)
         if text == "ACC" or text in ("tl.float32", "tl.float64"):
             return WIDE

@@ -1,12 +1,12 @@
-"""Compile-only lock: every kernel, pinned configuration and dtype, compiled for GPUs that this machine need not have.
+"""Compile-only lock: compiles every kernel, pinned configuration and dtype, without a GPU.
 
     python tests/lock.py [--update] [--arch 80,89,90,100] [--case NAME] [--jobs 2] [--json FILE]
 
-The ops' own host code runs on CPU tensors (lock_cases.py) and the launcher compiles instead of launching, so a kernel
-gets exactly the specialisation of production: aligned pointers, sizes divisible by 16 or equal to 1, constexprs, pinned
-configuration. Checked: it compiles, nothing spills, it fits the device's shared and tensor memory, no atomics, wgmma
-(sm_100: tcgen05) where it is due and never serialised, every kernel has a case, and the figures equal the lock file of
-the installed Triton version. TRITON_INTERPRET is ignored.
+The host code of the ops runs on CPU tensors (lock_cases.py), and the launcher compiles instead of launching. So a
+kernel gets the specialisation of production: aligned pointers, sizes divisible by 16 or equal to 1, constexprs, pinned
+configuration. It checks that a kernel compiles, does not spill, fits shared and tensor memory, has no atomics, and uses
+wgmma (sm_100: tcgen05) where possible and not serialised. Every kernel must have a case, and the figures must equal the
+lock file of the installed Triton version. TRITON_INTERPRET is ignored.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK_FILE = ROOT / "tests" / "lock" / f"triton-{triton.__version__}.json"
-TENSOR_MEMORY_LIMIT = 512  # columns; sm_100 keeps accumulators there
+TENSOR_MEMORY_LIMIT = 512  # columns, for the accumulators of sm_100
 DTYPES = {arch: ["bf16"] for arch in SHARED_LIMIT} | {90: ["bf16", "fp16", "fp32", "tf32"]}
 TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 
 
 def problems(arch: int, got: dict[str, Any]) -> list[str]:
-    """The faults of one compiled kernel, each with a remedy."""
+    """The faults of a compiled kernel, each with a remedy."""
     found = []
     if not got["registers"]:
         found.append("ptxas said nothing about it; delete build/lock and run again")
@@ -71,7 +71,7 @@ def problems(arch: int, got: dict[str, Any]) -> list[str]:
 
 
 def run_case(name: str, arch: int, dtype: str) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Figures of every kernel that one case compiles, forward, backward and inference, and what failed."""
+    """(figures of every kernel of a case: forward, backward and inference, failures)."""
     torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
     locked: dict[str, dict[str, Any]] = {}
     failed: list[str] = []
@@ -114,14 +114,14 @@ def run_case(name: str, arch: int, dtype: str) -> tuple[dict[str, dict[str, Any]
 
 
 def all_kernels() -> set[str]:
-    """Names of the kernels in the tree: every function of Triton or Gluon called ``_*_kernel``."""
+    """The names of all kernels: every ``@triton.jit`` or ``@gluon.jit`` function called ``_*_kernel``."""
     sources = (path.read_text() for path in (ROOT / "kernels").glob("*.py"))
     kernel = re.compile(r"@(?:triton|gluon)\.jit[^\n]*\n(?:@[^\n]*\n)*def (_\w+_kernel)\b")
     return {name for s in sources for name in kernel.findall(s)}
 
 
 def compare(locked: dict[str, Any], recorded: dict[str, Any]) -> list[str]:
-    """What differs from the lock file."""
+    """The differences from the lock file."""
     changed = []
     for key in sorted(locked.keys() | recorded.keys()):
         old, new = recorded.get(key), locked.get(key)
@@ -138,18 +138,18 @@ def compare(locked: dict[str, Any], recorded: dict[str, Any]) -> list[str]:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed, by a timeout say, would wait for work forever."""
+    """Ends a worker whose parent was killed, for example by a timeout. Otherwise it would wait forever."""
     threading.Thread(target=lambda: parent_process().join() or os._exit(1), daemon=True).start()
 
 
 def run(archs: list[int], cases: list[str], jobs: int) -> tuple[dict[str, Any], list[str]]:
-    """Figures of all kernels and all failures but those of the lock file."""
+    """(figures of all kernels, failures other than differences from the lock file)."""
     tasks = [
         (case, arch, dtype) for case in cases for arch in archs for dtype in DTYPES[arch] if dtype in CASES[case].dtypes
     ]
     locked: dict[str, Any] = {}
     failed: list[str] = []
-    # Never threads: Triton is not thread-safe.
+    # No threads: Triton is not thread-safe.
     with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_end_with_parent) as pool:
         futures: list[Future] = [pool.submit(run_case, *task) for task in tasks]
         for task, future in zip(tasks, futures, strict=True):

@@ -1,6 +1,6 @@
-"""What the compile-only lock compiles: calls of the public functions at shapes of real ViTs.
+"""The cases of the compile-only lock: calls of the public functions at shapes of real ViTs.
 
-A new kernel needs a case here (the lock says so); a new shape or dtype is worth one where it compiles to other code.
+A new kernel needs a case here, which the lock checks. A new shape or dtype needs one if it compiles to other code.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vit.kernels.attention import attention_qkvpacked_bwd
 from vit.kernels.layer_norm import layer_norm_bwd
 from vit.kernels.linear import gemm
 
-Make = Callable[..., Tensor]  # make(*shape, dtype=None): a tensor that wants a gradient, contents undefined
+Make = Callable[..., Tensor]  # make(*shape, dtype=None): an empty tensor that requires grad
 
 
 class Case(NamedTuple):
@@ -35,7 +35,7 @@ def _norm(make: Make, batch: int, tokens: int, width: int) -> Tensor:
 
 
 def _norm_backward(make: Make, width: int, scaled: bool, stream: torch.dtype | None = None) -> Tensor:
-    """The backward with all that it gives on request: y again, and the column sums of the branch's gradient."""
+    """The backward with its optional results: y, and the column sums of the branch's gradient."""
     rows, residual, stats = make(64, 197, width), make(64, 197, width, dtype=stream), torch.empty(64 * 197)
     weight, bias, branch_bias, gamma = (make(width) for _ in range(4))
     factors = (rows, branch_bias, gamma, torch.empty(64)) if scaled else (None,) * 4
@@ -43,7 +43,7 @@ def _norm_backward(make: Make, width: int, scaled: bool, stream: torch.dtype | N
     with torch.no_grad():
         norm = rows, residual, residual, stats, stats, weight, bias
         layer_norm_bwd(*norm, *factors, None, 0.0, 0, scaled, True, *sums)
-    return rows  # of which the lock takes the gradient
+    return rows  # the lock takes its gradient
 
 
 def _residual(
@@ -109,7 +109,7 @@ def _packed(make: Make, tokens: int, heads: int, head_dim: int, dropout_p: float
 
 
 def _dbias(make: Make, tokens: int, heads: int, head_dim: int) -> Tensor:
-    """The backward alone, with the sums of dqkv that the gradient of a bias needs."""
+    """The backward alone, with the sums of dqkv for the gradient of a bias."""
     qkv, stats = make(64, tokens, 3, heads, head_dim), torch.empty(64, heads, tokens)
     o = torch.empty(64, tokens, heads * head_dim, dtype=qkv.dtype)
     attention_qkvpacked_bwd(o, qkv.detach(), o, stats, stats, head_dim**-0.5, need_dbias=True)
@@ -121,7 +121,7 @@ def _attention(make: Make, queries: int, keys: int, heads: int, head_dim: int) -
     return kernels.attention(q, k, v, impl="triton")
 
 
-# tf32 changes nothing where there is no dot; fp16 compiles to what bf16 does, so one shape an op is enough.
+# Without a dot tf32 changes nothing. fp16 compiles as bf16, so one shape per op is enough.
 NO_DOTS, HALF, NO_FP16 = ("bf16", "fp32"), ("bf16", "fp16"), ("bf16", "fp32", "tf32")
 CASES: dict[str, Case] = {
     "patch_embed_b": Case("ViT-B/16", lambda m: _patch_embed(m, 16, 768)),
@@ -175,7 +175,7 @@ CASES: dict[str, Case] = {
     "mlp_so400m": Case("SO400M: 4304 hidden, tanh GELU", lambda m: _mlp(m, 1152, 4304, "gelu_tanh"), ("bf16",)),
 }
 
-# Key in the lock file -> why this one may spill, be serialised or go without wgmma.
+# Key in the lock file -> the reason why this one may spill, be serialised or not use wgmma.
 EXCUSED = {
     "sm_90 fp32 attention_h _attention_fwd_kernel": "Triton 3.6.0 alone: 8 bytes, with IEEE fp32 and head_dim 80",
     "sm_89 bf16 attention_big_g_dropout _attention_bwd_kernel": "Triton 3.6.0 alone: 8 bytes",

@@ -1,9 +1,9 @@
-"""Seeded bugs: each is applied alone to a copy of the sources, and the tests named beside it must fail.
+"""Seeded bugs: each is applied alone to a copy of the sources, and its tests must fail.
 
     python tests/mutate.py [--jobs 2] [NAME …]
 
-runs all of them, or those whose name contains a NAME; it fails if fewer than 95 % are caught. Before them it runs
-controls: without a bug the same tests must pass, else what they catch proves nothing.
+runs all of them, or those whose name contains a NAME. It fails if fewer than 95 % are caught. First it runs controls:
+the same tests must pass without a bug.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from strangers import STRANGERS
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-if not torch.cuda.is_available():  # before the preload below imports Triton, which would compile from then on
+if not torch.cuda.is_available():  # before the preload below imports Triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Children of a process that has imported PyTorch, but nothing of ours: importing it takes longer than most tests.
+# Children of a process that has imported PyTorch, but nothing of ours, because that takes longer than most tests.
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["torch", "torch._dynamo", "pytest"])
 
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
-    """Replace ``old``, which stands exactly once in ``file``, by ``new``; ``tests`` are pytest arguments.
+    """Replaces ``old``, which occurs exactly once in ``file``, by ``new``. ``tests`` are arguments of pytest.
 
-    Without ``old``, ``new`` comes at the end.
+    Without ``old``, ``new`` is appended.
     """
 
     name: str
@@ -1001,12 +1001,12 @@ def _layer_norm_bwd_kernel(""",
 
 
 def sources(mutant: Mutant, folder: Path) -> None:
-    """Copies the sources into ``folder`` with the bug in place; the copy of the link ``vit/kernels`` is a folder."""
+    """Copies the sources into ``folder`` with the bug. The copy of the link ``vit/kernels`` is a folder."""
     shutil.rmtree(folder, ignore_errors=True)
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "vit", folder / "vit", ignore=ignore)
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=ignore)
-    shutil.copy(ROOT / "pyproject.toml", folder)  # else pytest takes the one above and looks for modules there
+    shutil.copy(ROOT / "pyproject.toml", folder)  # otherwise pytest uses the one above
     if mutant.file.startswith("benchmarks/"):
         shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=ignore)
     path = folder / mutant.file.replace("kernels/", "vit/kernels/", 1)
@@ -1019,7 +1019,7 @@ def sources(mutant: Mutant, folder: Path) -> None:
 
 
 def _pytest(folder: Path, tests: tuple[str, ...]) -> None:
-    """The whole life of a child process: pytest in ``folder``, whose output goes to ``folder/log``."""
+    """A child process: runs pytest in ``folder`` and writes its output to ``folder/log``."""
     log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -1032,7 +1032,7 @@ def _pytest(folder: Path, tests: tuple[str, ...]) -> None:
 
 
 def compares(mutant: Mutant) -> bool:
-    """Whether its tests compare with another library: they have the mark `peers`."""
+    """Whether its tests compare with another library, that is, have the mark `peers`."""
     for file, _, name in (test.partition("[")[0].partition("::") for test in mutant.tests):
         text = (ROOT / file).read_text()
         decorators = text.partition(f"def {name}(")[0].rpartition("\n\n\n")[2] if name else ""
@@ -1042,14 +1042,14 @@ def compares(mutant: Mutant) -> bool:
 
 
 def controls(chosen: list[Mutant]) -> list[Mutant]:
-    """For each folder that ``chosen`` changes, the tests of one of them, with a comment for a bug."""
+    """For each folder that ``chosen`` changes, the tests of one of them with a comment instead of a bug."""
     areas = {m.file.split("/")[0] + (" beside libraries" if compares(m) else ""): m for m in reversed(chosen)}
     comment = "\n# This changes nothing.\n"
     return [dataclasses.replace(m, name=f"control of {area}", old="", new=comment) for area, m in areas.items()]
 
 
 def run(mutant: Mutant) -> tuple[int | None, str]:
-    """pytest's exit code with the bug in place, and what it printed."""
+    """(exit code of pytest with the bug, its output)."""
     name = "".join(c if c.isalnum() else "-" for c in mutant.name)
     folder = ROOT / "build" / "mutants" / f"{name}-{os.getpid()}"
     sources(mutant, folder)
@@ -1064,9 +1064,9 @@ def run(mutant: Mutant) -> tuple[int | None, str]:
 
 
 def caught(mutant: Mutant) -> tuple[bool, str]:
-    """Whether a test fails with the bug in place, and what pytest printed."""
+    """(whether a test fails with the bug, the output of pytest)."""
     code, output = run(mutant)
-    # 1 means that tests ran and failed; a bug that breaks the import or matches no test was not caught by a test.
+    # 1 means that tests ran and failed. If a bug breaks the import or no test matches, no test has caught it.
     summary = output.strip().splitlines()[-1] if output.strip() else ""
     return code == 1 and " failed" in f" {summary}" and " error" not in summary, output
 
@@ -1079,7 +1079,7 @@ def timed(mutant: Mutant) -> tuple[bool, str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="only bugs whose name contains one of these")
-    parser.add_argument("--jobs", type=int, default=2, help="bugs at a time")
+    parser.add_argument("--jobs", type=int, default=2, help="number of bugs at a time")
     args = parser.parse_args()
     chosen = [m for m in MUTANTS if not args.names or any(name in m.name for name in args.names)]
     if importlib.util.find_spec("timm") is None:

@@ -1,4 +1,4 @@
-"""Libraries that results are compared with, and how; a test skips where one is not installed."""
+"""Comparison with other libraries. A test skips if its library is not installed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from types import ModuleType
 import pytest
 import torch
 
-marked = True  # whether the running test has the mark `peers`, without which `make test-peers` would not run it
-_declared = []  # a Library undeclares its operators when it is collected
+marked = True  # whether the running test has the mark `peers`, by which `make test-peers` selects
+_declared = []  # garbage collection of a Library would remove its operators
 
 
 def import_timm() -> ModuleType:
@@ -41,9 +41,9 @@ def _import(name: str) -> ModuleType:
 
 @functools.cache
 def _make_torchvision_importable() -> None:
-    """Declares the operators that torchvision asks for on import, where its own library cannot be loaded.
+    """Declares the operators that the import of torchvision needs, if its own library cannot be loaded.
 
-    That is the case for a GPU build of torchvision with a CPU build of torch. A working torchvision is left alone.
+    This happens with a GPU build of torchvision and a CPU build of torch. A working torchvision does not change.
     """
     spec = importlib.util.find_spec("torchvision")
     if spec is None or "torchvision" in sys.modules:
@@ -63,7 +63,7 @@ def _make_torchvision_importable() -> None:
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:
-    """Weights large enough for every part of the model to matter: the initial ones leave cls_token at 1e-6."""
+    """Sets weights so large that every part of the model matters. For example, the initial cls_token is about 1e-6."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, param in model.named_parameters():
@@ -88,14 +88,14 @@ def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], 
     assert ours.keys() == theirs.keys()
     for name, want in theirs.items():
         assert ours[name].shape == want.shape, name
-        # A bias of all keys shifts every logit of a query alike, so its gradient is 0 and only rounding shows.
+        # A key bias shifts all logits of a query equally, so its gradient is only rounding error.
         scale = theirs[name.replace("k_norm.bias", "q_norm.bias")]
         error = (ours[name] - want).abs().max().item() / scale.abs().max().item()
-        assert error <= limit, f"{name}: {error:.2e} of its largest element"  # fails for NaN, too
+        assert error <= limit, f"{name}: {error:.2e} of its largest element"  # NaN fails, too
 
 
 def timm_twin(config) -> torch.nn.Module:
-    """timm's model of the same architecture, with an attention written out instead of PyTorch's fused one."""
+    """timm's model of the same architecture, without PyTorch's fused attention."""
     timm = import_timm()
     fields = vars(config) | {"norm_layer": lambda dim, **kw: torch.nn.LayerNorm(dim, eps=config.norm_eps, **kw)}
     for ours_only in ("norm_eps", "interpolation", "impl", "representation_size", "use_mask_token", "act_drop_rate"):

@@ -1,13 +1,13 @@
 """Makes Triton's CPU interpreter strict: an interpreted kernel computes what a GPU would, or raises `StrictError`.
 
-Plain ``TRITON_INTERPRET=1`` lets much pass that a GPU does not: it adds bfloat16 values by their bit patterns, reads
-and writes anywhere in the process, returns 0 for masked-off lanes, wraps integers, and runs programs one after
-another so that two of them may share an output. ``install()`` replaces the few parts of `triton.runtime.interpreter`
-where these things happen, ``uninstall()`` puts them back.
+Plain ``TRITON_INTERPRET=1`` accepts kernels that are wrong on a GPU: it adds bfloat16 values as integers, reads and
+writes anywhere in the process, returns 0 for masked-off lanes, wraps integers, and runs programs one after another, so
+two of them may write to one output. ``install()`` replaces the parts of `triton.runtime.interpreter` that do so, and
+``uninstall()`` restores them.
 
-Pointers are plain integers in the interpreter. Each tensor argument is therefore described by a `Span`, a pointer's
-handle carries the span it came from through pointer arithmetic, and every access is checked against that span alone.
-A pointer that lost its span (chosen by ``tl.where``, say) is checked against all of them.
+Pointers are plain integers in the interpreter. So each tensor argument has a `Span`. The handle of a pointer keeps its
+span through pointer arithmetic, and every access is checked against that span. A pointer without a span, for example
+from ``tl.where``, is checked against all spans.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from triton.runtime.errors import InterpreterError
 MIN_DOT = 16
 MAX_GRID = {"x": 2**31 - 1, "y": 65_535, "z": 65_535}
 _SPAN = "strict.span"  # key in TensorHandle.attr
-_NAN_BF16 = 0x7FFF  # what cvt.rn.bf16 gives for every NaN
+_NAN_BF16 = 0x7FFF  # the result of cvt.rn.bf16 for any NaN
 
 
 class StrictError(InterpreterError):
-    """An interpreted kernel did something that fails or gives another result on a GPU."""
+    """An interpreted kernel does something that fails or gives another result on a GPU."""
 
 
 def to_bf16(x: np.ndarray) -> np.ndarray:
     """Bit patterns of fp32 values rounded to the nearest bfloat16, ties to even."""
     bits = x.view(np.uint32)
-    # Adding just under half of the last kept bit, or exactly half if that bit is odd, carries where rounding goes up.
+    # Adds just under half of the last kept bit, or exactly half if that bit is 1. A carry rounds up.
     rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
     return np.where(np.isnan(x), np.uint16(_NAN_BF16), rounded)
 
@@ -51,7 +51,7 @@ def from_bf16(bits: np.ndarray) -> np.ndarray:
 
 
 def _is_bf16(handle: interp.TensorHandle) -> bool:
-    # The interpreter labels the boolean result of a comparison with its operands' type, so the label is not enough.
+    # A comparison's boolean result has the dtype of its operands in the interpreter, so that dtype is not enough.
     return handle.dtype.scalar == tl.bfloat16 and handle.data.dtype == np.uint16
 
 
@@ -61,7 +61,7 @@ def _refuse_bf16(what: str, *handles: interp.TensorHandle) -> None:
 
 
 def _check_range(what: str, ty: tl.dtype, op: Callable[..., np.ndarray], *operands: np.ndarray) -> None:
-    """Raises if ``op`` leaves the range of the signed integer type ``ty``; unsigned integers wrap by definition."""
+    """Raises if the result of ``op`` does not fit the signed integer type ``ty``. Unsigned integers may wrap."""
     if not (ty.is_int() and ty.is_int_signed() and ty.int_bitwidth > 1 and operands[0].size):
         return
     wide = np.int64
@@ -95,7 +95,7 @@ def _check_reduction(self: interp.ReduceScanOpInterface, inputs: tuple[tl.tensor
 
 @dataclasses.dataclass
 class Span:
-    """The bytes that one tensor argument covers: not its whole storage, and not the gaps between its rows."""
+    """The bytes of one tensor argument, without the rest of its storage and the gaps between its rows."""
 
     name: str
     base: int
@@ -112,7 +112,7 @@ class Span:
 
     @functools.cached_property
     def filled(self) -> np.ndarray | None:
-        """Which elements of the extent belong to the tensor; None if all do."""
+        """A mask of the elements between first and last that belong to the tensor, or None if all do."""
         if math.prod(n for n, s in zip(self.shape, self.strides, strict=True) if s) == self.elements:
             return None
         filled = np.zeros(self.elements, dtype=bool)
@@ -149,7 +149,7 @@ def _tensors(name: str, arg: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _spans(args: list[tuple[str, Any]]) -> dict[int, Span]:
-    """The span of each tensor among a kernel's arguments, by the tensor's id."""
+    """The span of each tensor argument, by the id of the tensor."""
     spans = {}
     for name, arg in (pair for named in args for pair in _tensors(*named)):
         t = interp._unwrap_tensor(arg)
@@ -160,7 +160,7 @@ def _spans(args: list[tuple[str, Any]]) -> dict[int, Span]:
 
 
 def _implicit_cvt(arg: Any) -> Any:
-    """Notes in each pointer argument which span it points to."""
+    """Adds its span to each pointer argument."""
     out = _plain_implicit_cvt(arg)
     if hasattr(arg, "data_ptr"):
         out.handle.attr[_SPAN] = interp.interpreter_builder.spans[id(arg)]
@@ -168,14 +168,14 @@ def _implicit_cvt(arg: Any) -> Any:
 
 
 def _set_attr(self: interp.TensorHandle, key: str, value: Any) -> None:
-    """A promise to the compiler, as by ``tl.multiple_of``, must be true."""
+    """Checks a promise to the compiler, such as ``tl.multiple_of``."""
     if key == "tt.divisibility" and np.any(self.data % math.gcd(*value)):
         raise StrictError(f"multiple_of({value}) of {self.data[self.data % math.gcd(*value) != 0].flat[0]}")
     _plain_set_attr(self, key, value)
 
 
 def _patch_lang(fn: Callable[..., Any]) -> Any:
-    """Prepares tl once per launch, not at every call of a device function: a third of the interpreter's time."""
+    """Patches tl once per launch instead of at every call of a device function, which took a third of the time."""
     langs = {id(value) for value in fn.__globals__.values() if value is tl or value is tl.core}
     patched = interp.interpreter_builder.patched
     if langs and langs <= patched:
@@ -185,7 +185,7 @@ def _patch_lang(fn: Callable[..., Any]) -> Any:
 
 
 def _keep_span(name: str) -> Callable[..., interp.TensorHandle]:
-    """A builder method whose result points where its pointer argument does."""
+    """A builder method whose result keeps the span of its pointer argument."""
 
     def method(self: StrictBuilder, *args: Any) -> interp.TensorHandle:
         out = getattr(super(StrictBuilder, self), name)(*args)
@@ -198,7 +198,7 @@ def _keep_span(name: str) -> Callable[..., interp.TensorHandle]:
 
 
 def _poison(ptrs: interp.TensorHandle) -> interp.TensorHandle:
-    """What masked-off lanes read without ``other``: undefined on a GPU, here NaN or the maximum."""
+    """The values of masked-off lanes without ``other``. They are undefined on a GPU, and NaN or the maximum here."""
     ty = ptrs.get_element_ty()
     dtype = interp._get_np_dtype(ty)
     value = _NAN_BF16 if ty == tl.bfloat16 else np.nan if dtype.kind == "f" else np.iinfo(dtype).max
@@ -206,7 +206,7 @@ def _poison(ptrs: interp.TensorHandle) -> interp.TensorHandle:
 
 
 class StrictDescriptor(interp.TensorDescHandle):
-    """A tensor descriptor that names the rule of the hardware it breaks, and keeps its tensor's span."""
+    """A tensor descriptor that checks the rules of the hardware and keeps the span of its tensor."""
 
     def validate(self) -> None:
         itemsize = self.base.dtype.element_ty.primitive_bitwidth // 8
@@ -233,10 +233,10 @@ class StrictDescriptor(interp.TensorDescHandle):
 
 
 class StrictBuilder(interp.InterpreterBuilder):
-    """Carries out the operations of a kernel; becomes the class of the interpreter's one builder."""
+    """Executes the operations of a kernel. `install` makes it the class of the interpreter's only builder."""
 
     spans: dict[int, Span]
-    patched: set[int]  # which of tl and tl.core are prepared, by id
+    patched: set[int]  # ids of tl and tl.core if patched
     owners: dict[int, np.ndarray]  # by storage: for each byte, 1 + the program that wrote it in this launch, or 0
 
     for _name in ("reshape", "trans", "expand_dims", "broadcast", "splat", "unsplat", "bitcast", "addptr"):
@@ -269,7 +269,7 @@ class StrictBuilder(interp.InterpreterBuilder):
         return parts
 
     def _check_access(self, access: str, ptrs: interp.TensorHandle, mask: interp.TensorHandle) -> None:
-        """Checks that each address is in bounds and not written by another program; records stores."""
+        """Checks that each address is in bounds and not written by another program. Records stores."""
         lanes = np.broadcast_to(mask.data, ptrs.data.shape).astype(bool, copy=False)
         addresses = ptrs.data.ravel() if lanes.all() else ptrs.data[lanes]
         if not addresses.size:
@@ -282,7 +282,7 @@ class StrictBuilder(interp.InterpreterBuilder):
             if owner is None and access == "load":
                 continue
             if owner is None:
-                # Memory is not reserved (0x4000; Python 3.11 has no name for it): most of a long tensor is not touched.
+                # MAP_NORESERVE (no name in Python 3.11), because most of a long tensor is never touched.
                 flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
                 owner = np.frombuffer(mmap.mmap(-1, 4 * span.nbytes, flags=flags), dtype=np.int32)
                 self.owners[span.storage] = owner
@@ -326,7 +326,7 @@ class StrictBuilder(interp.InterpreterBuilder):
     def cast_impl(self, src, dst_type):
         if _is_bf16(src):
             src = interp.TensorHandle(from_bf16(src.data), tl.float32)
-        if dst_type.scalar == tl.bfloat16:  # through fp32, as in PyTorch
+        if dst_type.scalar == tl.bfloat16:  # via fp32, as in PyTorch
             return interp.TensorHandle(to_bf16(src.data.astype(np.float32)), tl.bfloat16)
         return interp.TensorHandle(src.data.astype(interp._get_np_dtype(dst_type)), dst_type.scalar)
 
@@ -366,7 +366,7 @@ class StrictBuilder(interp.InterpreterBuilder):
 
 
 class StrictGridExecutor(interp.GridExecutor):
-    """Runs one launch, and reports a failure as a `StrictError` with kernel, program and source line."""
+    """Runs one launch. A failure is a `StrictError` with kernel, program and source line."""
 
     def _init_args_hst(self, args_dev, kwargs):
         args, kwargs = super()._init_args_hst(args_dev, kwargs)
@@ -377,7 +377,7 @@ class StrictGridExecutor(interp.GridExecutor):
         builder = interp.interpreter_builder
         builder.grid_idx, builder.owners, builder.patched = None, {}, set()
         try:
-            with np.errstate(all="ignore"):  # inf and NaN are values; a GPU does not warn about them
+            with np.errstate(all="ignore"):  # a GPU does not warn about inf and NaN
                 super().__call__(*args_dev, **kwargs)
         except Exception as error:
             chain: list[BaseException] = [error]  # each jitted function wraps the error again
@@ -392,7 +392,7 @@ class StrictGridExecutor(interp.GridExecutor):
 
 
 def _source_line(chain: list[BaseException]) -> str:
-    """The innermost line that is neither Triton's nor this file's."""
+    """The innermost source line outside of Triton and this file."""
     not_here = (os.path.dirname(triton.__file__) + os.sep, __file__)
     frames = [f for e in chain for f in traceback.extract_tb(e.__traceback__) if not f.filename.startswith(not_here)]
     return f"\n  {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
@@ -406,17 +406,17 @@ _saved: list[tuple[Any, str, Any]] = []
 
 
 def install() -> None:
-    """Makes the interpreter of this process strict; does nothing if it already is.
+    """Makes the interpreter of this process strict, if it is not.
 
     Raises:
-        StrictError: this version of Triton lacks something that would be replaced.
+        StrictError: this version of Triton does not have a part to be replaced.
     """
     if active():
         return
     builder = interp.interpreter_builder
     replacements = [
         (builder, "__class__", StrictBuilder),
-        (builder, "options", dataclasses.replace(builder.options, debug=True)),  # else device_assert is skipped
+        (builder, "options", dataclasses.replace(builder.options, debug=True)),  # otherwise device_assert is skipped
         (interp.interpreter_semantic, "binary_op_sanitize_overflow_impl", _check_binary_overflow),
         (interp.ReduceScanOpInterface, "check_tensor", _check_reduction),
         (interp, "TensorDescHandle", StrictDescriptor),
@@ -440,7 +440,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Puts Triton's own interpreter back."""
+    """Restores Triton's own interpreter."""
     while _saved:
         setattr(*_saved.pop())
     if active():

@@ -1,4 +1,4 @@
-"""The same values in other memory; a few programs of a large launch."""
+"""Views with the same values in other memory, and launches of only a few programs."""
 
 import contextlib
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ def nan_padded(t: Tensor) -> Tensor:
 
 
 def wide_rows(t: Tensor) -> Tensor:
-    """The values of t as columns of a wider buffer of NaN: the rows still have one common stride, a longer one."""
+    """The values of t as columns of a wider buffer of NaN. The rows still have one stride, but a longer one."""
     buffer = torch.full([*t.shape[:-1], t.shape[-1] + 8], float("nan"), dtype=t.dtype, device=t.device)
     view = buffer[..., : t.shape[-1]]
     view.copy_(t)
@@ -29,7 +29,7 @@ def wide_rows(t: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def last_programs_only(count: int) -> Iterator[None]:
-    """Interpreted launches inside run only their last ``count`` programs, with their own ids; the grid is on x."""
+    """Interpreted launches inside run only their last ``count`` programs. Their grid must be on x."""
     launch, builder = runtime.launch, interpreter.interpreter_builder
 
     def few(kernel, grid, **args):

@@ -1,4 +1,4 @@
-"""Small models of timm, Hugging Face and torchvision, and how the tests call them."""
+"""Small models of timm, Hugging Face and torchvision, and functions to call them."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ REAL = {
 
 
 def build(name: str, *, train: bool = False, eager: bool = False) -> nn.Module:
-    """A model in eval() unless ``train``; with ``eager``, the library's attention is written out instead of SDPA."""
+    """A model in eval() unless ``train``. With ``eager`` the library's attention does not use SDPA."""
     torch.manual_seed(0)
     model = (MODELS | REAL)[name]()
     randomise(model)
@@ -113,7 +113,7 @@ def images(name: str, batch: int = 2, seed: int = 1) -> Tensor:
 
 
 def outputs(name: str, model: nn.Module, image: Tensor) -> dict[str, Tensor]:
-    """What one call returns, as floating-point tensors by name."""
+    """The floating-point tensors that a call returns, by name."""
     options = {}
     if name == "hf masked":
         options["bool_masked_pos"] = (torch.arange(9) % 3 == 0).expand(len(image), 9)
@@ -124,7 +124,7 @@ def outputs(name: str, model: nn.Module, image: Tensor) -> dict[str, Tensor]:
 
 
 def results(name: str, model: nn.Module, image: Tensor) -> dict[str, Tensor]:
-    """Outputs, and the gradients of the image and of every parameter for one random direction of the outputs."""
+    """Outputs, and gradients of the image and of every parameter for a random gradient of the outputs."""
     image = image.to(next(model.parameters()).dtype).detach().requires_grad_()
     out = outputs(name, model, image)
     generator = torch.Generator().manual_seed(9)
