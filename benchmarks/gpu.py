@@ -42,7 +42,7 @@ STAGES = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--stage", default=os.environ.get("STAGE") or ",".join(STAGES), help="separated by commas")
+    parser.add_argument("--stage", default=os.environ.get("STAGE") or ",".join(STAGES), help="stages, with commas")
     parser.add_argument("--out", type=arguments.folder, help="default benchmarks/results/<gpu>")
     budget = os.environ.get("BUDGET") or 450
     parser.add_argument("--budget", type=arguments.positive, default=budget, help="seconds in all")

@@ -98,7 +98,7 @@ def read(results: Path, samples: bool = False) -> list[list[Record]]:
         if "sample" in gpu.lower() and not samples:
             raise ResultError(f"{r.path} is a sample ({gpu}): samples never go into a report")
         if gpu.lower() in ("predicted", "rehearsal", "cpu"):
-            raise ResultError(f"{r.path} was not measured on a GPU ({gpu}); it does not belong into {results}")
+            raise ResultError(f"{r.path} was not measured on a GPU ({gpu}); it does not belong in {results}")
     return devices
 
 

@@ -206,7 +206,7 @@ def main() -> int:
     rehearsal = runtime.INTERPRETED
     device = torch.device("cpu" if rehearsal else "cuda") if rehearsal or torch.cuda.is_available() else None
     if device is None:
-        print("No NVIDIA GPU here: what the candidates compile to, and nothing measured.")
+        print("No NVIDIA GPU here: candidates are compiled, but not measured.")
     shape = args.shape or (shapes.SMALL if rehearsal else shapes.MODELS["B/16"])
     dtype = torch.float32 if rehearsal else getattr(torch, args.dtype)
     arch = args.arch if device is None else runtime.arch(device)

@@ -182,7 +182,7 @@ class _Widths:
         method = isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) not in ("tl", "tile")
         widths = [self.width(v) for v in ([node.func.value] if method else []) + values]
         if name in REDUCTIONS and (_is_tl(node, name) or method) and widths[0] == NARROW:
-            what = f"{ast.unparse(node)[:60]}: of values as narrow as loaded; widen them with .to(ACC) first"
+            what = f"{ast.unparse(node)[:60]}: of values in their loaded dtype; widen them with .to(ACC) first"
             self.found.add((self.file, node.lineno, what))
         if name == "load":
             return NARROW

@@ -45,7 +45,7 @@ def problems(arch: int, got: dict[str, Any]) -> list[str]:
     """The faults of a compiled kernel, each with a remedy."""
     found = []
     if not got["registers"]:
-        found.append("ptxas said nothing about it; delete build/lock and run again")
+        found.append("there is no output of ptxas; delete build/lock and run again")
     if got["spill"]:
         found.append(
             f"spills {got['spill']} bytes at {got['registers']} registers; pin smaller tiles in kernels/configs.py"

@@ -1014,7 +1014,7 @@ def sources(mutant: Mutant, folder: Path) -> None:
     if not mutant.old:
         path.write_text(text + mutant.new)
         return
-    assert text.count(mutant.old) == 1, f"{mutant.name}: {mutant.old!r} stands {text.count(mutant.old)} times"
+    assert text.count(mutant.old) == 1, f"{mutant.name}: {mutant.old!r} occurs {text.count(mutant.old)} times"
     path.write_text(text.replace(mutant.old, mutant.new))
 
 

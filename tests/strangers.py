@@ -1,4 +1,4 @@
-"""Seeded bugs by authors who had read the code and the documentation, but no test; see `mutate.py`."""
+"""Seeded bugs by authors who had read the code and the documentation, but no tests. See `mutate.py`."""
 
 # ruff: noqa: E501 (source text as it stands)
 # (name, file, old, new, the test that catches it)

@@ -60,7 +60,7 @@ OURS = {
     "per query": 6,  # fp32 statistics of attention's backward
     "partials": 2,  # fp32 sums for fc1's bias, per tile of 128 rows
     "tokens": 1,  # written by the stem
-    "once": 2,  # the first norm adds no residual gradient, so the sum is a pass of its own
+    "once": 2,  # the first norm adds no residual gradient, so the sum is a separate pass
 }
 EAGER = {
     "fwd": 4 + 4 + 2 + 3 + 2 + 5 + 8 + 5 + 3 + 2,  # adds, norms and GELU are separate passes

@@ -1,4 +1,4 @@
-"""`make roofline` in a process of its own, because the tests' process may interpret."""
+"""`make roofline` in a separate process, because the process of the tests may interpret kernels."""
 
 import importlib
 import json

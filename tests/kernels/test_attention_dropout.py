@@ -67,7 +67,7 @@ def test_the_mask_does_not_depend_on_tiles(randn, drop, monkeypatch, block_m, bl
 def test_forward_and_backward_draw_one_mask(randn, drop):
     """The output and the gradients of q, k and v show the mask itself.
 
-    With equal logits P = 1/NK. With unit vectors in v the output is the mask times P, with unit vectors in do dv is.
+    With equal logits P = 1/NK. With unit vectors in v, the output is the mask / NK. With unit vectors in do, so is dv.
     """
     B, H, NQ, NK = 2, 3, 17, 32
     q, k = torch.zeros(B, NQ, H, 32), torch.zeros(B, NK, H, 32)

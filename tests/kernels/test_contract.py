@@ -700,7 +700,7 @@ def test_dropout_is_contiguous_whatever_its_input(impl, device):
 @pytest.mark.parametrize("shape", [(8,), (1, 8), (1, 1, 8), (1, 3, 8), (3, 1)], ids=str)
 @pytest.mark.parametrize("op", ["layer_norm", "residual_layer_norm", "dropout", "linear", "mlp"])
 def test_a_row_or_column_alone_with_strides(op, shape, device):
-    """In a matrix of one row or one column, one of the strides has no meaning."""
+    """In a matrix of one row or one column, only one of the strides matters."""
     width = shape[-1]
     x = torch.randn(*shape[:-1], 2 * width, generator=torch.Generator().manual_seed(0)).to(device)[..., ::2]
     weight = torch.randn(5, width, generator=torch.Generator().manual_seed(1)).to(device)

@@ -49,7 +49,7 @@ LIMITS = {
     ("gelu", False): (8e-7, 3e-7), ("gelu", True): (5e-7, 4e-7), ("gelu_tanh", False): (8e-7, 4e-7),
     ("gelu_tanh", True): (8e-7, 3e-6), ("quick_gelu", False): (8e-7, 4e-7), ("quick_gelu", True): (8e-7, 2e-6),
 }  # fmt: skip
-# Beyond this |x| gelu is exactly x or nearly 0, and its derivative exactly 1 or nearly 0.
+# From this |x| on, gelu is exactly x or nearly 0, and its derivative exactly 1 or nearly 0.
 FAR = {"gelu": 12, "gelu_tanh": 12, "quick_gelu": 46}
 
 

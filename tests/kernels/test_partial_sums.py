@@ -86,7 +86,7 @@ def test_same_bits(randn):
     "case", ["layer_norm", "residual_layer_norm", "residual_layer_norm, gamma", "fp32 stream", "patch_embed"]
 )
 def test_a_backward_ends_with_one_launch(case):
-    """The launch does all sums and casts, but the sum of dy over the images in patch_embed is a pass of its own."""
+    """The launch does all sums and casts, but the sum of dy over the images in patch_embed is a separate pass."""
     from benchmarks import trace  # here, because copies of the tests have no benchmarks
 
     def make(*shape, dtype=torch.bfloat16):

@@ -247,7 +247,7 @@ def test_autocast_takes_the_projection_in_16_bits(randn, half, impl, token):
     for name, a, b in zip(["output", *inputs], got, by_hand, strict=True):
         assert a.dtype is torch.float32 and torch.equal(a, b.float()), name
     alone = under_autocast(**{k: inputs[k] for k in ("image", "weight", "bias")})
-    assert alone.dtype is half  # as of PyTorch's convolution
+    assert alone.dtype is half  # as for PyTorch's convolution
     with torch.autocast(dy.device.type, half):
         kept = patch_embed(**{k: t.double() for k, t in inputs.items()}, **mask, impl="reference")
     assert kept.dtype is torch.float64
