@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,10 @@ class Preprocessing:
 
     def __call__(self, photo: Image.Image) -> Tensor:
         """[1, 3, H, W] in fp32."""
+        return to_tensor([self.view(photo)], self.mean, self.std, self.scale)
+
+    def view(self, photo: Image.Image) -> Image.Image:
+        """What the model sees of ``photo``: resized and cropped, in RGB."""
         photo = photo.convert("RGB")
         if isinstance(self.resize, int):
             short, long = sorted(photo.size)
@@ -51,7 +56,7 @@ class Preprocessing:
                 for margin in (photo.width - self.crop[1], photo.height - self.crop[0])
             )
             photo = photo.crop((left, top, left + self.crop[1], top + self.crop[0]))
-        return to_tensor([photo], self.mean, self.std, self.scale)
+        return photo
 
     def __str__(self) -> str:
         if self.resize is None:
@@ -141,13 +146,16 @@ def of_folder(folder: Path, size: tuple[int, int]) -> Preprocessing | None:
     if told is not None:
         return _of_transformers(told)
     told = (_json(folder / "config.json") or {}).get("pretrained_cfg")
-    if not isinstance(told, dict):
-        return None
+    return of_timm(told, size, f"{folder / 'config.json'}") if isinstance(told, dict) else None
+
+
+def of_timm(told: dict[str, Any], size: tuple[int, int], source: str) -> Preprocessing:
+    """The preprocessing that ``told``, timm's pretrained_cfg, describes."""
     resample = getattr(Image.Resampling, told.get("interpolation", "bicubic").upper())
     mean, std = (tuple(told.get(key, HALF)) for key in ("mean", "std"))
     crop_pct, squeeze = told.get("crop_pct", 0.9), told.get("crop_mode") == "squash"
     resize = tuple(math.floor(n / crop_pct) for n in size) if squeeze else math.floor(max(size) / crop_pct)
-    return Preprocessing(f"{folder / 'config.json'}", resize, size, resample, mean, std)
+    return Preprocessing(source, resize, size, resample, mean, std)
 
 
 def class_names(folder: Path) -> dict[int, str]:
@@ -162,17 +170,30 @@ def class_names(folder: Path) -> dict[int, str]:
 def open_photo(path: Path) -> Image.Image:
     """Opens a photograph in RGB, rotated as its EXIF data say.
 
+    What is transparent becomes white. Of 16 bits a channel, the upper 8 are kept.
+
     Raises:
-        ValueError: Pillow cannot identify the file as a picture, or it is not a regular file.
+        ValueError: Pillow cannot identify the file as a picture, it is damaged or huge, or it is not a regular file.
         OSError: the file cannot be read.
     """
     if path.exists() and not path.is_file():  # opening a pipe would block
         raise ValueError(f"{path} is not a regular file")
     try:
         with Image.open(path) as photo:
-            return ImageOps.exif_transpose(photo).convert("RGB")
+            return _rgb(ImageOps.exif_transpose(photo))
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is not a picture that Pillow reads") from error
+    except (SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def _rgb(photo: Image.Image) -> Image.Image:
+    if photo.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion makes everything above 255 white
+        return Image.fromarray((np.asarray(photo).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    if photo.has_transparency_data:
+        photo = photo.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo).convert("RGB")
+    return photo.convert("RGB")
 
 
 def to_tensor(

@@ -553,7 +553,7 @@ def test_names_of_each_library_are_checked_as_the_field_they_stand_for(made, cap
 
 
 def test_only_this_packages_warnings_become_notes():
-    with pytest.warns(UserWarning) as others, parity_command._notes() as notes:
+    with pytest.warns(UserWarning) as others, parity_command.collected_notes() as notes:
         for _ in range(2):
             warnings.warn("accelerate: a part is left alone", stacklevel=1)
         warnings.warn("something else", stacklevel=1)
@@ -568,7 +568,7 @@ def test_which_errors_are_explained(kind):
     expected = kind if kind is ZeroDivisionError else parity_command.CannotStart
     with (
         pytest.raises(expected, match="" if kind is ZeroDivisionError else "^cannot do it: .*why"),
-        parity_command._explained("cannot do it"),
+        parity_command.explained("cannot do it"),
     ):
         raise kind("why")
 
@@ -622,8 +622,8 @@ def test_only_a_model_that_can_interpolate_is_asked_to_and_only_for_another_size
             return pixel_values
 
     for size, want in (((32, 48), {}), ((48, 32), {"interpolate_pos_encoding": True})):
-        assert parity_command._keywords(Interpolates(), torch.ones(1, 3, *size)) == want
-        assert parity_command._keywords(Square(), torch.ones(1, 3, *size)) == {}
+        assert parity_command.call_options(Interpolates(), torch.ones(1, 3, *size)) == want
+        assert parity_command.call_options(Square(), torch.ones(1, 3, *size)) == {}
 
 
 # ---- classify, warmup, all commands ----------------------------------------------------------------------------------

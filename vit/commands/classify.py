@@ -30,11 +30,7 @@ def classify(image: Path, weights: Path, name: str | None = None, top: int = 5, 
     size, classes = model.config.img_size, model.config.num_classes
     if not classes:
         raise ValueError(f"{weights} has no classification head")
-    # Files with these names come from transformers or timm, so the JSON files in their folder belong to them.
-    folder = weights if weights.is_dir() else weights.parent
-    beside = weights.is_dir() or weights.name.startswith(("model.", "model-", "pytorch_model"))
-    prepare = preprocess.of_folder(folder, size) if beside and source is None else None
-    prepare = prepare or preprocess.preprocessing(source or _source(model, weights), size)
+    prepare = preparation(model, weights, source)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pixels = prepare(photo).to(device)
     if tuple(pixels.shape[2:]) != tuple(size) and not model.config.dynamic_img_size:
@@ -42,7 +38,8 @@ def classify(image: Path, weights: Path, name: str | None = None, top: int = 5, 
         raise ValueError(f"{prepare.source} makes {width} x {height} pixels, but the model takes {size[1]} x {size[0]}")
     with torch.no_grad():
         probs = model.to(device)(pixels)[0].float().softmax(0).cpu()
-    names = preprocess.class_names(folder) if beside else {}
+    folder = _folder(weights)
+    names = preprocess.class_names(folder) if folder else {}
     lines = [f"{image}, {photo.width} x {photo.height} pixels: {prepare}"]
     if not names:
         lines.append("The checkpoint carries no class names, so these are indices:")
@@ -50,6 +47,20 @@ def classify(image: Path, weights: Path, name: str | None = None, top: int = 5, 
         label = f"{names[index]} ({index})" if index in names else f"class {index}"
         lines.append(f"  {100 * prob:6.2f} %  {label}")
     return "\n".join(lines)
+
+
+def preparation(model: torch.nn.Module, weights: Path, source: str | None = None) -> preprocess.Preprocessing:
+    """The preprocessing of a checkpoint that `vit.load_pretrained` loaded, or of ``source``."""
+    size, folder = model.config.img_size, _folder(weights)
+    prepare = preprocess.of_folder(folder, size) if folder and source is None else None
+    return prepare or preprocess.preprocessing(source or _source(model, weights), size)
+
+
+def _folder(weights: Path) -> Path | None:
+    """The folder whose JSON files belong to the checkpoint: transformers or timm gave it its name."""
+    if weights.is_dir():
+        return weights
+    return weights.parent if weights.name.startswith(("model.", "model-", "pytorch_model")) else None
 
 
 def _source(model: torch.nn.Module, weights: Path) -> str:

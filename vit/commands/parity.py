@@ -47,14 +47,12 @@ def check(args: argparse.Namespace) -> bool:
     """
     source, _, name = args.model.partition(":")
     overrides = dict(map(_assignment, args.set))
-    with _explained("cannot build the model"):
+    with explained("cannot build the model"):
         for word, value in overrides.items():  # the libraries explain wrong values badly, and accept huge ones
             if word in WORDS.get(source, {}) and not isinstance(value, (tuple, list)):  # some timm models take tuples
                 check_field(WORDS[source][word], value, word)
         if source in MAKERS:
-            with step(f"building {name}"), torch.random.fork_rng([]):
-                torch.manual_seed(0)
-                model, what = MAKERS[source](name, args.img_size, overrides)
+            model, what = build(args.model, args.img_size, overrides)
         elif Path(args.model).exists():
             with step(f"loading {args.model}"):
                 model = vit.load_pretrained(args.model, **overrides)
@@ -62,11 +60,11 @@ def check(args: argparse.Namespace) -> bool:
         else:
             hint = f"did you mean timm:{args.model}? " if not name else ""
             raise CannotStart(f"{args.model} is no file; {hint}--model takes {', '.join(f'{m}:...' for m in MAKERS)}")
-    with _explained("cannot compare"):
+    with explained("cannot compare"):
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         images = _images(model, args).to(device, DTYPES[args.dtype])
-        with step("copying it: accelerated, as it is, and in fp64"), _notes() as notes:
-            models = copies(model, images, args.impl, **_keywords(model, images))
+        with step("copying it: accelerated, as it is, and in fp64"), collected_notes() as notes:
+            models = copies(model, images, args.impl, **call_options(model, images))
         del model
         with step("a first forward, to see which path each op takes"):
             paths = vit.explain(models.fast, images, **models.options)
@@ -81,6 +79,21 @@ def check(args: argparse.Namespace) -> bool:
     if all(row.path == "reference" for row in paths):
         say("  No kernel ran, so this judged the adapter and not the kernels.")
     return all(report.ok for report in reports)
+
+
+def build(model: str, img_size: tuple[int, int] | None, overrides: dict[str, Any]) -> tuple[nn.Module, str]:
+    """The library's model that --model names, such as timm:NAME, and a description. Nothing is downloaded.
+
+    Raises:
+        CannotStart: there is no such library or model.
+    """
+    source, _, name = model.partition(":")
+    if source not in MAKERS:
+        hint = f"did you mean timm:{model}? " if not name else ""
+        raise CannotStart(f"{model} names no library; {hint}--model takes {', '.join(f'{m}:...' for m in MAKERS)}")
+    with step(f"building {name}"), torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return MAKERS[source](name, img_size, overrides)
 
 
 def _timm(name: str, img_size: tuple[int, int] | None, overrides: dict[str, Any]) -> tuple[nn.Module, str]:
@@ -171,14 +184,14 @@ def _images(model: nn.Module, args: argparse.Namespace) -> Tensor:
     return to_tensor([ImageOps.mirror(crop) if i % 2 else crop for i, crop in enumerate(crops)])
 
 
-def _keywords(model: nn.Module, images: Tensor) -> dict[str, Any]:
+def call_options(model: nn.Module, images: Tensor) -> dict[str, Any]:
     """The keyword argument that a Hugging Face model needs for images of another size."""
     takes = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
     return {"interpolate_pos_encoding": True} if takes and image_size(model) != tuple(images.shape[2:]) else {}
 
 
 @contextlib.contextmanager
-def _notes() -> Iterator[list[str]]:
+def collected_notes() -> Iterator[list[str]]:
     """Collects the messages of this package's warnings. Other warnings are shown as usual."""
     notes: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
@@ -192,7 +205,7 @@ def _notes() -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def _explained(what: str) -> Iterator[None]:
+def explained(what: str) -> Iterator[None]:
     """Turns the libraries' errors about wrong names, sizes and files into CannotStart."""
     try:
         yield
