@@ -38,11 +38,13 @@ setup(
     install_requires=["torch>=2.11", "triton>=3.6", "numpy"],
     extras_require={
         "demo": ["Pillow"],
+        "figures": ["Pillow", "matplotlib"],
         "hub": ["huggingface_hub", "safetensors"],
         "report": ["matplotlib"],
         "test": [
             "Pillow",
             "hypothesis",
+            "matplotlib",
             "pytest",
             "pytest-benchmark",
             "pytest-xdist",

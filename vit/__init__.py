@@ -14,6 +14,7 @@ from vit.analysis import attention_statistics, rollout
 from vit.config import ViTConfig, get_config, list_models
 from vit.create import create_model
 from vit.cuda_graph import graph
+from vit.embeddings import embedding_filters, position_similarity
 from vit.explanation import explain
 from vit.groups import param_groups_layer_decay
 from vit.masked import MaskedImageModel
@@ -29,6 +30,7 @@ __all__ = [
     "accelerate",
     "attention_statistics",
     "create_model",
+    "embedding_filters",
     "explain",
     "get_config",
     "graph",
@@ -36,6 +38,7 @@ __all__ = [
     "list_models",
     "load_pretrained",
     "param_groups_layer_decay",
+    "position_similarity",
     "reference",
     "register_attention",
     "restore",

@@ -92,11 +92,59 @@ def _parser() -> argparse.ArgumentParser:
     add("--preprocess", metavar="NAME", help="source of the preprocessing, if the checkpoint does not contain it")
     classify.set_defaults(run=_classify)
 
+    attention = commands.add_parser(
+        "attention",
+        help="show what a ViT looks at in photographs",
+        description="Prints the attention distance, entropy, mass of the prefix tokens and largest logit of each layer "
+        "beside uniform attention, and which patch the query looks at most. With -o it draws a figure: the photograph "
+        "as the model sees it, the attention of the last layer, attention rollout, maps of heads, and the distance of "
+        "each head against depth. A map is dark at its smallest value and bright from the percentile on. With several "
+        "photographs, -o out.png writes out-1.png, out-2.png and so on. Layers, heads, rows and columns count from 0.",
+    )
+    add = attention.add_argument
+    add("images", type=Path, nargs="+", metavar="IMAGE", help="a photograph; transparent parts become white")
+    _model_options(attention)
+    add("--save", type=Path, metavar="FILE.npz", help="write the numbers of all layers and heads; needs no matplotlib")
+    add("--img-size", type=_size, metavar="N|HxW", help="image size (default: the model's)")
+    add("--preprocess", metavar="NAME", help="source of the preprocessing, if the model does not tell it")
+    add("--query", type=_query, default="cls", metavar="cls|ROW,COLUMN", help="the token that looks (default: cls)")
+    add("--layers", type=_indices, metavar="I,J,…", help="layers of the head maps (default: the last, --layers=-1)")
+    add("--heads", type=_indices, metavar="I,J,…", help="heads of the head maps (default: all)")
+    add("--rollout", action="store_true", help="draw only the rollout, or only what is asked for with --distance")
+    add("--distance", action="store_true", help="draw only the distances, or only what is asked for with --rollout")
+    add("--convention", choices=("published", "renormalised"), default="published",
+        help="distance with attention to prefix tokens as 0, or without it (default: %(default)s)")  # fmt: skip
+    add(
+        "--clip-percentile",
+        type=float,
+        default=99.0,
+        metavar="P",
+        help="bright from this percentile of a map on (default: 99)",
+    )
+    attention.set_defaults(run=_attention)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="show the embeddings of a ViT: filters and positions",
+        description="Prints how much of the filters of the patch projection their first 28 principal components hold, "
+        "and how similar the position embeddings are. With -o it draws both, as in Fig. 7 of the paper.",
+    )
+    _model_options(inspect)
+    inspect.add_argument("--save", type=Path, metavar="FILE.npz", help="write the numbers; needs no matplotlib")
+    inspect.set_defaults(run=_inspect)
+
     info = commands.add_parser(
         "info", help="print versions, GPU and models", description="Prints versions, the GPU if any, and the models."
     )
     info.set_defaults(run=_info)
     return parser
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--weights", type=Path, metavar="PATH", help="a checkpoint: a file or a Hugging Face folder")
+    add("--model", metavar="timm:NAME|torchvision:NAME|hf:FOLDER", help="instead of it; NAME: random weights")
+    add("-o", "--out", type=Path, metavar="FILE.png", help="draw a figure: .png, .jpg, .pdf or .svg; needs matplotlib")
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -151,6 +199,44 @@ def _classify(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         return _fail("classify", str(error))
     return 0
+
+
+def _attention(args: argparse.Namespace) -> int:
+    if importlib.util.find_spec("PIL") is None:
+        return _fail("attention", "Pillow is missing, which reads pictures; pip install Pillow")
+    from vit.commands import attention, parity
+
+    try:
+        attention.attention(args)
+    except (parity.CannotStart, ValueError, IndexError, OSError) as error:
+        return _fail("attention", str(error))
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from vit.commands import inspect, parity
+
+    try:
+        inspect.inspect(args)
+    except (parity.CannotStart, ValueError, OSError) as error:
+        return _fail("inspect", str(error))
+    return 0
+
+
+def _indices(text: str) -> list[int]:
+    try:
+        return [int(index) for index in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be integers with commas between them, got {text[:20]!r}") from error
+
+
+def _query(text: str) -> str | tuple[int, int]:
+    if text == "cls":
+        return text
+    row, _, column = text.partition(",")
+    if not (row.isdecimal() and column.isdecimal() and len(text) < 20):
+        raise argparse.ArgumentTypeError(f"must be cls or ROW,COLUMN of a patch, got {text[:20]!r}")
+    return int(row), int(column)
 
 
 def _positive(text: str) -> int:
