@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ def test_exit_code_follows_the_checks(passed, child, expected, monkeypatch, tmp_
     monkeypatch.setattr(demo, "find_gpu", lambda: (None, "No GPU"))
     monkeypatch.setattr(demo, "check_model", lambda config, images: (make_models(TINY, images), passed))
     monkeypatch.setattr(demo, "show_times", lambda *args: None)
-    monkeypatch.setattr(demo, "show_attention", lambda *args: None)
+    monkeypatch.setattr(demo, "draw_rollout", lambda *args: None)
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: subprocess.CompletedProcess(args, child))
     assert cli.main(["demo", "--out", str(tmp_path / "x.png")]) == expected
 
@@ -239,31 +240,27 @@ def test_times_are_medians_per_image_of_runs_in_turn(monkeypatch, capsys):
     assert "weights not counted: ours not measured, eager not measured" in out
 
 
-def test_the_picture_is_bright_where_the_class_token_looks(tmp_path, capsys):
-    """Averages the class token's row over all blocks and heads, without class and register tokens."""
+def test_the_picture_is_bright_where_the_class_token_looks(tmp_path, capsys, monkeypatch):
+    """The rollout of the class token, without class and register tokens."""
     config = ViTConfig(
         img_size=(32, 64), patch_size=16, num_classes=10, embed_dim=32, depth=2, num_heads=2, reg_tokens=1
     )
     assert config.grid_size == (2, 4) and config.num_prefix_tokens == 2
-    maps = torch.zeros(2, 1, 2, 10, 10)
-    maps[0, 0, 1, 0, 2 + 3] = 0.8  # in one head of one block: the upper right patch
-    maps[:, :, :, 0, :2] = 5.0  # prefix tokens
-    maps[:, :, :, 1:, 2 + 4] = 9.0  # other rows, the lower left patch
-
-    class Model:
-        def attention_maps(self, image):
-            assert not torch.is_grad_enabled()
-            return None, {0: maps[0], 1: maps[1]}
-
-    Model.config = config
-    demo.show_attention(Model(), torch.zeros(1, 3, 32, 64), tmp_path / "a.png")
+    row = torch.zeros(1, 10)
+    row[0, :2] = 0.4  # prefix tokens
+    row[0, 2 + 3] = 0.2  # the upper right patch
+    model, images, asked = SimpleNamespace(config=config), torch.zeros(1, 3, 32, 64), []
+    monkeypatch.setattr(demo, "rollout", lambda *args: asked.append(args) or row)
+    demo.draw_rollout(model, images, tmp_path / "a.png")
+    assert asked == [(model, images)]
     said = capsys.readouterr().out
-    assert "a patch gets 0.00 to 2.00 times an equal share" in said  # 0.8 / 4 of 1 / 10
+    assert "a patch gets 0.00 to 2.00 times an equal share" in said  # 0.2 of 1 / 10
     picture = torch.frombuffer(bytearray(Image.open(tmp_path / "a.png").tobytes()), dtype=torch.uint8)
     picture = picture.reshape(448, 904, 3).float()
     photo, gap, overlay = picture.split([448, 8, 448], dim=1)
     assert (gap == 255).all()
-    # 0.45 to 0.8 of the colour over the photo: from (10, 6, 40) to (252, 255, 164).
+    # 0.45 to 0.8 of the colour over the photo in grey: from (10, 6, 40) to (252, 255, 164).
+    photo = (photo @ torch.tensor([0.299, 0.587, 0.114]))[..., None]
     dark, bright = (
         (0.55 * photo + 0.45 * torch.tensor([10.0, 6, 40])),
         0.2 * photo + 0.8 * torch.tensor([252.0, 255, 164]),

@@ -18,11 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from vit.analysis import rollout
 from vit.commands.console import say, step
+from vit.commands.overlay import levels, overlay, side_by_side
 from vit.config import ViTConfig, get_config
 from vit.explanation import explain
 from vit.kernels import runtime
@@ -65,7 +66,7 @@ def demo(out: Path) -> bool:
     models, passed = check_model(get_config(name), images)
     models.exact = None  # frees its memory
     show_times(models, images)
-    show_attention(models.fast, images[:1], out)
+    draw_rollout(models.fast, images[:1], out)
     if gpu is None:
         say("\n== 2 of 2: the Triton kernels, interpreted: their code runs on the CPU, one program after another ==")
         command = [sys.executable, "-m", "vit", "demo", "--interpreted"]
@@ -172,24 +173,15 @@ def show_times(models: Models, images: Tensor) -> None:
     say(f"  Peak memory of forward and backward, weights not counted: ours {ours}, eager {eager}")
 
 
-@torch.no_grad()
-def show_attention(model: nn.Module, image: Tensor, out: Path) -> None:
-    """Writes a picture: left the photograph, right the same with a map of the class token's attention."""
+def draw_rollout(model: nn.Module, image: Tensor, out: Path) -> None:
+    """Writes a picture: left the photograph, right the same with the attention rollout of the class token."""
     config = model.config
     with step("drawing where the class token looks"):
-        _, maps = model.attention_maps(image)  # {block: [1, HEADS, N, N]}
-        mean = torch.cat(list(maps.values())).mean((0, 1))  # [N, N]
-        share = mean[0, config.num_prefix_tokens :].cpu()  # [num_patches]
-        low, high = share.min().item(), share.max().item()
-        grid = share.reshape(1, 1, *config.grid_size)
-        smooth = F.interpolate(grid, size=(PANEL, PANEL), mode="bicubic", align_corners=False)[0, 0].numpy()
-        level = np.clip((smooth - low) / (high - low), 0, 1)  # [PANEL, PANEL]
-        stops = np.array([(10, 6, 40), (84, 16, 110), (187, 55, 84), (249, 142, 8), (252, 255, 164)])  # dark to bright
-        colour = np.stack([np.interp(level, np.linspace(0, 1, len(stops)), s) for s in stops.T], axis=2)
-        photo = np.asarray(ImageOps.fit(load_photo(), (PANEL, PANEL)), dtype=float)
-        opacity = 0.45 + 0.35 * level[..., None]
-        panels = [photo, np.full((PANEL, 8, 3), 255.0), (1 - opacity) * photo + opacity * colour]
-        Image.fromarray(np.concatenate(panels, axis=1).round().astype(np.uint8)).save(out, format="PNG")
-    low, high = low * config.num_tokens, high * config.num_tokens
-    say(f"  Mean over heads and blocks: a patch gets {low:.2f} to {high:.2f} times an equal share of the class token's")
-    say(f"  attention; the picture stretches that range from dark to bright. Written to {out}")
+        share = rollout(model, image)[0, config.num_prefix_tokens :].cpu().numpy()  # [num_patches]
+        photo = ImageOps.fit(load_photo(), (PANEL, PANEL))
+        patch_size = PANEL / config.grid_size[0], PANEL / config.grid_size[1]
+        over = overlay(photo, levels(share.reshape(config.grid_size)), patch_size)
+        side_by_side(photo, over).save(out, format="PNG")
+    low, high = share.min() * config.num_tokens, share.max() * config.num_tokens
+    say(f"  Attention rollout of the class token: a patch gets {low:.2f} to {high:.2f} times an equal share.")
+    say(f"  The picture goes from dark, the least share, to bright, the 99th percentile. Written to {out}")
