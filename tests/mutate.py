@@ -54,6 +54,7 @@ VIT = "tests/model/test_vit.py"
 WEIGHTS, FILES = "tests/weights/test_weights.py", "tests/weights/test_weights_files.py"
 CONTRACT, RUNTIME = "tests/kernels/test_contract.py", "tests/kernels/test_runtime.py"
 PROTOCOL = "tests/model/test_protocol.py"
+LOOK, INSPECT = "tests/commands/test_attention_command.py", "tests/commands/test_inspect_command.py"
 HARNESS, COUNTS = "tests/benchmarks/test_bench_harness.py", "tests/benchmarks/test_bench_counts.py"
 
 MUTANTS = [
@@ -995,6 +996,62 @@ def _layer_norm_bwd_kernel(""",
         'own = seed if getattr(block, "takes_seed", False) else None',
         "own = seed",
         (f"{PROTOCOL}::test_a_block_of_somebody_else",),
+    ),
+    Mutant(
+        "preprocess: what is transparent becomes black",
+        "vit/preprocess.py",
+        'photo.size, "white")',
+        'photo.size, "black")',
+        (f"{LOOK}::test_modes_of_photographs",),
+    ),
+    Mutant(
+        "attention: the sentence is of the head with most, not of the mean",
+        "vit/commands/attention.py",
+        "row = self.rows[self.depth - 1].mean(0)",
+        "row = self.rows[self.depth - 1].max(0)",
+        (f"{LOOK}::test_the_sentence_names_the_patch_with_most_of_the_mean_over_heads",),
+    ),
+    Mutant(
+        "attention: --save keeps the rows of layers from the last to the first",
+        "vit/commands/attention.py",
+        "for layer in range(first.depth)])",
+        "for layer in reversed(range(first.depth))])",
+        (f"{LOOK}::test_saved_arrays_are_those_of_a_dense_softmax",),
+    ),
+    Mutant(
+        "attention: the overlay stands on its head",
+        "vit/commands/overlay.py",
+        "smooth = smooth[: photo.height, : photo.width]",
+        "smooth = smooth[: photo.height, : photo.width][::-1]",
+        (f"{LOOK}::test_the_overlay_is_bright_where_the_level_is",),
+    ),
+    Mutant(
+        "attention: a map is scaled to its largest patch",
+        "vit/commands/overlay.py",
+        "np.percentile(values, percentile)",
+        "values.max()",
+        (f"{LOOK}::test_levels_go_from_the_smallest_to_the_percentile",),
+    ),
+    Mutant(
+        "attention: a file that could be written stays, though empty",
+        "vit/commands/inside.py",
+        "            if new:\n                path.unlink()\n",
+        "",
+        (f"{LOOK}::test_errors",),
+    ),
+    Mutant(
+        "embeddings: components of filters that are not centred",
+        "vit/embeddings.py",
+        "filters - filters.mean(0)",
+        "filters",
+        (f"{INSPECT}::test_filters_are_principal_components",),
+    ),
+    Mutant(
+        "embeddings: the class token's position among the patches'",
+        "vit/embeddings.py",
+        "table[len(table) - math.prod(grid) :]",
+        "table[: math.prod(grid)]",
+        (f"{INSPECT}::test_similarities_are_cosines_of_patches",),
     ),
     *(Mutant(*row[:4], row[4:]) for row in STRANGERS),
 ]
