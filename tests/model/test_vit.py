@@ -71,7 +71,7 @@ def gradients(model, image, cotangent, **kwargs):
 def assert_parity(config, dtype, device, *, batch=2, size=None, **kwargs):
     """The policy of `vit.testing` for a model; each draw has its own weights, image and cotangent."""
     slow = config.impl == "triton" and runtime.INTERPRETED
-    draws = 2 if slow and dtype is torch.float32 else 8  # 20 logits of 16 bits vary more
+    draws = 2 if slow else 8
     results = [[], [], []]
     for seed in range(draws):
         models = three_models(config, dtype, device, seed)
@@ -97,7 +97,8 @@ def test_kernels_fp32(variant, device):
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("variant", ["plain", "LayerScale", "head_dim 80"])
 def test_kernels_16_bit(variant, half, device):
-    assert_parity(dataclasses.replace(SMALL, impl="triton", **VARIANTS[variant]), half, device)
+    wide = {"num_classes": 80}  # the errors of 20 logits vary too much
+    assert_parity(dataclasses.replace(SMALL, impl="triton", **VARIANTS[variant] | wide), half, device)
 
 
 @pytest.mark.parametrize("size", [(48, 32), (56, 24), (32, 56)])
