@@ -12,6 +12,11 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 
+def swaps_parameters(model: nn.Module) -> bool:
+    """Whether FSDP2 replaces parameters in a forward. It also puts them back, some of them only in the backward."""
+    return any("torch.distributed.fsdp" in cls.__module__ for m in model.modules() for cls in type(m).__mro__)
+
+
 @contextlib.contextmanager
 def unchanged(model: nn.Module, inputs: Any, *, train: bool = False) -> Iterator[None]:
     """Restores what forwards inside the ``with`` block change: buffers, training modes and random states.
@@ -20,7 +25,8 @@ def unchanged(model: nn.Module, inputs: Any, *, train: bool = False) -> Iterator
     a module in training mode. Tensors that did not change are not written to.
     """
     modes = {m: m.training for m in model.modules()}
-    held = [(held, dict(held)) for m in modes for held in (vars(m)["_buffers"], vars(m)["_parameters"])]
+    tables = ("_buffers",) if swaps_parameters(model) else ("_buffers", "_parameters")
+    held = [(held, dict(held)) for m in modes for held in (vars(m)[table] for table in tables)]
     state = [*model.buffers(), *(model.parameters() if train or any(modes.values()) else ())]
     values = [(t, t.detach().clone()) for t in state if not t.is_meta and not is_lazy(t)]
     tensors = [t for t in (*tree_leaves(inputs), *model.parameters()) if isinstance(t, Tensor)]
