@@ -1,31 +1,40 @@
-"""Look inside a ViT without storing attention matrices: attention statistics, exact rows, rollout, embeddings.
+"""Look inside a ViT without storing attention matrices: attention statistics, exact rows, rollout.
 
-It listens to the attention ops while ``model(...)`` runs. So it works for the model of this package and for every model
-that `vit.accelerate` took. The output of the model keeps its bits. Shapes: L layers, B images, H heads, N tokens, GH x
-GW patches.
+Hooks of the model tell when it runs. Meanwhile each attention op hands over its queries and keys. So it works for the
+model of this package and for every model that `vit.accelerate` took, and the output of the model keeps its bits.
+Shapes: L layers, B images, H heads, N tokens.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import vit.kernels as kernels
+from vit.adapters import part_of
 from vit.kernels import runtime
-from vit.unchanged import unchanged
+from vit.kernels.autocast import autocast_dtype
+from vit.layers import Block
+from vit.plain import class_of
+from vit.unchanged import swaps_parameters, unchanged
 
 CONVENTIONS = ("published", "renormalised")
-HEAD_FUSIONS = ("mean", "max", "min")
+HEAD_FUSIONS = {"mean": torch.mean, "max": torch.amax, "min": torch.amin}
+# Parameters [1, count, D] that are prefix tokens, by their names in timm, transformers and torchvision.
+CLASS_TOKENS = ("cls_token", "class_token")
+PREFIX_TOKENS = (*CLASS_TOKENS, "dist_token", "distillation_token", "reg_token", "register_tokens")
 
 
 class Tokens(NamedTuple):
-    """Where the tokens of a forward come from: ``num_prefix_tokens``, then a grid of patches, row by row."""
+    """The tokens of a forward: ``num_prefix_tokens``, then a grid of patches, row by row."""
 
     num_prefix_tokens: int
     grid_size: tuple[int, int]
@@ -33,34 +42,33 @@ class Tokens(NamedTuple):
 
     def index(self, query: Any, has_class_token: bool) -> int:
         """The token that "cls", an index or (row, column) names."""
-        tokens = self.num_prefix_tokens + math.prod(self.grid_size)
+        (rows, columns), first = self.grid_size, self.num_prefix_tokens
         if isinstance(query, str):
             if query != "cls":
-                raise ValueError(f'query must be "cls", the index of a token or (row, column), got {query!r}')
+                raise ValueError(f"{_QUERY}, got {query!r}")
             if not has_class_token:
                 raise ValueError('the model has no class token; give query=(row, column) of a patch instead of "cls"')
             return 0
-        if isinstance(query, Sequence):
-            row, column = query
-            if not (0 <= row < self.grid_size[0] and 0 <= column < self.grid_size[1]):
-                raise IndexError(f"query {tuple(query)} is not in the grid of {_x(self.grid_size)} patches")
-            return self.num_prefix_tokens + row * self.grid_size[1] + column
-        if not -tokens <= query < tokens:
-            raise IndexError(f"query {query} is not one of the {tokens} tokens")
-        return query % tokens
+        if isinstance(query, (tuple, list)) and len(query) == 2:
+            row, column = (_integer(_QUERY, place) for place in query)
+            if not (0 <= row < rows and 0 <= column < columns):
+                raise IndexError(f"query {(row, column)} is not in the grid of {rows} x {columns} patches")
+            return first + row * columns + column
+        index, tokens = _integer(_QUERY, query), first + rows * columns
+        if not -tokens <= index < tokens:
+            raise IndexError(f"query {index} is not one of the {tokens} tokens")
+        return index % tokens
 
 
 class ModelStatistics:
-    """What `attention_statistics` yields: the statistics of the last ``model(...)`` in its ``with`` block.
+    """What `attention_statistics` yields: the statistics of the last ``model(...)`` that ended in its ``with`` block.
 
-    Every property raises RuntimeError if no attention op was seen.
+    Every property raises RuntimeError if there was none, or if the attention of a block was not seen.
     """
 
     def __init__(self, model: nn.Module, convention: str, per_query: bool, received: bool) -> None:
         self._model, self._convention, self._per_query, self._received = model, convention, per_query, received
-        self._layers: list[dict[str, Tensor]] = []
-        self._call: tuple | None = None
-        self._tokens: Tokens | None = None
+        self._last: list[_Forward] = []
 
     @property
     def distance(self) -> Tensor:
@@ -95,8 +103,7 @@ class ModelStatistics:
     @property
     def tokens(self) -> Tokens:
         """The prefix tokens, the grid and the patch size of the forward."""
-        self._seen()
-        return self._tokens
+        return self._forward.tokens
 
     @property
     def uniform_distance(self) -> float:
@@ -104,52 +111,39 @@ class ModelStatistics:
         prefix, grid, patch = self.tokens
         return uniform_distance(grid, patch, prefix if self._convention == "published" else 0)
 
-    def rows(self, layer: int, queries: Sequence[int] | Tensor) -> Tensor:
-        """Exact attention probabilities of some queries: [B, H, len(queries), N].
+    def rows(self, layer: int, queries: Iterable[Any]) -> Tensor:
+        """Exact attention probabilities of some queries: [B, H, number of queries, N].
 
-        Runs the last ``model(...)`` again as far as this layer, with the same random numbers. The inputs are kept for
-        it, q and k are not.
+        Runs the last ``model(...)`` again, with the same random numbers and under the same autocast. Its inputs are
+        kept for that; q and k are not.
+
+        Args:
+            layer: index of the layer, negative ones from the end.
+            queries: each is "cls", the index of a token, or (row, column) of a patch.
 
         Raises:
             IndexError: no such layer or query.
-            RuntimeError: no attention op was seen, or the weights have changed since.
+            TypeError: not indices.
+            ValueError: "cls" of a model without a class token.
+            RuntimeError: no attention op was seen, or the model or its inputs have changed since.
         """
-        self._seen()
-        count = len(self._layers)
+        last = self._forward
+        layer, count = _integer("layer must be an integer", layer), len(last.layers)
         if not -count <= layer < count:
-            raise IndexError(f"layer {layer}: the model has {count} layers")
-        args, kwargs, random, versions = self._call
-        if versions != _versions(self._model):
-            raise RuntimeError("the weights have changed since the forward; run model(...) again before rows")
-        left = [layer % count]
+            raise IndexError(f"layer {layer} is not one of the {count} layers")
+        queries = queries.tolist() if isinstance(queries, Tensor) else queries
+        if isinstance(queries, str) or not isinstance(queries, Iterable):
+            raise TypeError(f"queries must be a list of queries, got {queries!r}")
+        queries = [last.tokens.index(query, has_class_token(self._model)) for query in queries]
 
-        def listen(q: Tensor, k: Tensor, scale: float, saved: Any) -> None:
-            if _is_layer(q, k):
-                if left[0] == 0:
-                    raise _Found(kernels.attention_probs(q, k, scale=scale, queries=queries))
-                left[0] -= 1
+        def one_layer(again: _Forward, q: Tensor, k: Tensor, scale: float, saved: Any) -> Tensor | None:
+            wanted = len(again.layers) == layer % count
+            return kernels.attention_probs(q, k, scale=scale, queries=queries) if wanted else None
 
-        with unchanged(self._model, (args, kwargs)), torch.no_grad(), _paused(self):
-            _set_random_states(random)
-            try:
-                with runtime.listen_to_attention(listen):
-                    self._model(*args, **kwargs)
-            except _Found as found:
-                return found.probs
-        raise RuntimeError(f"layer {layer} was not reached when the model ran again")
+        return last.again(one_layer).layers[layer]
 
-    # ---- what the hooks call ----
-
-    def _start(self, args: tuple, kwargs: dict) -> None:
-        self._layers, self._tokens = [], None
-        self._call = args, kwargs, _random_states(self._model), _versions(self._model)
-
-    def _listen(self, q: Tensor, k: Tensor, scale: float, saved: tuple[Tensor, Tensor] | None) -> None:
-        if not _is_layer(q, k):
-            return
-        if self._tokens is None:
-            self._tokens = tokens_of(self._model, q.shape[1], *self._call[:2])
-        prefix, grid, patch = self._tokens
+    def _layer(self, forward: _Forward, q: Tensor, k: Tensor, scale: float, saved: Any) -> dict[str, Tensor]:
+        prefix, grid, patch = forward.tokens
         options = {"grid_size": grid, "num_prefix_tokens": prefix, "patch_size": patch, "scale": scale}
         found = kernels.attention_statistics(q, k, saved=saved, received=self._received, **options)
         distance = found.distance
@@ -157,20 +151,16 @@ class ModelStatistics:
             distance = distance / found.patch_mass.clamp_min(torch.finfo(distance.dtype).tiny)
         layer = {"distance": distance, "entropy": found.entropy, "prefix_mass": found.prefix_mass}
         if not self._per_query:
-            layer = {k: v[..., 0 if k == "entropy" else prefix :].mean(-1) for k, v in layer.items()}
+            layer = {name: v[..., 0 if name == "entropy" else prefix :].mean(-1) for name, v in layer.items()}
         layer["max_logit"] = found.max_logit if self._per_query else found.max_logit.amax(-1)
-        self._layers.append(layer | ({"received": found.received} if self._received else {}))
+        return layer | ({"received": found.received} if self._received else {})
 
-    def _seen(self) -> None:
-        if not self._layers:
-            raise RuntimeError(
-                "no attention op of vit.kernels ran inside the with block: call the model itself there, not a compiled "
-                "form or another method of it, and a model of another library after vit.accelerate(model)"
-            )
+    @property
+    def _forward(self) -> _Forward:
+        return _complete(self._model, self._last)
 
     def _stack(self, name: str) -> Tensor:
-        self._seen()
-        return torch.stack([layer[name] for layer in self._layers])
+        return torch.stack([layer[name] for layer in self._forward.layers])
 
 
 @contextlib.contextmanager
@@ -181,10 +171,11 @@ def attention_statistics(
 
     Nothing of size N x N is stored. The output and the gradients of the model keep their bits, so this may stay on in
     training. Each ``model(...)`` replaces the statistics of the one before. Other models, other threads and
-    recomputations of gradient checkpointing do not count.
+    recomputations of gradient checkpointing do not count. The layers are in the order in which they ran.
 
     Args:
-        model: a model of this package, or one that `vit.accelerate` took.
+        model: a model of this package, one that `vit.accelerate` took, or a module around one or inside one that takes
+            the image.
         convention: of `ModelStatistics.distance`. "published" is the rule of the paper's author: attention to prefix
             tokens counts as distance 0 (https://github.com/google-research/vision_transformer/issues/162).
             "renormalised" divides by the attention to patches.
@@ -196,12 +187,13 @@ def attention_statistics(
 
     Raises:
         ValueError: unknown convention. While the model runs: its tokens are not prefix tokens and a grid of patches,
-            for example with patch dropout.
+            for example with patch dropout, or its layers have different sizes.
+        TypeError: ``model`` is not a module.
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"convention must be one of {', '.join(map(repr, CONVENTIONS))}, got {convention!r}")
     stats = ModelStatistics(model, convention, per_query, received)
-    with _heard(model, stats._listen, stats._start, stats):
+    with _heard(model, stats._layer) as stats._last:
         yield stats
 
 
@@ -224,43 +216,40 @@ def rollout(model: nn.Module, *args: Any, query: Any = "cls", head_fusion: str =
         [B, N], or [B, N, N] for ``query=None``; the sum over the last dimension is 1. fp32, or fp64 for fp64 models.
 
     Raises:
-        ValueError: no class token for "cls", unknown head_fusion, or the tokens are not a grid. IndexError: no such
-            query. RuntimeError: no attention op was seen.
+        ValueError: no class token for "cls", unknown head_fusion, or as in `attention_statistics`.
+        IndexError: no such query.
+        TypeError: ``query`` or ``model`` is of a wrong type.
+        RuntimeError: the attention of a block was not seen.
     """
     if head_fusion not in HEAD_FUSIONS:
         raise ValueError(f"head_fusion must be one of {', '.join(map(repr, HEAD_FUSIONS))}, got {head_fusion!r}")
-    state: dict[str, Any] = {}
+    R = index = None
 
-    def listen(q: Tensor, k: Tensor, scale: float, saved: Any) -> None:
-        if not _is_layer(q, k):
-            return
-        if "R" not in state:
-            tokens = tokens_of(model, q.shape[1], args, kwargs)
-            state["index"] = None if query is None else tokens.index(query, has_class_token(model))
+    def roll(forward: _Forward, q: Tensor, k: Tensor, scale: float, saved: Any) -> None:
+        nonlocal R, index
+        if R is None:
+            index = None if query is None else forward.tokens.index(query, has_class_token(model))
             wide = torch.promote_types(q.dtype, torch.float32)
-            state["R"] = torch.eye(q.shape[1], dtype=wide, device=q.device).repeat(len(q), 1, 1)
-        for image, R in enumerate(state["R"]):
-            _roll(R, q[image : image + 1], k[image : image + 1], scale, head_fusion)
+            R = torch.eye(q.shape[1], dtype=wide, device=q.device).repeat(len(q), 1, 1)
+        few = max(1, len(q) // 8)  # images at a time
+        for part in zip(R.split(few), q.split(few), k.split(few), strict=True):
+            _roll(*part, scale, HEAD_FUSIONS[head_fusion])
 
-    with _heard(model, listen):
+    with _heard(model, roll) as last:
         model(*args, **kwargs)
-    if "R" not in state:
-        ModelStatistics(model, "published", False, False)._seen()
-    R, index = state["R"], state["index"]
+    _complete(model, last)
     return R if index is None else R[:, index].clone()
 
 
-def _roll(R: Tensor, q: Tensor, k: Tensor, scale: float, head_fusion: str) -> None:
-    """One layer of the rollout R [N, N] of one image, in place."""
+def _roll(R: Tensor, q: Tensor, k: Tensor, scale: float, fuse: Callable[..., Tensor]) -> None:
+    """One layer of the rollout R [B, N, N], in place."""
     N, HEADS = q.shape[1:3]
-    step = max(1, N // (4 * HEADS))  # the rows of all heads together are a quarter of [N, N]
+    step = max(1, N // (2 * HEADS))  # the rows of all heads together are half of [B, N, N]
     rolled = torch.empty_like(R)
     for start in range(0, N, step):
-        queries = range(start, min(start + step, N))
-        fused = getattr(torch, {"mean": "mean", "max": "amax", "min": "amin"}[head_fusion])(
-            kernels.attention_probs(q, k, scale=scale, queries=queries)[0], dim=0
-        )  # [queries, N]
-        rolled[start : start + step] = (fused @ R + R[start : start + step]) / (fused.sum(-1, keepdim=True) + 1.0)
+        rows = slice(start, min(start + step, N))
+        A = fuse(kernels.attention_probs(q[:, rows], k, scale=scale), dim=1)  # [B, rows, N]
+        rolled[:, rows] = (A @ R + R[:, rows]) / (A.sum(-1, keepdim=True) + 1.0)
     R.copy_(rolled)
 
 
@@ -275,130 +264,192 @@ def uniform_distance(
     return (dy[:, None].square() + dx.square()).sqrt().sum().item() / (patches * (patches + num_prefix_tokens))
 
 
-def tokens_of(model: nn.Module, count: int, args: tuple, kwargs: dict) -> Tokens:
-    """Which of ``count`` tokens are patches, from the patch projection and the image among the arguments."""
-    patch = patch_size_of(model)
-    images = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() == 4]
-    if not images:
-        raise ValueError("no image [B, C, H, W] is among the arguments of the model")
-    grid = tuple(-(-size // side) for size, side in zip(images[0].shape[2:], patch, strict=True))
-    prefix = count - math.prod(grid)
-    known = next((m.num_prefix_tokens for m in model.modules() if hasattr(m, "num_prefix_tokens")), None)
-    if prefix < 0 or known not in (None, prefix):
+# ---- what the tokens are ---------------------------------------------------------------------------------------------
+
+
+def tokens_of(model: nn.Module, count: int, inputs: Any) -> Tokens:
+    """Which of ``count`` tokens are patches, from the patch projection and the first image among the inputs."""
+    patch = patch_projection_of(model).kernel_size
+    image = next((t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.dim() == 4), None)
+    if image is None:
+        raise ValueError(f"no image [B, C, H, W] is among the arguments of {type(model).__name__}")
+    pads = any(getattr(module, "dynamic_img_pad", False) for module in model.modules())
+    rows, columns = ((n + (side - 1) * pads) // side for n, side in zip(image.shape[2:], patch, strict=True))
+    known, prefix = sum(prefix_tokens_of(model).values()), count - rows * columns
+    if prefix < 0 or known not in (0, prefix):
         raise ValueError(
-            f"{count} tokens are not {'the' if known is None else known} prefix tokens and {_x(grid)} patches; a model "
-            "that drops patches has no places for them: set its patch_drop_rate to 0, or call model.eval()"
+            f"the {count} tokens of {type(model).__name__} are not {known} prefix tokens and {rows} x {columns} "
+            "patches; set a patch_drop_rate to 0 or call model.eval(), and of a larger model give the ViT alone"
         )
-    return Tokens(prefix, grid, patch)
-
-
-def patch_size_of(model: nn.Module) -> tuple[int, int]:
-    """(height, width) of the patch projection, the first convolution whose stride is its kernel."""
-    return patch_projection_of(model).kernel_size
+    return Tokens(prefix, (rows, columns), patch)
 
 
 def patch_projection_of(model: nn.Module) -> nn.Conv2d:
-    """The first convolution whose stride is its kernel size. ValueError if there is none."""
+    """The first convolution whose stride is its kernel size, and more than one pixel. ValueError if there is none."""
     for module in model.modules():
-        if isinstance(module, nn.Conv2d) and module.stride == module.kernel_size:
+        if isinstance(module, nn.Conv2d) and module.stride == module.kernel_size != (1, 1):
             return module
     raise ValueError(f"{type(model).__name__} has no patch projection, a convolution whose stride is its kernel size")
 
 
+def prefix_tokens_of(model: nn.Module) -> dict[str, int]:
+    """Names and numbers of the prefix tokens, of the first module that has any."""
+    for module in model.modules():
+        own = {n: p for n, p in module.named_parameters(recurse=False) if n in PREFIX_TOKENS and p.dim() == 3}
+        if own:
+            return {name: p.shape[1] for name, p in own.items()}
+    return {}
+
+
 def has_class_token(model: nn.Module) -> bool:
-    """Whether a parameter has the name of a class token in timm, transformers or torchvision."""
-    return any(name.rpartition(".")[2] in ("cls_token", "class_token") for name, _ in model.named_parameters())
+    return any(name in CLASS_TOKENS for name in prefix_tokens_of(model))
 
 
 # ---- listening -------------------------------------------------------------------------------------------------------
 
 
-class _Found(Exception):
-    """Ends a forward as soon as the wanted rows are known."""
+class _Forward:
+    """One forward of a model: the listener of its attention ops, and what it takes to run it again."""
 
-    def __init__(self, probs: Tensor) -> None:
-        self.probs = probs
+    def __init__(self, model: nn.Module, inputs: tuple[tuple, dict], layer: Callable[..., Any]) -> None:
+        self.model, self.layer, self.grad = model, layer, torch.is_grad_enabled()
+        self.inputs = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), inputs)
+        self.tokens: Tokens | None = None
+        self.layers: list[Any] = []  # of each layer what ``layer(self, q, k, scale, saved)`` returned
+        devices = [torch.device("cpu"), *{p.device for p in model.parameters() if p.is_cuda}]
+        self.autocast = devices[-1].type, autocast_dtype(devices[-1])
+        self.random = []
+        if any(module.training for module in model.modules()):  # evaluation draws nothing
+            self.random = [functools.partial(torch.set_rng_state, torch.get_rng_state())]
+            for cuda in devices[1:]:
+                self.random += [functools.partial(torch.cuda.set_rng_state, torch.cuda.get_rng_state(cuda), cuda)]
+        self.tensors = [*model.parameters(), *(t for t in tree_leaves(self.inputs) if isinstance(t, Tensor))]
+        self.versions = self._versions()
+
+    def __call__(self, q: Tensor, k: Tensor, scale: float, saved: tuple[Tensor, Tensor] | None) -> None:
+        if q.shape[1] != k.shape[1]:  # attention pooling
+            return
+        if self.tokens is None:
+            self.tokens, self.shape = tokens_of(self.model, q.shape[1], self.inputs), q.shape[:3]
+        if q.shape[:3] != self.shape:
+            raise ValueError(
+                f"a layer of {type(self.model).__name__} has [B, N, H] = {list(q.shape[:3])}, the first one "
+                f"{list(self.shape)}; of a model with several ViTs or image sizes give one ViT, and call it once"
+            )
+        with _autocast(q.device.type, None):
+            self.layers.append(self.layer(self, q, k, scale, saved))
+
+    def again(self, layer: Callable[..., Any]) -> _Forward:
+        """The same forward with another ``layer``, without effect on the model and on statistics."""
+        if self.versions != self._versions():
+            raise RuntimeError("the model or its input has changed since the forward; call model(...) again")
+        again, (args, kwargs) = _Forward(self.model, self.inputs, layer), self.inputs
+        with contextlib.ExitStack() as same:
+            same.enter_context(unchanged(self.model, self.inputs))
+            same.enter_context(_autocast(*self.autocast))
+            same.enter_context(torch.set_grad_enabled(self.grad))  # a layer that returns its maps depends on it
+            same.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: None, lambda t: t))  # saves nothing
+            for restore in self.random:
+                restore()
+            same.enter_context(runtime.listen_to_attention(again))
+            self.model(*args, **kwargs)
+        return again
+
+    def _versions(self) -> list[Any]:
+        """Differs if the model or an input has changed."""
+        parameters = () if swaps_parameters(self.model) else map(id, self.model.parameters())
+        versions = (0 if t.is_inference() else t._version for t in self.tensors)
+        return [*parameters, *versions, *(module.training for module in self.model.modules())]
 
 
-def _is_layer(q: Tensor, k: Tensor) -> bool:
-    """Whether a call is self-attention, and not for example attention pooling."""
-    return q.shape[1] == k.shape[1]
-
-
-_pauses = threading.local()
+def _autocast(device: str, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+    """Autocast to this dtype; None switches it off."""
+    on = dtype is not None
+    return contextlib.nullcontext() if device == "meta" else torch.autocast(device, dtype, enabled=on)
 
 
 @contextlib.contextmanager
-def _paused(owner: ModelStatistics) -> Iterator[None]:
-    """The hooks of ``owner`` do nothing inside, in this thread."""
-    paused = _pauses.__dict__.setdefault("owners", [])
-    paused.append(owner)
-    try:
-        yield
-    finally:
-        paused.pop()
+def _heard(model: nn.Module, layer: Callable[..., Any]) -> Iterator[list[_Forward]]:
+    """Makes a `_Forward` of each ``model(...)`` in this thread. The list holds the last one that did not raise."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    thread, listening, depth = threading.get_ident(), contextlib.ExitStack(), 0
+    forward: _Forward | None = None
+    last: list[_Forward] = []
 
-
-@contextlib.contextmanager
-def _heard(
-    model: nn.Module,
-    listen: Callable[[Tensor, Tensor, float, Any], None],
-    start: Callable[[tuple, dict], None] = lambda args, kwargs: None,
-    owner: ModelStatistics | None = None,
-) -> Iterator[None]:
-    """While ``model(...)`` runs in this thread, attention ops call ``listen``; ``start`` gets its arguments first."""
-    thread, depth, listening = threading.get_ident(), [0], contextlib.ExitStack()
-
-    def mine() -> bool:
-        if torch.compiler.is_compiling() or threading.get_ident() != thread:
+    def counts(module: nn.Module) -> bool:
+        """Whether this is a call of the model itself, and not of a copy, a recomputation, or `_Forward.again`."""
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
             return False
-        return owner not in getattr(_pauses, "owners", ())
+        again = isinstance(runtime.attention_listener(), _Forward)
+        return module is model and threading.get_ident() == thread and not again
 
-    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if mine():
-            depth[0] += 1
-            if depth[0] == 1:
-                start(args, kwargs)
-                listening.enter_context(runtime.listen_to_attention(listen))
+    def called(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        nonlocal depth, forward
+        if counts(module):
+            depth += 1
+            if depth == 1:
+                forward = _Forward(model, (args, kwargs), layer)
 
-    def after(module: nn.Module, args: tuple, output: Any) -> None:
-        if mine() and depth[0]:
-            depth[0] -= 1
-            if depth[0] == 0:
+    def begins(module: nn.Module, args: tuple) -> None:
+        if counts(module) and depth == 1:
+            outer, inner = runtime.attention_listener(), forward
+
+            def tell(*op: Any) -> None:
+                if outer is not None:
+                    outer(*op)
+                inner(*op)
+
+            listening.enter_context(runtime.listen_to_attention(tell))
+
+    def ends(module: nn.Module, args: tuple, output: Any) -> None:
+        nonlocal depth
+        if counts(module) and depth:
+            depth -= 1
+            if depth == 0:
                 listening.close()
+                if output is not None:  # the model did not raise
+                    last[:] = [forward]
 
     hooks = [
-        model.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
-        model.register_forward_hook(after, always_call=True),
+        model.register_forward_pre_hook(called, with_kwargs=True, prepend=True),  # before a hook changes the arguments
+        model.register_forward_pre_hook(begins),  # the last to begin is the first to end, also among nested blocks
+        model.register_forward_hook(ends, prepend=True, always_call=True),
     ]
     try:
-        yield
+        yield last
     finally:
         for hook in hooks:
             hook.remove()
         listening.close()
 
 
-def _versions(model: nn.Module) -> list[int]:
-    return [p._version for p in model.parameters() if not p.is_inference()]
+def _complete(model: nn.Module, last: list[_Forward]) -> _Forward:
+    """The last forward. RuntimeError if there was none, or if the attention of a block was not heard in it."""
+    layers = len(last[0].layers) if last else 0
+    if layers == 0:
+        raise RuntimeError(
+            "no attention op of vit.kernels was seen: inside the with block call the model itself, not a compiled "
+            "form, a vit.graph or another method of it, and a model of another library after vit.accelerate(model)"
+        )
+    blocks = sum(map(_is_block, model.modules()))
+    if layers < blocks:
+        raise RuntimeError(
+            f"attention ops of vit.kernels ran in only {layers} of the {blocks} blocks of {type(model).__name__}: "
+            "accelerate all of them, compile none, and of a larger model give the ViT that runs"
+        )
+    return last[0]
 
 
-def _random_states(model: nn.Module) -> dict[torch.device, Tensor]:
-    """The states of the generators of the CPU and of the model's GPUs; empty in evaluation, which draws nothing."""
-    if not any(m.training for m in model.modules()):
-        return {}
-    cpu = torch.device("cpu")
-    devices = {p.device for p in model.parameters() if p.is_cuda}
-    return {cpu: torch.get_rng_state()} | {d: torch.cuda.get_rng_state(d) for d in devices}
+def _is_block(module: nn.Module) -> bool:
+    part = part_of(class_of(module))
+    return isinstance(module, Block) or (part is not None and part.kind == "block")
 
 
-def _set_random_states(states: dict[torch.device, Tensor]) -> None:
-    for device, state in states.items():
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(state, device)
-        else:
-            torch.set_rng_state(state)
+_QUERY = 'query must be "cls", the index of a token or (row, column) of a patch'
 
 
-def _x(size: tuple[int, int]) -> str:
-    return " x ".join(map(str, size))
+def _integer(message: str, value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{message}, got {value!r}")
+    return value.__index__()
