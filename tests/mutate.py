@@ -55,6 +55,7 @@ WEIGHTS, FILES = "tests/weights/test_weights.py", "tests/weights/test_weights_fi
 CONTRACT, RUNTIME = "tests/kernels/test_contract.py", "tests/kernels/test_runtime.py"
 PROTOCOL = "tests/model/test_protocol.py"
 LOOK, INSPECT = "tests/commands/test_attention_command.py", "tests/commands/test_inspect_command.py"
+ANALYSIS, ANALYSIS_PEERS = "tests/model/test_analysis.py", "tests/adapters/test_analysis_peers.py"
 HARNESS, COUNTS = "tests/benchmarks/test_bench_harness.py", "tests/benchmarks/test_bench_counts.py"
 
 MUTANTS = [
@@ -1052,6 +1053,62 @@ def _layer_norm_bwd_kernel(""",
         "table[len(table) - math.prod(grid) :]",
         "table[: math.prod(grid)]",
         (f"{INSPECT}::test_similarities_are_cosines_of_patches",),
+    ),
+    Mutant(
+        "analysis: renormalised by what prefix tokens receive",
+        "vit/analysis.py",
+        "found.patch_mass.clamp_min",
+        "found.prefix_mass.clamp_min",
+        (f"{ANALYSIS}::test_statistics",),
+    ),
+    Mutant(
+        "analysis: rollout reads rows of the next layer",
+        "vit/analysis.py",
+        "rolled = torch.empty_like(R)",
+        "rolled = R",
+        (f"{ANALYSIS}::test_rollout",),
+    ),
+    Mutant(
+        "analysis: rollout rounded by autocast",
+        "vit/analysis.py",
+        '@autocasts("R", "q", "k")',
+        "@torch.no_grad()",
+        (f"{ANALYSIS}::test_autocast",),
+    ),
+    Mutant(
+        "analysis: a recomputed forward counts",
+        "vit/analysis.py",
+        "torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1",
+        "torch.compiler.is_compiling()",
+        (f"{ANALYSIS}::test_recomputation_does_not_count",),
+    ),
+    Mutant(
+        "analysis: a forward that failed counts",
+        "vit/analysis.py",
+        "if output is not None:",
+        "if True:",
+        (f"{ANALYSIS}::test_a_failed_forward_does_not_replace_the_one_before",),
+    ),
+    Mutant(
+        "analysis: one of two nested blocks hears nothing",
+        "vit/analysis.py",
+        "[forward] if outer is None else [outer, forward]",
+        "[forward]",
+        (f"{ANALYSIS}::test_nested_blocks",),
+    ),
+    Mutant(
+        "analysis: blocks that were not heard are not missed",
+        "vit/analysis.py",
+        "if layers < blocks:",
+        "if layers > blocks:",
+        (f"{ANALYSIS}::test_a_block_that_is_not_seen",),
+    ),
+    Mutant(
+        "analysis: every model pads its images",
+        "vit/analysis.py",
+        "(side - 1) * pads",
+        "side - 1",
+        (f"{ANALYSIS_PEERS}::test_numbers[hf Dinov2 cut]",),
     ),
     *(Mutant(*row[:4], row[4:]) for row in STRANGERS),
 ]

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import vit.kernels as kernels
 from vit.adapters import part_of
 from vit.kernels import runtime
-from vit.kernels.autocast import autocast_dtype
+from vit.kernels.autocast import autocast_dtype, autocasts
 from vit.layers import Block
 from vit.plain import class_of
 from vit.unchanged import swaps_parameters, unchanged
@@ -241,6 +241,7 @@ def rollout(model: nn.Module, *args: Any, query: Any = "cls", head_fusion: str =
     return R if index is None else R[:, index].clone()
 
 
+@autocasts("R", "q", "k")  # with autocast off: it would round the product
 def _roll(R: Tensor, q: Tensor, k: Tensor, scale: float, fuse: Callable[..., Tensor]) -> None:
     """One layer of the rollout R [B, N, N], in place."""
     N, HEADS = q.shape[1:3]
@@ -317,7 +318,8 @@ class _Forward:
         self.tokens: Tokens | None = None
         self.layers: list[Any] = []  # of each layer what ``layer(self, q, k, scale, saved)`` returned
         devices = [torch.device("cpu"), *{p.device for p in model.parameters() if p.is_cuda}]
-        self.autocast = devices[-1].type, autocast_dtype(devices[-1])
+        dtype = autocast_dtype(devices[-1])
+        self.autocast = {"device_type": devices[-1].type, "dtype": dtype, "enabled": dtype is not None}
         self.random = []
         if any(module.training for module in model.modules()):  # evaluation draws nothing
             self.random = [functools.partial(torch.set_rng_state, torch.get_rng_state())]
@@ -336,8 +338,7 @@ class _Forward:
                 f"a layer of {type(self.model).__name__} has [B, N, H] = {list(q.shape[:3])}, the first one "
                 f"{list(self.shape)}; of a model with several ViTs or image sizes give one ViT, and call it once"
             )
-        with _autocast(q.device.type, None):
-            self.layers.append(self.layer(self, q, k, scale, saved))
+        self.layers.append(self.layer(self, q, k, scale, saved))
 
     def again(self, layer: Callable[..., Any]) -> _Forward:
         """The same forward with another ``layer``, without effect on the model and on statistics."""
@@ -346,7 +347,7 @@ class _Forward:
         again, (args, kwargs) = _Forward(self.model, self.inputs, layer), self.inputs
         with contextlib.ExitStack() as same:
             same.enter_context(unchanged(self.model, self.inputs))
-            same.enter_context(_autocast(*self.autocast))
+            same.enter_context(torch.autocast(**self.autocast))
             same.enter_context(torch.set_grad_enabled(self.grad))  # a layer that returns its maps depends on it
             same.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: None, lambda t: t))  # saves nothing
             for restore in self.random:
@@ -360,12 +361,6 @@ class _Forward:
         parameters = () if swaps_parameters(self.model) else map(id, self.model.parameters())
         versions = (0 if t.is_inference() else t._version for t in self.tensors)
         return [*parameters, *versions, *(module.training for module in self.model.modules())]
-
-
-def _autocast(device: str, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
-    """Autocast to this dtype; None switches it off."""
-    on = dtype is not None
-    return contextlib.nullcontext() if device == "meta" else torch.autocast(device, dtype, enabled=on)
 
 
 @contextlib.contextmanager
@@ -384,23 +379,14 @@ def _heard(model: nn.Module, layer: Callable[..., Any]) -> Iterator[list[_Forwar
         again = isinstance(runtime.attention_listener(), _Forward)
         return module is model and threading.get_ident() == thread and not again
 
-    def called(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def begins(module: nn.Module, args: tuple, kwargs: dict) -> None:
         nonlocal depth, forward
         if counts(module):
             depth += 1
             if depth == 1:
-                forward = _Forward(model, (args, kwargs), layer)
-
-    def begins(module: nn.Module, args: tuple) -> None:
-        if counts(module) and depth == 1:
-            outer, inner = runtime.attention_listener(), forward
-
-            def tell(*op: Any) -> None:
-                if outer is not None:
-                    outer(*op)
-                inner(*op)
-
-            listening.enter_context(runtime.listen_to_attention(tell))
+                outer, forward = runtime.attention_listener(), _Forward(model, (args, kwargs), layer)
+                told = [forward] if outer is None else [outer, forward]
+                listening.enter_context(runtime.listen_to_attention(lambda *op: [each(*op) for each in told]))
 
     def ends(module: nn.Module, args: tuple, output: Any) -> None:
         nonlocal depth
@@ -412,16 +398,16 @@ def _heard(model: nn.Module, layer: Callable[..., Any]) -> Iterator[list[_Forwar
                     last[:] = [forward]
 
     hooks = [
-        model.register_forward_pre_hook(called, with_kwargs=True, prepend=True),  # before a hook changes the arguments
-        model.register_forward_pre_hook(begins),  # the last to begin is the first to end, also among nested blocks
-        model.register_forward_hook(ends, prepend=True, always_call=True),
+        model.register_forward_pre_hook(begins, with_kwargs=True, prepend=True),  # before a hook changes the arguments
+        model.register_forward_hook(ends, always_call=True),
     ]
     try:
-        yield last
+        # After a KeyboardInterrupt in the model nested blocks end in another order than they began to listen.
+        with runtime.listen_to_attention(runtime.attention_listener()), listening:
+            yield last
     finally:
         for hook in hooks:
             hook.remove()
-        listening.close()
 
 
 def _complete(model: nn.Module, last: list[_Forward]) -> _Forward:

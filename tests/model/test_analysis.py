@@ -392,7 +392,7 @@ def test_nothing_stays_behind(where, error):
     if hook is not None:
         hook.remove()
     assert not listeners(model)
-    if where in ("block", "hook"):  # the forward itself ended
+    if where == "block" or (where == "hook" and error is ZeroDivisionError):  # the forward itself ended
         assert torch.equal(stats.distance, before.distance) and torch.equal(outer.distance, before.distance)
     else:
         with pytest.raises(RuntimeError, match="no attention op"):
@@ -523,7 +523,7 @@ def read(stats):
 def test_nothing_was_seen(call):
     model = make(depth=1)
     image = images(model)
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     calls = {"nothing": lambda x: None, "blocks": lambda x: model.blocks(torch.zeros(1, 7, 32)), "compiled": compiled}
     with vit.attention_statistics(model, received=True) as stats:
         calls.get(call, model.forward_features)(image)
