@@ -202,8 +202,8 @@ def rollout(model: nn.Module, *args: Any, query: Any = "cls", head_fusion: str =
     """Attention rollout (Abnar & Zuidema, 2020): how much of each input token reaches a query through all layers.
 
     R <- (A + I) R with normalised rows, from the first layer up; A is the mean over heads of the attention.
-    It holds one matrix [N, N] for each image, and a few rows of A at a time. Convention:
-    https://github.com/google-research/vision_transformer/issues/18
+    It holds one matrix [N, N] for each image, and a few rows of A at a time. The model, its training mode and random
+    states do not change. Convention: https://github.com/google-research/vision_transformer/issues/18
 
     Args:
         model: as in `attention_statistics`.
@@ -235,7 +235,7 @@ def rollout(model: nn.Module, *args: Any, query: Any = "cls", head_fusion: str =
         for part in zip(R.split(few), q.split(few), k.split(few), strict=True):
             _roll(*part, scale, HEAD_FUSIONS[head_fusion])
 
-    with _heard(model, roll) as last:
+    with _heard(model, roll) as last, unchanged(model, (args, kwargs)):
         model(*args, **kwargs)
     _complete(model, last)
     return R if index is None else R[:, index].clone()

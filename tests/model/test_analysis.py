@@ -99,6 +99,26 @@ def test_rollout(name, dtype, limit):
         assert dense.error(got, dense.rollout(p, fusion)) <= limit, fusion
 
 
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_kernels(device, pool):
+    """The kernels hand over what they save."""
+    model = make(impl="triton", depth=2, global_pool=pool, reg_tokens=1)
+    image = images(model, batch=1)
+    p, logits, shape = oracle(model, image)
+    model, image = model.to(device), image.to(device)
+    with torch.no_grad():
+        want = model(image)
+        with vit.attention_statistics(model, received=True) as stats:
+            assert torch.equal(model(image), want)
+        rolled = vit.rollout(model, image, query=None)
+    each = dense.statistics(p, *shape)
+    assert dense.error(stats.distance.cpu(), dense.means(each, shape[0])["distance"]) <= 1e-5
+    assert dense.error(stats.received.cpu(), each["received"]) <= 1e-5
+    assert dense.error(stats.max_logit.cpu(), logits.amax((-1, -2))) <= 1e-5
+    assert dense.error(stats.rows(1, ["cls"]).cpu(), p[1][:, :, :1]) <= 1e-5
+    assert dense.error(rolled.cpu(), dense.rollout(p)) <= 2e-6
+
+
 def test_rollout_of_many_images():
     """More images than it takes at a time, and a number that does not divide by it."""
     model = make(torch.float64)
@@ -210,6 +230,13 @@ def test_inference_mode():
         stats = seen(model, images(model))
         rolled = vit.rollout(model, images(model))
     assert torch.equal(stats.rows(2, [0]), want) and torch.equal(rolled, vit.rollout(model, images(model)))
+
+
+def test_rollout_draws_no_random_numbers():
+    model = make(**DROPS).train()
+    state = torch.get_rng_state()
+    rolled = vit.rollout(model, images(model))
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(rolled, vit.rollout(model, images(model)))
 
 
 def test_rows_in_training_are_those_of_the_forward():
@@ -569,6 +596,7 @@ def test_two_vits():
     a, b = make(), make(reg_tokens=1)
     with pytest.raises(ValueError, match=r"a layer of Two has \[B, N, H\] = \[2, 8, 2\], the first one \[2, 7, 2\]"):
         seen(Two(a, b), images(a))
+    assert torch.equal(seen(Two(a, a), images(a)).distance[3:], distance(a, images(a)))
     with vit.attention_statistics(a) as of_a, vit.attention_statistics(b) as of_b:
         Two(a, b)(images(a))
     assert torch.equal(of_a.distance, distance(a, images(a))) and torch.equal(of_b.distance, distance(b, images(b)))
