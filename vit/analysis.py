@@ -271,7 +271,7 @@ def uniform_distance(
 
 def tokens_of(model: nn.Module, count: int, inputs: Any) -> Tokens:
     """Which of ``count`` tokens are patches, from the patch projection and the first image among the inputs."""
-    patch = patch_projection_of(model).kernel_size
+    patch = patch_size_of(model)
     image = next((t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.dim() == 4), None)
     if image is None:
         raise ValueError(f"no image [B, C, H, W] is among the arguments of {type(model).__name__}")
@@ -286,12 +286,18 @@ def tokens_of(model: nn.Module, count: int, inputs: Any) -> Tokens:
     return Tokens(prefix, (rows, columns), patch)
 
 
+def patch_size_of(model: nn.Module) -> tuple[int, int]:
+    """(height, width) of the patch projection, in pixels."""
+    return patch_projection_of(model).kernel_size
+
+
 def patch_projection_of(model: nn.Module) -> nn.Conv2d:
-    """The first convolution whose stride is its kernel size, and more than one pixel. ValueError if there is none."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d) and module.stride == module.kernel_size != (1, 1):
-            return module
-    raise ValueError(f"{type(model).__name__} has no patch projection, a convolution whose stride is its kernel size")
+    """The first convolution whose stride is its kernel size; 1 x 1 only if no other is. ValueError if none is."""
+    found = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.stride == m.kernel_size]
+    if not found:
+        name = type(model).__name__
+        raise ValueError(f"{name} has no patch projection, a convolution whose stride is its kernel size")
+    return next((m for m in found if m.kernel_size != (1, 1)), found[0])
 
 
 def prefix_tokens_of(model: nn.Module) -> dict[str, int]:

@@ -25,6 +25,7 @@ CONFIGS = {
     "five prefix tokens": {"reg_tokens": 4, "img_size": (24, 8), "init_values": 0.5},
     "qk_norm": {"qk_norm": True, "qkv_bias": False},
     "dynamic": {"dynamic_img_size": True, "global_pool": "avg"},
+    "patch of one pixel": {"patch_size": 1, "img_size": (3, 5)},
     "registers only": {"class_token": False, "reg_tokens": 2, "global_pool": ""},
 }
 DROPS = {"attn_drop_rate": 0.2, "proj_drop_rate": 0.2, "drop_path_rate": 0.3}
@@ -581,6 +582,14 @@ def test_patch_drop():
         vit.rollout(model, images(model))
     assert not listeners(model)
     assert seen(model.eval()).distance.shape == (3, 2, 2)
+
+
+def test_a_convolution_before_the_vit():
+    model = make(in_chans=4)
+    whole = nn.Sequential(nn.Conv2d(3, 4, 1), model)
+    with vit.attention_statistics(whole) as stats, vit.attention_statistics(model) as inside:
+        whole(images(model))
+    assert torch.equal(stats.distance, inside.distance) and stats.tokens == inside.tokens
 
 
 class Two(nn.Module):
