@@ -57,6 +57,11 @@ def _attention(products: int) -> Callable[[dict[str, Any]], int]:
     return flops
 
 
+def _attention_statistics(a: dict[str, Any]) -> int:
+    products = 1 if a["received_ptr"] is None else 2
+    return 2 * products * a["q_ptr"].numel() * a["N"]
+
+
 def _patches(image: str) -> Callable[[dict[str, Any]], int]:
     return lambda a: 2 * a[image].numel() * a["D"]  # every pixel is in one patch
 
@@ -66,6 +71,7 @@ FLOPS: dict[str, Callable[[dict[str, Any]], int]] = {
     **dict.fromkeys(("_gemm_kernel", "_gemm_pingpong_kernel"), lambda a: 2 * a["M"] * a["N"] * a["K"]),
     "_attention_fwd_kernel": _attention(2),
     "_attention_bwd_kernel": _attention(5),
+    "_attention_statistics_kernel": _attention_statistics,
     "_patch_embed_fwd_kernel": _patches("image_ptr"),
     "_patch_embed_dw_kernel": _patches("image_ptr"),
     "_patch_embed_dimage_kernel": _patches("dimage_ptr"),

@@ -11,6 +11,7 @@ import triton.language as tl
 from . import tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -173,3 +174,11 @@ def attn_probs(logits, stats, SCALE: tl.constexpr):
     if len(stats) == 3:
         logits -= stats[2]
     return tl.exp2(logits * (SCALE * LOG2_E) - stats[0])
+
+
+@triton.jit
+def attn_log2_probs(logits, stats, SCALE: tl.constexpr, EXACT: tl.constexpr):
+    """log₂ P, scaled as `exp_scaled` did it in the forward. stats: (m, log₂ l) of each query."""
+    if EXACT:
+        return (logits - stats[0]) * (SCALE * LOG2_E) - stats[1]
+    return (logits * (SCALE * LOG2_E) - stats[0] * (SCALE * LOG2_E)) - stats[1]

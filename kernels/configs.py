@@ -146,6 +146,15 @@ def attention_bwd(arch: int, n: int, head_dim: int, dtype: torch.dtype, dropout:
     return Config(block_m=64, block_n=32, num_stages=3, tail=head_dim <= 112)
 
 
+def attention_statistics(arch: int, head_dim: int, dtype: torch.dtype) -> Config:
+    """A program owns block_m queries (or keys) and walks the keys (or queries) block_n at a time."""
+    if arch == 0:
+        return Config(block_m=32, block_n=32)
+    if dtype is torch.float32:
+        return Config(block_m=32, block_n=32, num_warps=4, num_stages=2, tail=False)
+    return Config(block_m=64, block_n=64, num_stages=2)
+
+
 def patch_embed(arch: int, role: str, dtype: torch.dtype, precision: str) -> Config:
     """Tile of an implicit GEMM: block_m patches, block_n channels, block_k pixels of a patch.
 

@@ -16,7 +16,15 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from . import attention, dropout, layer_norm, linear, mlp, patch_embed  # noqa: F401 (they declare the ops)
+from . import (  # noqa: F401 (they declare the ops)
+    attention,
+    attention_statistics,
+    dropout,
+    layer_norm,
+    linear,
+    mlp,
+    patch_embed,
+)
 
 Shape = Sequence[int]
 
@@ -94,6 +102,12 @@ def _attention_qkvpacked_fwd(qkv: Shape, *_: Any, **__: Any) -> int:
 def _attention_qkvpacked_bwd(do: Shape, qkv: Shape, *_: Any, **__: Any) -> int:
     B, N, _, H, E = qkv
     return 4 * _product((B, N, H, E), N)
+
+
+@_formula_of("attention_statistics")
+def _attention_statistics(q: Shape, k: Shape, *_: Any, **__: Any) -> int:
+    """The logits. What each key receives needs them again, transposed, which does not count."""
+    return _product(q, k[1])
 
 
 @_formula_of("patch_embed_fwd")
