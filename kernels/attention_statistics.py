@@ -1,19 +1,22 @@
 """Statistics of attention probabilities, without their matrix: where each query looks, and how sharply.
 
-For a query i and keys j, with s = q kᵀ and the m and log l of the attention forward:
-    log p = scale · (s − m) − log l,  p = exp(log p)
+For a query i and keys j, with s = q kᵀ, and m = max s and log l as the forward of `attention` saves them:
+    u = scale · (s − m),  P = exp u,  T = Σ P,  p = P / T
     distance = Σ_patches p · |place_i − place_j|,  patch_mass = Σ_patches p,  prefix_mass = Σ_prefix p,
-    entropy = −Σ p · log p,  max_logit = scale · m,  and of a key j: received = mean over i of p
-The entropy is not computed as log l + scale · m − Σ p · scale · s: for large logits that loses the digits that it needs
-(3e-5 in fp32).
+    entropy = −Σ p · log p = log T − Σ p · u,  max_logit = scale · m
+and of a key j: received = mean over i of P / l.
+Both terms of the entropy are positive, because u is negative, so nothing cancels. With logits instead of u, large ones
+would cost the digits that matter (3e-5 in fp32). T is the l of the forward. It is summed again, because dividing by it
+is more exact than subtracting log l, whose rounding is up to 2.4e-7 and would be in all p of a query: the error of fp32
+is then that of dense PyTorch, else up to four times that. Only ``received`` has no T, and takes log l.
 
 A program owns a tile of queries and walks the keys once. With ``received`` the launch has programs of a second role,
-which own a tile of keys and walk the queries. Every sum has one fixed order, without atomics. The kernel computes in
-base 2: log₂ p, and the entropy from it at the end.
+which own a tile of keys and walk the queries. Every sum has one fixed order, without atomics.
 
 Tokens are prefix tokens and then the patches of a grid, row by row. A place is computed from the index of its token:
-row = ⌊index / GRID_W⌋, column = index − row · GRID_W. The quotient is an fp32 number. It is exact for fewer than
-`MAX_PATCHES` patches. Distances are summed in heights of a patch: √(Δrow² + (ASPECT · Δcolumn)²), ASPECT = width/height.
+row = ⌊(index + ½) / GRID_W⌋, column = index − row · GRID_W, in fp32. The half keeps the quotient away from whole
+numbers. Its errors (2⁻²² of the compiled division, 2⁻²⁴ of the product) cannot cross one below `MAX_PATCHES` patches.
+Distances are summed in heights of a patch: √(Δrow² + (ASPECT · Δcolumn)²), with ASPECT = width / height.
 """
 
 from __future__ import annotations
@@ -27,13 +30,23 @@ from torch import Tensor
 
 from . import configs, reference, runtime
 from .attention import _align, _strides, _unit_rows, _unsupported, attention_fwd, head_parts
-from .attention_tile import LN_2, attn_log2_probs, dot_parts, head_rows, load_parts, load_stats, loop_end, skip_rows
+from .attention_tile import (
+    LN_2,
+    dot_parts,
+    exp_scaled,
+    head_rows,
+    load_parts,
+    load_stats,
+    log2_scaled,
+    loop_end,
+    skip_rows,
+)
 from .autocast import autocasts
 from .checks import check_floating, check_heads, check_scale, check_tensors
 from .reference import AttentionStatistics
 
 TILE_BYTES = 2**22  # of one tile of logits in plain PyTorch
-MAX_PATCHES = 2**22
+MAX_PATCHES = 2**20
 
 
 @triton.jit(do_not_specialize=["N", "PREFIX", "GRID_W"])
@@ -52,15 +65,15 @@ def _attention_statistics_kernel(
     head, pid_m = pid // (roles * tiles), (pid % (roles * tiles)).to(tl.int32)
     b, h = head // HEADS, head % HEADS
     q_rows, k_rows = head_rows(q_ptr, stride_q, b, h, ALIGN), head_rows(k_ptr, stride_k, b, h, ALIGN)
-    stats = m_ptr + head * N, log_l_ptr + head * N
 
     if pid_m < tiles:
         offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        distance, patch_mass, prefix_mass, entropy, m = _of_queries(
-            q_rows, k_rows, stats, offs_m, N, PREFIX, GRID_W,
+        rows, mask_m = head * N + offs_m, offs_m < N
+        m = tl.load(m_ptr + rows, mask=mask_m, other=0.0)
+        distance, patch_mass, prefix_mass, entropy = _of_queries(
+            q_rows, k_rows, m, offs_m, N, PREFIX, GRID_W,
             SCALE, ASPECT, PARTS, ALIGN, PRECISION, ACC, BLOCK_M, BLOCK_N, WALK,
         )  # fmt: skip
-        rows, mask_m = head * N + offs_m, offs_m < N
         tl.store(distance_ptr + rows, distance * PATCH_H, mask=mask_m)
         tl.store(patch_mass_ptr + rows, patch_mass, mask=mask_m)
         tl.store(prefix_mass_ptr + rows, prefix_mass, mask=mask_m)
@@ -69,6 +82,7 @@ def _attention_statistics_kernel(
     else:
         if received_ptr is not None:
             offs_n = (pid_m - tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+            stats = m_ptr + head * N, log_l_ptr + head * N
             received = _of_keys(
                 k_rows, q_rows, stats, offs_n, N, SCALE, PARTS, ALIGN, PRECISION, ACC, BLOCK_M, BLOCK_N, WALK
             )
@@ -77,16 +91,13 @@ def _attention_statistics_kernel(
 
 @triton.jit
 def _of_queries(
-    q_rows, k_rows, stat_ptrs, offs_m, N, PREFIX, GRID_W,
+    q_rows, k_rows, m, offs_m, N, PREFIX, GRID_W,
     SCALE: tl.constexpr, ASPECT: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
-    """Distance in patch heights, patch mass, prefix mass, entropy and m of the queries offs_m, over all keys."""
+    """Distance in heights of a patch, patch mass, prefix mass and entropy of the queries offs_m, over all keys."""
     q = load_parts(q_rows, offs_m, N, PARTS, ALIGN)
-    m, log_l = load_stats(stat_ptrs, 0, offs_m, N, 1)
-    stats = m, log_l * (1.0 / LN_2)
-    row, column = _places(offs_m - PREFIX, GRID_W, ASPECT, ACC)
-    places = row[:, None], column[:, None]
+    place = _places(offs_m - PREFIX, GRID_W, ASPECT, ACC)
     zero = tl.full([BLOCK_M], 0.0, dtype=ACC)
     state = zero, zero, zero, zero
     k_rows = (k_rows,)
@@ -94,41 +105,46 @@ def _of_queries(
     for start_n in range(0, end, BLOCK_N):
         left = N - start_n if WALK[0] == "masked" else None
         state = _of_queries_step(
-            state, q, stats, places, k_rows[0], start_n, left, PREFIX, GRID_W,
+            state, q, m, place, k_rows[0], start_n, left, PREFIX, GRID_W,
             SCALE, ASPECT, PARTS, ALIGN, PRECISION, ACC, BLOCK_N,
         )  # fmt: skip
         k_rows = skip_rows(k_rows, BLOCK_N, ALIGN)
     if WALK[1]:
         state = _of_queries_step(
-            state, q, stats, places, k_rows[0], end, N - end, PREFIX, GRID_W,
+            state, q, m, place, k_rows[0], end, N - end, PREFIX, GRID_W,
             SCALE, ASPECT, PARTS, ALIGN, PRECISION, ACC, WALK[1],
         )  # fmt: skip
 
     distance, patch_mass, prefix_mass, log2_sum = state
-    distance = tl.where(offs_m < PREFIX, 0.0, distance)
-    entropy = log2_sum * -LN_2
-    entropy = tl.where(entropy < 0.0, 0.0, entropy)  # s − m rounds above 0 if this dot sums in another order
-    return distance, patch_mass, prefix_mass, entropy, tl.reshape(m, [BLOCK_M])
+    total = patch_mass + prefix_mass
+    distance = tl.where(offs_m < PREFIX, 0.0, _ratio(distance, total, ACC))
+    entropy = tl.log(total) - LN_2 * _ratio(log2_sum, total, ACC)
+    entropy = tl.where(entropy < 0.0, 0.0, entropy)  # of one key: rounding errors of m
+    return distance, _ratio(patch_mass, total, ACC), _ratio(prefix_mass, total, ACC), entropy
 
 
 @triton.jit
 def _of_queries_step(
-    state, q, stats, places, k_rows, start_n, left, PREFIX, GRID_W,
+    state, q, m, place, k_rows, start_n, left, PREFIX, GRID_W,
     SCALE: tl.constexpr, ASPECT: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The four sums after WIDTH keys more, of which the first ``left`` exist (None: all)."""
+    """The sums of P · distance, P of patches, P of prefix tokens and P · log₂ P, after WIDTH keys more.
+
+    Of these the first ``left`` exist (None: all).
+    """
     distance, patch_mass, prefix_mass, log2_sum = state
     offs_n = tl.arange(0, WIDTH)
     k = load_parts(k_rows, offs_n, left, PARTS, ALIGN)
 
-    log2_p = attn_log2_probs(dot_parts(q, k, PRECISION, ACC), stats, SCALE, q[0].dtype.primitive_bitwidth > 16)
+    EXACT: tl.constexpr = k[0].dtype.primitive_bitwidth > 16
+    log2_p = log2_scaled(dot_parts(q, k, PRECISION, ACC), m[:, None], SCALE, EXACT)
     p = tl.exp2(log2_p)  # [BLOCK_M, WIDTH]
     if left is not None:
         p = tl.where((offs_n < left)[None, :], p, 0.0)
     index = start_n + offs_n - PREFIX
     row, column = _places(index, GRID_W, ASPECT, ACC)
-    d_row, d_column = places[0] - row[None, :], places[1] - column[None, :]
+    d_row, d_column = place[0][:, None] - row[None, :], place[1][:, None] - column[None, :]
     of_patches = tl.where((index >= 0)[None, :], p, 0.0)
     distance += tl.sum(of_patches * tl.sqrt(d_row * d_row + d_column * d_column), axis=1)
     patch_mass += tl.sum(of_patches, axis=1)
@@ -138,8 +154,16 @@ def _of_queries_step(
 
 
 @triton.jit
+def _ratio(x, y, ACC: tl.constexpr):
+    """x / y, rounded once; the compiled ``/`` of fp32 is wrong by up to two units in the last place."""
+    if ACC.primitive_bitwidth > 32:
+        return x / y
+    return tl.div_rn(x, y)
+
+
+@triton.jit
 def _places(index, GRID_W, ASPECT: tl.constexpr, ACC: tl.constexpr):
-    """Row and ASPECT · column of patches. The half keeps the quotient away from whole numbers, which rounding crosses."""
+    """Row and ASPECT · column of each patch."""
     x = index.to(ACC)
     row = tl.floor((x + 0.5) * (1.0 / GRID_W))
     return row, (x - row * GRID_W) * ASPECT
@@ -151,7 +175,7 @@ def _of_keys(
     SCALE: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
-    """Σ p of the keys offs_n, over all queries."""
+    """Σ P / l of the keys offs_n, over all queries."""
     k = load_parts(k_rows, offs_n, N, PARTS, ALIGN)
     total = tl.full([BLOCK_M], 0.0, dtype=ACC)
     q_rows = (q_rows,)
@@ -171,14 +195,13 @@ def _of_keys_step(
     SCALE: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Σ p over WIDTH queries, of which the first ``left`` exist (None: all)."""
+    """Σ P / l over WIDTH queries, of which the first ``left`` exist (None: all)."""
     offs_m = tl.arange(0, WIDTH)
     q = load_parts(q_rows, offs_m, left, PARTS, ALIGN)
     m, log_l = load_stats(stat_ptrs, start_m, offs_m, left, 0)
-    stats = m, log_l * (1.0 / LN_2)
 
     logits = dot_parts(k, q, PRECISION, ACC)  # [BLOCK_M, WIDTH]
-    p = tl.exp2(attn_log2_probs(logits, stats, SCALE, k[0].dtype.primitive_bitwidth > 16))
+    p = exp_scaled(logits, m, SCALE, k[0].dtype.primitive_bitwidth > 16) * tl.exp(-log_l)
     if left is not None:
         p = tl.where((offs_m < left)[None, :], p, 0.0)
     return tl.sum(p, axis=1)

@@ -158,14 +158,20 @@ def attn_logits(a, b, offs, stop, PRECISION: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def exp_scaled(x, m, SCALE: tl.constexpr, EXACT: tl.constexpr):
-    """exp(SCALE · (x − m)). EXACT subtracts first: differences are smaller than logits, so their scaling rounds less.
+def log2_scaled(x, m, SCALE: tl.constexpr, EXACT: tl.constexpr):
+    """SCALE · (x − m) · log₂ e. EXACT subtracts first: differences are smaller than logits, so scaling rounds less.
 
     Otherwise one multiply-add scales x and subtracts.
     """
     if EXACT:
-        return tl.exp2((x - m) * (SCALE * LOG2_E))
-    return tl.exp2(x * (SCALE * LOG2_E) - m * (SCALE * LOG2_E))
+        return (x - m) * (SCALE * LOG2_E)
+    return x * (SCALE * LOG2_E) - m * (SCALE * LOG2_E)
+
+
+@triton.jit
+def exp_scaled(x, m, SCALE: tl.constexpr, EXACT: tl.constexpr):
+    """exp(SCALE · (x − m)), see `log2_scaled`."""
+    return tl.exp2(log2_scaled(x, m, SCALE, EXACT))
 
 
 @triton.jit
@@ -174,11 +180,3 @@ def attn_probs(logits, stats, SCALE: tl.constexpr):
     if len(stats) == 3:
         logits -= stats[2]
     return tl.exp2(logits * (SCALE * LOG2_E) - stats[0])
-
-
-@triton.jit
-def attn_log2_probs(logits, stats, SCALE: tl.constexpr, EXACT: tl.constexpr):
-    """log₂ P, scaled as `exp_scaled` did it in the forward. stats: (m, log₂ l) of each query."""
-    if EXACT:
-        return (logits - stats[0]) * (SCALE * LOG2_E) - stats[1]
-    return (logits * (SCALE * LOG2_E) - stats[0] * (SCALE * LOG2_E)) - stats[1]

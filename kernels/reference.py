@@ -254,8 +254,8 @@ def attention_statistics(
     log_p = logits.log_softmax(dim=-1)
     p = log_p.exp()
     index = torch.arange(k.shape[1] - num_prefix_tokens, device=q.device)
-    rows, columns = index // grid_size[1] * patch_size[0], index % grid_size[1] * patch_size[1]
-    places = torch.stack([rows, columns], dim=1).to(wide)  # [patches, 2]
+    rows, columns = (index // grid_size[1]).to(wide) * patch_size[0], (index % grid_size[1]).to(wide) * patch_size[1]
+    places = torch.stack([rows, columns], dim=1)  # [patches, 2]
     distance = logits.new_zeros(q.shape[1], k.shape[1])  # of each key from each query
     of_patches = slice(max(num_prefix_tokens - first_query, 0), None)
     first_patch = max(first_query - num_prefix_tokens, 0)
