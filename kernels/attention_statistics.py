@@ -31,13 +31,12 @@ from torch import Tensor
 from . import configs, reference, runtime
 from .attention import _align, _strides, _unit_rows, _unsupported, attention_fwd, head_parts
 from .attention_tile import (
-    LN_2,
+    LOG2_E,
     dot_parts,
     exp_scaled,
     head_rows,
     load_parts,
     load_stats,
-    log2_scaled,
     loop_end,
     skip_rows,
 )
@@ -118,7 +117,7 @@ def _of_queries(
     distance, patch_mass, prefix_mass, log2_sum = state
     total = patch_mass + prefix_mass
     distance = tl.where(offs_m < PREFIX, 0.0, _ratio(distance, total, ACC))
-    entropy = tl.log(total) - LN_2 * _ratio(log2_sum, total, ACC)
+    entropy = tl.log(total) - _ratio(log2_sum, total, ACC) * (1.0 / LOG2_E)
     entropy = tl.where(entropy < 0.0, 0.0, entropy)  # of one key: rounding errors of m
     return distance, _ratio(patch_mass, total, ACC), _ratio(prefix_mass, total, ACC), entropy
 
@@ -137,8 +136,7 @@ def _of_queries_step(
     offs_n = tl.arange(0, WIDTH)
     k = load_parts(k_rows, offs_n, left, PARTS, ALIGN)
 
-    EXACT: tl.constexpr = k[0].dtype.primitive_bitwidth > 16
-    log2_p = log2_scaled(dot_parts(q, k, PRECISION, ACC), m[:, None], SCALE, EXACT)
+    log2_p = (dot_parts(q, k, PRECISION, ACC) - m[:, None]) * (SCALE * LOG2_E)
     p = tl.exp2(log2_p)  # [BLOCK_M, WIDTH]
     if left is not None:
         p = tl.where((offs_n < left)[None, :], p, 0.0)

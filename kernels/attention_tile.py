@@ -11,7 +11,6 @@ import triton.language as tl
 from . import tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -158,20 +157,14 @@ def attn_logits(a, b, offs, stop, PRECISION: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def log2_scaled(x, m, SCALE: tl.constexpr, EXACT: tl.constexpr):
-    """SCALE · (x − m) · log₂ e. EXACT subtracts first: differences are smaller than logits, so scaling rounds less.
+def exp_scaled(x, m, SCALE: tl.constexpr, EXACT: tl.constexpr):
+    """exp(SCALE · (x − m)). EXACT subtracts first: differences are smaller than logits, so their scaling rounds less.
 
     Otherwise one multiply-add scales x and subtracts.
     """
     if EXACT:
-        return (x - m) * (SCALE * LOG2_E)
-    return x * (SCALE * LOG2_E) - m * (SCALE * LOG2_E)
-
-
-@triton.jit
-def exp_scaled(x, m, SCALE: tl.constexpr, EXACT: tl.constexpr):
-    """exp(SCALE · (x − m)), see `log2_scaled`."""
-    return tl.exp2(log2_scaled(x, m, SCALE, EXACT))
+        return tl.exp2((x - m) * (SCALE * LOG2_E))
+    return tl.exp2(x * (SCALE * LOG2_E) - m * (SCALE * LOG2_E))
 
 
 @triton.jit
