@@ -266,6 +266,6 @@ def attention_statistics(
         patch_mass=p[..., num_prefix_tokens:].sum(-1),
         prefix_mass=p[..., :num_prefix_tokens].sum(-1),
         entropy=-(p * log_p).sum(-1),
-        max_logit=logits.amax(-1),
+        max_logit=logits.amax(-1) if k.shape[1] else logits.sum(-1),
         received=p.mean(-2) if received else None,
     )

@@ -121,6 +121,16 @@ def _attention(make: Make, queries: int, keys: int, heads: int, head_dim: int) -
     return kernels.attention(q, k, v, impl="triton")
 
 
+def _statistics(make: Make, rows: int, columns: int, prefix: int, heads: int, head_dim: int) -> Tensor:
+    """Two launches: the second one, #2 in the lock file, has no programs for what keys receive."""
+    q, k, _ = make(64, prefix + rows * columns, 3, heads, head_dim).unbind(2)
+    saved = torch.empty(64, heads, q.shape[1]), torch.empty(64, heads, q.shape[1])
+    options = {"grid_size": (rows, columns), "num_prefix_tokens": prefix, "patch_size": (16, 16), "saved": saved}
+    for received in (True, False):
+        kernels.attention_statistics(q, k, **options, received=received, impl="triton")
+    return q  # of which the lock takes the gradient
+
+
 # Without a dot tf32 changes nothing. fp16 compiles as bf16, so one shape per op is enough.
 NO_DOTS, HALF, NO_FP16 = ("bf16", "fp32"), ("bf16", "fp16"), ("bf16", "fp32", "tf32")
 CASES: dict[str, Case] = {
@@ -145,6 +155,19 @@ CASES: dict[str, Case] = {
     "attention_b_dbias": Case("ViT-B with the gradient of a bias", lambda m: _dbias(m, 197, 12, 64), NO_FP16),
     "attention_h_dbias": Case("ViT-H with the gradient of a bias", lambda m: _dbias(m, 257, 16, 80), ("bf16",)),
     "attention_cls": Case("one query an image", lambda m: _attention(m, 1, 197, 12, 64), ("bf16",)),
+    "statistics_b": Case("ViT-B, 224", lambda m: _statistics(m, 14, 14, 1, 12, 64)),
+    "statistics_h": Case("ViT-H/14: 64 + 16", lambda m: _statistics(m, 16, 16, 1, 16, 80), NO_FP16),
+    "statistics_16": Case("narrowest head", lambda m: _statistics(m, 14, 14, 1, 3, 16), NO_DOTS),
+    "statistics_32": Case("half a head of ViT-B", lambda m: _statistics(m, 14, 14, 1, 6, 32), NO_DOTS),
+    "statistics_40": Case("32 + 8 of 16", lambda m: _statistics(m, 14, 14, 1, 4, 40), NO_DOTS),
+    "statistics_so400m": Case("64 + 8 of 16, no prefix", lambda m: _statistics(m, 27, 27, 0, 16, 72), NO_DOTS),
+    "statistics_96": Case("64 + 32", lambda m: _statistics(m, 14, 14, 1, 8, 96), NO_DOTS),
+    "statistics_big_g": Case("64 + 32 + 8 of 16", lambda m: _statistics(m, 16, 16, 5, 16, 104), NO_DOTS),
+    "statistics_112": Case("64 + 32 + 16", lambda m: _statistics(m, 14, 14, 1, 8, 112), NO_DOTS),
+    "statistics_128": Case("widest head", lambda m: _statistics(m, 16, 16, 1, 8, 128), NO_DOTS),
+    "statistics_b32": Case("ViT-B/32: the last tile is wide", lambda m: _statistics(m, 7, 7, 1, 12, 64), ("bf16",)),
+    "statistics_256": Case("256 tokens: whole tiles alone", lambda m: _statistics(m, 16, 16, 0, 12, 64), ("bf16",)),
+    "statistics_few": Case("7 tokens: no whole tile", lambda m: _statistics(m, 2, 3, 1, 12, 64), ("bf16",)),
     "norm_ti": Case("ViT-Ti, 192 wide: many rows a program", lambda m: _norm(m, 64, 197, 192), NO_DOTS),
     "norm_b": Case("ViT-B, 768 wide", lambda m: _norm(m, 64, 197, 768), ("bf16", "fp16", "fp32")),
     "norm_b1": Case("one image: sizes not divisible by 16", lambda m: _norm(m, 1, 197, 768), ("bf16",)),

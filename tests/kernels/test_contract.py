@@ -17,6 +17,7 @@ from vit.kernels.dry_run import dry_run
 
 DROP = {"dropout_p": 0.4, "seed": torch.tensor([7]), "offset": 3}
 MASK = {"bool_masked_pos": torch.tensor([[True, False], [False, False]])}
+PREFIX = {"num_prefix_tokens": 1}
 STREAM = {"residual": (2, 5, 24), "branch": (2, 5, 24)}
 NORM = {"weight": (24,), "bias": (24,)}
 LAYERS = {"fc1_weight": (40, 24), "fc1_bias": (40,), "fc2_weight": (16, 40), "fc2_bias": (16,)}
@@ -52,17 +53,28 @@ CALLS = {
     "patch_embed, mask": ("patch_embed", {**PATCHES, "prefix": (1, 2, 16), "mask_token": (1, 1, 16)}, MASK),
     "dropout": ("dropout", {"x": (2, 5, 24)}, {"p": 0.4, "seed": DROP["seed"]}),
 }  # fmt: skip
+# Ops without gradients.
+WITHOUT_GRADIENT = {
+    "statistics": ("attention_statistics", {"q": (2, 7, 2, 16), "k": (2, 7, 2, 16)}, {"grid_size": (2, 3), **PREFIX}),
+    "statistics, all": (
+        "attention_statistics", {"q": (2, 7, 2, 24), "k": (2, 7, 2, 24)},
+        {"grid_size": (1, 2), "num_prefix_tokens": 5, "patch_size": (16, 14.5), "scale": 0.7, "received": True},
+    ),
+}  # fmt: skip
+ALL, OPS_WITHOUT_GRADIENT = CALLS | WITHOUT_GRADIENT, {op for op, *_ in WITHOUT_GRADIENT.values()}
 # Outputs that the backward reads. A change in place is an error, as in PyTorch.
 SAVED = {("attention_qkvpacked", 0), ("attention", 0), ("residual_layer_norm", 0)}
 CHANGED = "modified by an inplace operation"
 
-every_call = pytest.mark.parametrize("call", CALLS)
+every_call = pytest.mark.parametrize("call", ALL)
+every_gradient = pytest.mark.parametrize("call", CALLS)
 every_op = pytest.mark.parametrize("call", {op: call for call, (op, *_) in CALLS.items()}.values())  # last of each
+every_op_at_all = pytest.mark.parametrize("call", {op: call for call, (op, *_) in ALL.items()}.values())
 
 
 def make(call, device, batch=None):
     """(name of the op, its arguments, its options) on the device. ``batch`` replaces the first dimension."""
-    op, shapes, options = CALLS[call]
+    op, shapes, options = ALL[call]
     generator = torch.Generator().manual_seed(0)
     shapes = {n: shape for n, shape in shapes.items() if shape is not None}
     batched = ("x", "qkv", "q", "k", "v", "residual", "branch", "image")
@@ -74,11 +86,11 @@ def make(call, device, batch=None):
 
 
 def run(op, inputs, options, module=kernels):
-    """The outputs. A required bias that is absent is None."""
+    """The outputs that are not None. A required bias that is absent is None."""
     required = {"linear": ("bias",), "mlp": ("fc1_bias", "fc2_bias"), "patch_embed": ("bias",)}.get(op, ())
     impl = {"impl": "triton"} if module is kernels else {}
     outs = getattr(module, op)(**impl | dict.fromkeys(required) | inputs | options)
-    return outs if isinstance(outs, tuple) else (outs,)
+    return tuple(out for out in outs if out is not None) if isinstance(outs, tuple) else (outs,)
 
 
 def directions(outs):
@@ -95,6 +107,8 @@ def gradients(op, inputs, options, layout=lambda dy: dy, module=kernels):
     """Outputs and the gradients of all inputs, for fixed incoming gradients in another layout."""
     leaves = {n: t.detach().requires_grad_() for n, t in inputs.items()}
     outs = run(op, leaves, options, module)
+    if op in OPS_WITHOUT_GRADIENT:
+        return list(outs)
     return [*outs, *torch.autograd.grad(outs, list(leaves.values()), [layout(dy) for dy in directions(outs)])]
 
 
@@ -138,19 +152,20 @@ def test_fp64_is_kept_throughout(call, device):
     """Results and gradients are within 1e-11 of the reference. Only the factor of dropout is an fp32 number."""
     op, inputs, options = make(call, device)
     options = {n: o.double() if n == "row_scale" else o for n, o in options.items()}
-    options |= {"return_lse": True} if op.startswith("attention") else {}
+    options |= {"return_lse": True} if op in ("attention", "attention_qkvpacked") else {}
     inputs, found = {n: t.double() for n, t in inputs.items()}, []
     for module in (kernels, reference):
         leaves = {n: t.detach().requires_grad_() for n, t in inputs.items()}
         outs = run(op, leaves, options, module)
         learnt = [out for out in outs if out.requires_grad]
-        found.append([*outs, *torch.autograd.grad(learnt, list(leaves.values()), directions(learnt))])
+        grads = torch.autograd.grad(learnt, list(leaves.values()), directions(learnt)) if call in CALLS else ()
+        found.append([*outs, *grads])
     limit = 5e-7 if "seed" in options else 1e-12
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want, atol=10 * limit, rtol=limit)
 
 
-@every_call
+@every_gradient
 def test_each_gradient_alone(call, device):
     """If only one argument requires grad, its gradient is the same as if all do."""
     op, inputs, options = make(call, device)
@@ -253,7 +268,7 @@ def test_fakes_have_the_shapes_strides_and_types_of_the_real(call, layout, devic
 
 def test_every_op_is_in_the_table():
     ops = {name for name in kernels.__all__ if "impl" in inspect.signature(getattr(kernels, name)).parameters}
-    assert {op for op, *_ in CALLS.values()} == ops
+    assert {op for op, *_ in ALL.values()} == ops
 
 
 @every_call
@@ -282,10 +297,10 @@ def test_expanded_gradients(call, device):
     )
 
 
-@pytest.mark.parametrize("call", [c for c in CALLS if c != "linear, no bias"])  # its x has no batch
+@pytest.mark.parametrize("call", [c for c in ALL if c != "linear, no bias"])  # its x has no batch
 def test_batches_of_none_and_one(call, device):
     op, inputs, options = make(call, device, batch=0)
-    leaves = list(inputs.values())
+    leaves = list(inputs.values()) if call in CALLS else []
     for found, like in zip(gradients(op, inputs, options), [*run(op, inputs, options), *leaves], strict=True):
         assert found.shape == like.shape and not found.any()
     # A batch of one gives the first of two, also with dropout.
@@ -309,12 +324,17 @@ def test_lse_of_any_scale(call, scale, device):
         torch.testing.assert_close(lse, want)
 
 
-@pytest.mark.parametrize("op", sorted({op for op, *_ in CALLS.values()}))
+@pytest.mark.parametrize("op", sorted({op for op, *_ in ALL.values()}))
 def test_the_reference_takes_the_same_arguments(op):
-    """They have the same order, kinds and defaults. Only ``impl`` is missing."""
+    """They have the same order, kinds and defaults. Only ``impl`` is missing.
+
+    attention_statistics also takes what the forward saved, and its reference some of the queries.
+    """
+    own, its = (["saved", "impl"], ["first_query"]) if op == "attention_statistics" else (["impl"], [])
     ours = list(inspect.signature(getattr(kernels, op)).parameters.values())
-    assert [p.name for p in ours if p not in inspect.signature(getattr(reference, op)).parameters.values()] == ["impl"]
-    assert [p.name for p in ours if p.name != "impl"] == list(inspect.signature(getattr(reference, op)).parameters)
+    theirs = inspect.signature(getattr(reference, op)).parameters
+    assert [p.name for p in ours if p not in theirs.values()] == own
+    assert [p.name for p in ours if p.name not in own] == [name for name in theirs if name not in its]
 
 
 @pytest.mark.parametrize("call", [call for call, (_, _, options) in CALLS.items() if "seed" in options])
@@ -359,7 +379,8 @@ def test_every_way_through_an_op_gets_all_its_options(call, impl, device):
         leaves = {n: t.detach().requires_grad_() for n, t in inputs.items()}
         outs = run(op, leaves, options, module)
         learning = [out for out in outs if out.requires_grad]  # no gradient flows through the logsumexp
-        return [*outs, *torch.autograd.grad(learning, list(leaves.values()), directions(learning))]
+        grads = torch.autograd.grad(learning, list(leaves.values()), directions(learning)) if call in CALLS else ()
+        return [*outs, *grads]
 
     exact = results({n: t.double() for n, t in inputs.items()}, options, reference)
     for got, want in zip(results(inputs, options | {"impl": impl}, kernels), exact, strict=True):
@@ -376,14 +397,15 @@ def test_no_argument_is_written(call, impl, device):
     into = directions(outs)
     given = [*leaves.values(), *(o for o in options.values() if isinstance(o, torch.Tensor)), *into, *outs]
     before = [(t.detach().clone(), t._version) for t in given]
-    torch.autograd.grad(outs, list(leaves.values()), into)
+    if op not in OPS_WITHOUT_GRADIENT:
+        torch.autograd.grad(outs, list(leaves.values()), into)
     assert all(torch.equal(t, was) and t._version == version for t, (was, version) in zip(given, before, strict=True))
     assert all(torch.equal(t, inputs[n]) and t._version == 0 for n, t in leaves.items())
     plain = {n: t.clone() for n, t in inputs.items()}  # without grad a write in place would not raise
     run(op, plain, options | {"impl": impl})
     assert all(torch.equal(t, inputs[n]) and t._version == 0 for n, t in plain.items())
     tensors = {n: o for n, o in options.items() if isinstance(o, torch.Tensor)}
-    assert all(torch.equal(o, CALLS[call][2][n].to(device)) for n, o in tensors.items())
+    assert all(torch.equal(o, ALL[call][2][n].to(device)) for n, o in tensors.items())
 
 
 @every_call
@@ -397,6 +419,8 @@ def test_dtypes_under_autocast(call, impl, half, device):
         want = [torch.float32, half]
     elif op == "dropout" or {"pos_embed", "prefix", "mask_token"} & set(inputs):  # autocast does not cast dropout
         want = [torch.float32]
+    elif op == "attention_statistics":
+        want = [torch.float32] * (6 if "received" in options else 5)
     elif op.startswith("attention"):
         options, want = options | {"return_lse": True}, [half, torch.float32]
     with torch.autocast(device.type, half):
@@ -416,7 +440,7 @@ def test_autocast_leaves_fp64_alone(call, impl, device):
     assert all(a.dtype is torch.float64 and torch.equal(a, b) for a, b in zip(found, want, strict=True))
 
 
-@every_op
+@every_op_at_all
 def test_autocast_of_another_device_does_nothing(call, device):
     op, inputs, options = make(call, device)
     other = "cpu" if device.type == "cuda" else "cuda"
@@ -508,7 +532,7 @@ def test_each_tensor_of_another_device_is_refused(call, device):
         assert "meta" in str(raised.value) and device.type in str(raised.value)
 
 
-@every_op
+@every_op_at_all
 def test_a_transform_over_any_argument_is_refused(call, device):
     op, inputs, options = make(call, device)
     for name in inputs:
@@ -541,7 +565,7 @@ def test_each_call_notes_one_choice(call, impl, device):
     assert choice.reason == want + (", interpreted" if interpreted else "")
 
 
-@every_call
+@every_gradient
 def test_without_gradients_only_results_are_written(call, device):
     """Tensors for the backward are empty under no_grad, in inference mode, and if nothing requires grad."""
     op, inputs, options = make(call, device)
@@ -554,7 +578,7 @@ def test_without_gradients_only_results_are_written(call, device):
         assert not any(out.requires_grad for out in outs)
 
 
-@every_op
+@every_op_at_all
 def test_every_product_has_pytorchs_precision(call, device, monkeypatch):
     """Every kernel with a product, forward and backward, gets the result of `runtime.precision`."""
     op, inputs, options = make(call, device)
@@ -680,7 +704,7 @@ def test_what_a_launch_may_be():
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
-@every_op
+@every_op_at_all
 def test_what_is_no_tensor_is_named(call, impl, device):
     op, inputs, options = make(call, device)
     tensors = inputs | {n: o for n, o in options.items() if isinstance(o, torch.Tensor) and n != "seed"}

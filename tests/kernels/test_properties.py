@@ -105,6 +105,15 @@ def attention_cases(draw):
 
 
 @st.composite
+def attention_statistics_cases(draw):
+    B, HEADS, E = draw(batch), draw(st.integers(1, 2)), draw(head_dims)
+    rows, columns, prefix = draw(st.integers(0, 8)), draw(st.integers(1, 8)), draw(st.sampled_from([0, 1, 5]))
+    options = {"grid_size": (rows, columns), "num_prefix_tokens": prefix, "scale": draw(scales)}
+    options |= {"patch_size": draw(st.sampled_from([(1, 1), (0.9, 0.3)])), "received": draw(st.booleans())}
+    return {name: (B, prefix + rows * columns, HEADS, E) for name in "qk"}, options
+
+
+@st.composite
 def patch_embed_cases(draw):
     B, C, D = draw(batch), draw(st.integers(1, 4)), draw(st.integers(1, 70))
     ph, pw = draw(st.integers(1, 9)), draw(st.integers(1, 9))
@@ -132,6 +141,7 @@ CASES = {
     "mlp": (mlp_cases, reference.mlp),
     "attention_qkvpacked": (attention_qkvpacked_cases, reference.attention_qkvpacked),
     "attention": (attention_cases, reference.attention),
+    "attention_statistics": (attention_statistics_cases, reference.attention_statistics),
     "patch_embed": (patch_embed_cases, reference.patch_embed),
     "dropout": (dropout_cases, reference.dropout),
 }
@@ -144,7 +154,7 @@ def results(fn, values, options, dtype, wanted, cotangent):
         n: o.to(dtype) if isinstance(o, torch.Tensor) and o.is_floating_point() else o for n, o in options.items()
     }
     outs = fn(**to, **options)
-    outs = outs if isinstance(outs, tuple) else (outs,)
+    outs = tuple(o for o in outs if o is not None) if isinstance(outs, tuple) else (outs,)
     found = {f"output {i}": o.detach() for i, o in enumerate(outs)}
     if wanted:
         live = [(o, cotangent(i, o)) for i, o in enumerate(outs) if o.requires_grad]
@@ -166,7 +176,7 @@ def test_op(op, device, data):
     options = {n: o.to(device) if isinstance(o, torch.Tensor) else o for n, o in options.items()}
     layouts = {n: draw(st.sampled_from(LAYOUTS)) for n, shape in shapes.items() if shape is not None}
     present = sorted(layouts)
-    wanted = [n for n in present if draw(st.booleans())]
+    wanted = [n for n in present if op != "attention_statistics" and draw(st.booleans())]
     values = {}
     for n, shape in shapes.items():
         fan_in = math.prod(shape[1:]) if shape is not None and n.endswith("weight") and len(shape) > 1 else 1
