@@ -151,7 +151,7 @@ def attention_statistics(arch: int, head_dim: int, dtype: torch.dtype) -> Config
     if arch == 0:
         return Config(block_m=32, block_n=32)
     if dtype is torch.float32:
-        return Config(block_m=32, block_n=32, num_warps=8, num_stages=2, tail=False)
+        return Config(block_m=32, block_n=16, num_warps=8, num_stages=2, tail=False)
     return Config(block_m=64, block_n=32, num_stages=3, tail=arch >= 90)  # else the queries take registers, too
 
 
