@@ -151,6 +151,31 @@ def test_an_op_by_hand(device):
     assert count(kernels.patch_embed, image.detach(), weight, impl="triton") == (product, product)
 
 
+@pytest.mark.parametrize("received", [False, True])
+def test_statistics_of_attention(received):
+    """One product, the logits; without what a forward saved, that forward too, which has two. Nothing learns."""
+    from benchmarks.trace import trace  # here, because copies of the tests have no benchmarks
+
+    q, k = randn(2, 7, 3, 16), randn(2, 7, 3, 16)
+    options = {"grid_size": (2, 3), "num_prefix_tokens": 1, "received": received}
+    product, found = 2 * 2 * 7 * 7 * 3 * 16, []
+    saved = randn(2, 3, 7), randn(2, 3, 7)
+    for given, context in (
+        ({"impl": "reference"}, torch.enable_grad),
+        ({"saved": saved}, as_on_a_gpu),
+        ({}, as_on_a_gpu),
+    ):
+        with context(), counter() as counted:
+            kernels.attention_statistics(q, k, **options, **given)
+        found.append(counted.get_total_flops())
+    assert found == [product, product, 3 * product]
+    q, k = q.to("meta"), k.to("meta")
+    launched = trace(lambda: kernels.attention_statistics(q, k, **options))
+    flops = {launch.name: launch.flops for launch in launched if launch.kernel is not None}
+    statistics = (2 if received else 1) * product  # what a key receives needs the logits again
+    assert flops == {"_attention_fwd_kernel": 2 * product, "_attention_statistics_kernel": statistics}
+
+
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 
