@@ -90,7 +90,9 @@ def run(op, inputs, options, module=kernels):
     required = {"linear": ("bias",), "mlp": ("fc1_bias", "fc2_bias"), "patch_embed": ("bias",)}.get(op, ())
     impl = {"impl": "triton"} if module is kernels else {}
     outs = getattr(module, op)(**impl | dict.fromkeys(required) | inputs | options)
-    return tuple(out for out in outs if out is not None) if isinstance(outs, tuple) else (outs,)
+    if op in OPS_WITHOUT_GRADIENT:
+        return tuple(out for out in outs if out is not None)
+    return outs if isinstance(outs, tuple) else (outs,)
 
 
 def directions(outs):
