@@ -151,7 +151,10 @@ def attention_statistics(arch: int, head_dim: int, dtype: torch.dtype) -> Config
     if arch == 0:
         return Config(block_m=32, block_n=32)
     if dtype is torch.float32:
-        return Config(block_m=32, block_n=16, num_warps=8, num_stages=2, tail=False)
+        tall = arch >= 100 and 80 < head_dim <= 96  # with 32 rows ptxas aims at 64 registers here, and spills
+        return Config(block_m=64 if tall else 32, block_n=16, num_warps=8, num_stages=2, tail=False)
+    if arch >= 100 and head_dim > 48:  # with three stages ptxas aims at 96 registers for 56 of head_dim, and spills
+        return Config(block_m=64, block_n=32, num_stages=2)
     return Config(block_m=64, block_n=32, num_stages=3, tail=arch >= 90)  # else the queries take registers, too
 
 

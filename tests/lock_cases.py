@@ -160,6 +160,7 @@ CASES: dict[str, Case] = {
     "statistics_16": Case("narrowest head", lambda m: _statistics(m, 14, 14, 1, 3, 16), NO_DOTS),
     "statistics_32": Case("half a head of ViT-B", lambda m: _statistics(m, 14, 14, 1, 6, 32), NO_DOTS),
     "statistics_40": Case("32 + 8 of 16", lambda m: _statistics(m, 14, 14, 1, 4, 40), NO_DOTS),
+    "statistics_56": Case("32 + 16 + 8 of 16", lambda m: _statistics(m, 16, 16, 1, 4, 56), NO_DOTS),
     "statistics_so400m": Case("64 + 8 of 16, no prefix", lambda m: _statistics(m, 27, 27, 0, 16, 72), NO_DOTS),
     "statistics_96": Case("64 + 32", lambda m: _statistics(m, 14, 14, 1, 8, 96), NO_DOTS),
     "statistics_big_g": Case("64 + 32 + 8 of 16", lambda m: _statistics(m, 16, 16, 5, 16, 104), NO_DOTS),
