@@ -225,6 +225,20 @@ def test_a_folder_of_transformers_gives_the_numbers_of_its_weights(here):
     assert tuple(wide["grid_size"]) == (2, 5) and wide["rows"].shape == (2, 1, 2, 11)
 
 
+def test_a_model_of_this_package_by_its_name(here, capsys):
+    name = "vit_tiny_patch16_224"
+    assert cli.main(["attention", "photo.png", "--model", name, "--img-size", "32x48", "--save", "a.npz"]) == 0
+    out = capsys.readouterr().out
+    assert f"{name}, random weights" in out and "bicubic" in out and "mean 0.5, std 0.5" in out
+    model = vit.create_model(name, seed=0, img_size=(32, 48)).eval()
+    widen(model, torch.Generator().manual_seed(0))
+    prepare = preprocess.of_timm(model.pretrained_cfg, (32, 48), "")
+    want = by_hand(dense(model, prepare(preprocess.open_photo(here / "photo.png"))), (2, 3), 16, prefix=1)
+    with np.load("a.npz") as found:
+        for statistic in attention.STATISTICS:
+            close(found[statistic][:, 0], want[statistic])
+
+
 @pytest.mark.peers
 @pytest.mark.parametrize("library", ["timm", "torchvision"])
 def test_models_of_libraries_are_accelerated_and_see_photographs_as_there(library, here, monkeypatch, capsys):

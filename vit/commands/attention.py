@@ -94,7 +94,7 @@ def attention(args: argparse.Namespace) -> None:
     prepare = preparation(model, args)
     if len({prepare.view(photo).size for photo in photos}) > 1:
         raise parity.CannotStart("the model sees these photographs in different sizes; give them one at a time")
-    if args.weights is None:
+    if not isinstance(model, vit.VisionTransformer):
         with parity.explained("cannot accelerate the model"), parity.collected_notes() as notes:
             vit.accelerate(model)
         for note in notes:
@@ -141,8 +141,8 @@ def preparation(model: nn.Module, args: argparse.Namespace) -> preprocess.Prepro
         library, _, name = args.model.partition(":")
         if args.preprocess:
             prepare = preprocess.preprocessing(args.preprocess, size)
-        elif library == "timm":
-            prepare = preprocess.of_timm(model.pretrained_cfg, size, "timm's pretrained_cfg")
+        elif library == "timm" or not name:
+            prepare = preprocess.of_timm(model.pretrained_cfg, size, "the model's pretrained_cfg")
         else:
             prepare = preprocess.of_folder(Path(name), size) if library == "hf" else None
             prepare = prepare or preprocess.preprocessing(library, size)

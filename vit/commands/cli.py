@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
 def _model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--weights", type=Path, metavar="PATH", help="a checkpoint: a file or a Hugging Face folder")
-    add("--model", metavar="timm:NAME|torchvision:NAME|hf:FOLDER", help="instead of it; NAME: random weights")
+    add("--model", metavar="NAME|timm:NAME|torchvision:NAME|hf:FOLDER", help="instead of it; NAME: random weights")
     add("-o", "--out", type=Path, metavar="FILE.png", help="draw a figure: .png, .jpg, .pdf or .svg; needs matplotlib")
 
 

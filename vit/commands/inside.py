@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 import vit
 from vit.commands import parity
 from vit.commands.console import step
+from vit.testing.parity import widen
 
 PICTURES = (".png", ".jpg", ".pdf", ".svg")
 
@@ -25,15 +27,20 @@ def load(weights: Path | None, model: str | None, img_size: tuple[int, int] | No
         CannotStart: both or neither are given, or there is no such model.
         ValueError, OSError: the checkpoint cannot be loaded.
     """
+    options = {} if img_size is None else {"img_size": img_size}
     if (weights is None) == (model is None):
-        raise parity.CannotStart("give either --weights FILE or --model, such as --model timm:vit_small_patch16_224")
+        raise parity.CannotStart("give either --weights FILE or --model, such as --model vit_small_patch16_224")
     if weights is not None:
         if not weights.exists():  # the hub would be asked for it
             raise parity.CannotStart(f"{weights}: there is no such file or folder")
         with step(f"loading {weights}"):
-            options = {} if img_size is None else {"img_size": img_size}
             return vit.load_pretrained(weights, **options).eval(), str(weights)
     with parity.explained("cannot build the model"):
+        if model in vit.list_models():
+            with step(f"building {model}"):
+                own = vit.create_model(model, seed=0, **options).eval()
+                widen(own, torch.Generator().manual_seed(0))
+            return own, f"{model}, random weights"
         made, what = parity.build(model, img_size, {})
     return made.eval(), what
 
