@@ -1,4 +1,4 @@
-"""Seeded bugs of `mutate.py` are caught by the tests they name: every twentieth, and with THOROUGH=1 (in CI) every one."""
+"""Tests catch the seeded bugs of `mutate.py` that name them: every twentieth, and with THOROUGH=1 (in CI) every one."""
 
 import os
 from unittest.mock import patch
