@@ -505,7 +505,7 @@ def test_what_the_command_draws(words, panels, here, monkeypatch):
         ("photo.png --clip-percentile 0", "--clip-percentile must be above 0 and at most 100, got 0"),
         ("photo.png --clip-percentile 101", "got 101"),
         ("photo.png --clip-percentile nan", "got nan"),
-        ("absent.png", "absent.png"),
+        ("absent.png", "vit attention: absent.png: No such file or directory"),
         ("broken.png", "broken.png"),
         ("cut.png", "truncated"),
         ("photo.png broken.png", "broken.png"),

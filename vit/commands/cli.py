@@ -197,7 +197,7 @@ def _classify(args: argparse.Namespace) -> int:
     try:
         print(classify.classify(args.image, args.weights, args.model, args.top, args.preprocess))
     except (ValueError, OSError) as error:
-        return _fail("classify", str(error))
+        return _fail("classify", error)
     return 0
 
 
@@ -209,7 +209,7 @@ def _attention(args: argparse.Namespace) -> int:
     try:
         attention.attention(args)
     except (parity.CannotStart, ValueError, IndexError, OSError) as error:
-        return _fail("attention", str(error))
+        return _fail("attention", error)
     return 0
 
 
@@ -219,7 +219,7 @@ def _inspect(args: argparse.Namespace) -> int:
     try:
         inspect.inspect(args)
     except (parity.CannotStart, ValueError, OSError) as error:
-        return _fail("inspect", str(error))
+        return _fail("inspect", error)
     return 0
 
 
@@ -283,6 +283,8 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
-def _fail(command: str, message: str) -> int:
+def _fail(command: str, error: str | Exception) -> int:
+    of_file = isinstance(error, OSError) and error.filename
+    message = f"{error.filename}: {error.strerror}" if of_file else error
     print(f"vit {command}: {message}", file=sys.stderr)
     return 2
