@@ -307,16 +307,16 @@ def head_parts(head_dim: int) -> tuple[tuple[int, int, int], ...]:
     return tuple(parts)
 
 
-def _align(*tensors: Tensor | None) -> int:
+def align(*tensors: Tensor | None) -> int:
     """8 if every row starts at a multiple of 8 elements, so that a load can take 16 bytes; else 1."""
     return 8 if all(s % 8 == 0 for t in tensors if t is not None for s in t.stride()[:3]) else 1
 
 
-def _strides(t: Tensor | None) -> tuple[int, ...] | None:
+def strides(t: Tensor | None) -> tuple[int, ...] | None:
     return None if t is None else t.stride()[:3]
 
 
-def _unit_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+def unit_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
 
 
@@ -332,8 +332,8 @@ def _launch_fwd(
         q_ptr=q, k_ptr=k, v_ptr=v, seed_ptr=seed, o_ptr=o,
         m_ptr=m if m.numel() else None, log_l_ptr=log_l if m.numel() else None,
         NQ=NQ, NK=NK, HEADS=HEADS, OFFSET=offset,
-        stride_q=_strides(q), stride_k=_strides(k), stride_v=_strides(v), stride_o=_strides(o),
-        SCALE=scale, P=dropout_p, PARTS=head_parts(HEAD_DIM), ALIGN=_align(q, k, v, o),
+        stride_q=strides(q), stride_k=strides(k), stride_v=strides(v), stride_o=strides(o),
+        SCALE=scale, P=dropout_p, PARTS=head_parts(HEAD_DIM), ALIGN=align(q, k, v, o),
         PRECISION=runtime.precision(q.dtype), ACC=runtime.acc_type(q.dtype),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, WALK_K=configs.walk(NK, config),
         num_warps=config.num_warps, num_stages=config.num_stages,
@@ -359,8 +359,8 @@ def _launch_bwd(
     runtime.launch(
         _attention_delta_kernel, B * HEADS * triton.cdiv(NQ, config.block_m),
         o_ptr=o, do_ptr=do, m_ptr=None if exact else m, log_l_ptr=log_l, lse_ptr=lse, delta_ptr=delta,
-        NQ=NQ, HEADS=HEADS, stride_o=_strides(o), stride_do=_strides(do),
-        SCALE=scale, PARTS=head_parts(HEAD_DIM), ALIGN=_align(o, do), ACC=runtime.acc_type(q.dtype),
+        NQ=NQ, HEADS=HEADS, stride_o=strides(o), stride_do=strides(do),
+        SCALE=scale, PARTS=head_parts(HEAD_DIM), ALIGN=align(o, do), ACC=runtime.acc_type(q.dtype),
         BLOCK_M=config.block_m, num_warps=config.num_warps, num_stages=1,
     )  # fmt: skip
     runtime.launch(
@@ -368,9 +368,9 @@ def _launch_bwd(
         q_ptr=q, k_ptr=k, v_ptr=v, seed_ptr=seed, do_ptr=do, m_ptr=m if exact else None, lse_ptr=lse, delta_ptr=delta,
         dq_ptr=dq, dk_ptr=dk, dv_ptr=dv, sums_ptr=sums,
         NQ=NQ, NK=NK, HEADS=HEADS, OFFSET=offset,
-        stride_q=_strides(q), stride_k=_strides(k), stride_v=_strides(v), stride_do=_strides(do),
-        stride_dq=_strides(dq), stride_dk=_strides(dk), stride_dv=_strides(dv),
-        SCALE=scale, P=dropout_p, PARTS=head_parts(HEAD_DIM), ALIGN=_align(q, k, v, do, dq, dk, dv),
+        stride_q=strides(q), stride_k=strides(k), stride_v=strides(v), stride_do=strides(do),
+        stride_dq=strides(dq), stride_dk=strides(dk), stride_dv=strides(dv),
+        SCALE=scale, P=dropout_p, PARTS=head_parts(HEAD_DIM), ALIGN=align(q, k, v, do, dq, dk, dv),
         PRECISION=runtime.precision(q.dtype), ACC=runtime.acc_type(q.dtype),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         WALK_Q=configs.walk(NQ, config), WALK_K=configs.walk(NK, config),
@@ -385,7 +385,7 @@ def attention_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(o [B, NQ, H·E], m [B, H, NQ], log_l [B, H, NQ]); m and log_l are empty unless ``save``."""
     o, m, log_l = _attention_fwd_fake(q, k, v, scale, save)
-    q, k, v = _unit_rows(q, k, v)
+    q, k, v = unit_rows(q, k, v)
     _launch_fwd(
         q=q, k=k, v=v, o=o.view(q.shape), m=m, log_l=log_l, scale=scale, seed=seed, dropout_p=dropout_p, offset=offset
     )
@@ -408,7 +408,7 @@ def attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv), contiguous. Gradients that are not needed are empty."""
     dq, dk, dv = _attention_bwd_fake(do, q, k, v, o, m, log_l, scale, need_dq, need_dkv)
-    q, k, v, do = _unit_rows(q, k, v, do.unflatten(-1, q.shape[2:]))
+    q, k, v, do = unit_rows(q, k, v, do.unflatten(-1, q.shape[2:]))
     _launch_bwd(
         q=q, k=k, v=v, o=o.view(q.shape), do=do, m=m, log_l=log_l,
         dq=dq if need_dq else None, dk=dk if need_dkv else None, dv=dv if need_dkv else None,
@@ -432,7 +432,7 @@ def attention_qkvpacked_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`attention_fwd` of packed qkv [B, N, 3, H, E]."""
     o, m, log_l = _attention_qkvpacked_fwd_fake(qkv, scale, save)
-    q, k, v = _unit_rows(qkv)[0].unbind(dim=2)
+    q, k, v = unit_rows(qkv)[0].unbind(dim=2)
     _launch_fwd(
         q=q, k=k, v=v, o=o.view(q.shape), m=m, log_l=log_l, scale=scale, seed=seed, dropout_p=dropout_p, offset=offset
     )
@@ -455,7 +455,7 @@ def attention_qkvpacked_bwd(
     bias that was added to qkv. Without ``need_dbias`` they are empty.
     """
     dqkv, sums = _attention_qkvpacked_bwd_fake(do, qkv, o, m, log_l, scale, seed, need_dbias=need_dbias)
-    qkv, do = _unit_rows(qkv, do.unflatten(-1, qkv.shape[3:]))
+    qkv, do = unit_rows(qkv, do.unflatten(-1, qkv.shape[3:]))
     (q, k, v), (dq, dk, dv) = qkv.unbind(dim=2), dqkv.unbind(dim=2)
     _launch_bwd(
         q=q, k=k, v=v, o=o.view(q.shape), do=do, m=m, log_l=log_l, dq=dq, dk=dk, dv=dv,
@@ -563,7 +563,7 @@ def attention_qkvpacked(
     scale = check_scale(op, scale, qkv.shape[-1])
     seed, offset = seed_and_offset(op, dropout_p, seed, offset, qkv)
     listener = runtime.attention_listener()
-    if not runtime.use_triton(op, impl, [qkv], _unsupported(qkv.shape[-1])):
+    if not runtime.use_triton(op, impl, [qkv], unsupported_head_dim(qkv.shape[-1])):
         _tell(listener, *qkv.unbind(2)[:2], scale)
         options = {"scale": scale, "return_lse": return_lse, "dropout_p": dropout_p, "seed": seed, "offset": offset}
         return reference.attention_qkvpacked(qkv, **options)
@@ -616,7 +616,7 @@ def attention(
     scale = check_scale(op, scale, q.shape[-1])
     seed, offset = seed_and_offset(op, dropout_p, seed, offset, q)
     listener = runtime.attention_listener()
-    if not runtime.use_triton(op, impl, [q, k, v], _unsupported(q.shape[-1])):
+    if not runtime.use_triton(op, impl, [q, k, v], unsupported_head_dim(q.shape[-1])):
         _tell(listener, q, k, scale)
         options = {"scale": scale, "return_lse": return_lse, "dropout_p": dropout_p, "seed": seed, "offset": offset}
         return reference.attention(q, k, v, **options)
@@ -632,7 +632,7 @@ def _tell(listener: runtime.AttentionListener | None, q: Tensor, k: Tensor, scal
             listener(q.detach(), k.detach(), scale, tuple(s.detach() for s in saved) or None)
 
 
-def _unsupported(head_dim: int) -> str | None:
+def unsupported_head_dim(head_dim: int) -> str | None:
     if head_dim % 8 == 0 and MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
         return None
     return f"the kernels take head dimensions from {MIN_HEAD_DIM} to {MAX_HEAD_DIM} in steps of 8, not {head_dim}"

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, reference, runtime
-from .attention import _align, _strides, _unit_rows, _unsupported, attention_fwd, head_parts
+from .attention import align, attention_fwd, head_parts, strides, unit_rows, unsupported_head_dim
 from .attention_tile import (
     LOG2_E,
     dot_parts,
@@ -214,7 +214,7 @@ def attention_statistics_fwd(
     (B, N, HEADS, HEAD_DIM) = q.shape
     *found, mass = _attention_statistics_fake(q, k, m, log_l, 0, 0, 0.0, 0.0, scale, received)
     distance, patch_mass, prefix_mass, entropy, max_logit = found
-    q, k = _unit_rows(q, k)
+    q, k = unit_rows(q, k)
     config = configs.attention_statistics(runtime.arch(q.device), HEAD_DIM, q.dtype)
     runtime.launch(
         _attention_statistics_kernel, B * HEADS * triton.cdiv(N, config.block_m) * (2 if received else 1),
@@ -222,9 +222,9 @@ def attention_statistics_fwd(
         distance_ptr=distance, patch_mass_ptr=patch_mass, prefix_mass_ptr=prefix_mass, entropy_ptr=entropy,
         max_logit_ptr=max_logit, received_ptr=mass if received else None,
         N=N, HEADS=HEADS, PREFIX=num_prefix_tokens, GRID_W=max(grid_width, 1),
-        stride_q=_strides(q), stride_k=_strides(k),
+        stride_q=strides(q), stride_k=strides(k),
         SCALE=scale, PATCH_H=patch_height, ASPECT=patch_width / patch_height,
-        PARTS=head_parts(HEAD_DIM), ALIGN=_align(q, k),
+        PARTS=head_parts(HEAD_DIM), ALIGN=align(q, k),
         PRECISION=runtime.precision(q.dtype), ACC=runtime.acc_type(q.dtype),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, WALK=configs.walk(N, config),
         num_warps=config.num_warps, num_stages=config.num_stages,
@@ -292,7 +292,7 @@ def attention_statistics(
     scale = check_scale(op, scale, q.shape[-1])
     if saved is not None:
         _check_saved(op, saved, q)
-    unsupported = _unsupported(q.shape[-1]) or _too_many(grid_size)
+    unsupported = unsupported_head_dim(q.shape[-1]) or _too_many(grid_size)
     if not runtime.use_triton(op, impl, [q, k, *(saved or ())], unsupported):
         options = {"grid_size": grid_size, "num_prefix_tokens": num_prefix_tokens, "patch_size": (height, width)}
         return _in_tiles(q, k, received, {**options, "scale": scale})

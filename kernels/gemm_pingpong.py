@@ -157,6 +157,7 @@ def _gemm_pingpong_kernel(
     M, N, K,
     TRANS_B: gl.constexpr, ACTIVATION: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
+    # Triton unpacks with a star in calls alone, and not in [STAGES, *shape].
     a_ring = gl.allocate_shared_memory(a_desc.dtype, [STAGES] + a_desc.block_shape, a_desc.layout)  # noqa: RUF005
     b_ring = gl.allocate_shared_memory(b_desc.dtype, [STAGES] + b_desc.block_shape, b_desc.layout)  # noqa: RUF005
     BUFFERS: gl.constexpr = (2 if aux_desc is None else 4) * SPLIT

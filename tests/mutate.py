@@ -577,8 +577,8 @@ def _layer_norm_bwd_kernel(""",
     Mutant(
         "attention: packed q and k exchanged",
         "kernels/attention.py",
-        "q, k, v = _unit_rows(qkv)[0].unbind(dim=2)",
-        "k, q, v = _unit_rows(qkv)[0].unbind(dim=2)",
+        "q, k, v = unit_rows(qkv)[0].unbind(dim=2)",
+        "k, q, v = unit_rows(qkv)[0].unbind(dim=2)",
         (f"{ATTENTION}::test_packed",),
     ),
     Mutant(
@@ -1044,8 +1044,8 @@ def _layer_norm_bwd_kernel(""",
     Mutant(
         "attention: alignment promised whatever the incoming gradient",
         "kernels/attention.py",
-        "_align(q, k, v, do, dq, dk, dv)",
-        "_align(q, k, v, dq, dk, dv)",
+        "align(q, k, v, do, dq, dk, dv)",
+        "align(q, k, v, dq, dk, dv)",
         (f"{CONTRACT}::test_layout_of_one_tensor_changes_no_bit",),
     ),
     Mutant(

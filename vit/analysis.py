@@ -286,6 +286,17 @@ def tokens_of(model: nn.Module, count: int, inputs: Any) -> Tokens:
     return Tokens(prefix, (rows, columns), patch)
 
 
+def image_size(model: nn.Module) -> tuple[int, int] | None:
+    """(H, W) that a model of any of the libraries states as its input size, or None."""
+    config, patches = getattr(model, "config", None), getattr(model, "patch_embed", None)
+    said = getattr(config, "image_size", None) or getattr(config, "img_size", None)
+    said = said or getattr(model, "image_size", None) or getattr(patches, "img_size", None)
+    said = said or (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    if said is None:
+        return None
+    return (said, said) if isinstance(said, int) else tuple(said[-2:])
+
+
 def patch_size_of(model: nn.Module) -> tuple[int, int]:
     """(height, width) of the patch projection, in pixels."""
     return patch_projection_of(model).kernel_size

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vit.analysis import patch_projection_of, patch_size_of
+from vit.analysis import image_size, patch_projection_of, patch_size_of
 
 POSITIONS = ("pos_embed", "position_embeddings", "pos_embedding")  # ours and timm's, transformers', torchvision's
 
@@ -60,8 +60,6 @@ def _position_embedding(model: nn.Module) -> Tensor:
 
 def _grid_size(model: nn.Module, positions: int) -> tuple[int, int]:
     """(rows, columns) of the patches among ``positions``; the other positions are those of prefix tokens."""
-    from vit.testing.parity import image_size
-
     size = image_size(model)
     if size is not None:
         grid = tuple(n // side for n, side in zip(size, patch_size_of(model), strict=True))

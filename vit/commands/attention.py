@@ -17,10 +17,9 @@ from torch import nn
 
 import vit
 from vit import preprocess
-from vit.analysis import Tokens, has_class_token
+from vit.analysis import Tokens, has_class_token, image_size
 from vit.commands import classify, inside, parity
 from vit.commands.console import say, step
-from vit.testing.parity import image_size
 
 STATISTICS = ("distance", "entropy", "max_logit", "prefix_mass")
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import vit
+from vit.analysis import image_size
 from vit.commands.console import say, step
 from vit.config import HF_WORDS, ViTConfig, check_field
-from vit.testing.parity import copies, enough_draws, example, image_size, parity, table, widen
+from vit.testing.parity import copies, enough_draws, example, parity, table, widen
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

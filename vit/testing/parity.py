@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vit.adapters import accelerate, restore
+from vit.analysis import image_size
 from vit.config import ViTConfig
 from vit.kernels.runtime import Impl
 from vit.model import VisionTransformer
@@ -115,17 +116,6 @@ def example(model: nn.Module, batch: int = 2, img_size: tuple[int, int] | None =
         raise ValueError(f"{type(model).__name__} does not say which images it takes; pass an image [B, C, H, W]")
     shape = (batch, channels, *img_size)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))
-
-
-def image_size(model: nn.Module) -> tuple[int, int] | None:
-    """(H, W) that a model of any of the libraries states as its input size, or None."""
-    config, patches = getattr(model, "config", None), getattr(model, "patch_embed", None)
-    said = getattr(config, "image_size", None) or getattr(config, "img_size", None)
-    said = said or getattr(model, "image_size", None) or getattr(patches, "img_size", None)
-    said = said or (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
-    if said is None:
-        return None
-    return (said, said) if isinstance(said, int) else tuple(said[-2:])
 
 
 def output_of(returned: Any) -> tuple[str, Tensor]:
