@@ -52,7 +52,7 @@ def from_bf16(bits: np.ndarray) -> np.ndarray:
 
 def _is_bf16(handle: interp.TensorHandle) -> bool:
     # A comparison's boolean result has the dtype of its operands in the interpreter, so that dtype is not enough.
-    return handle.dtype.scalar == tl.bfloat16 and handle.data.dtype == np.uint16
+    return handle.data.dtype.char == "H" and handle.dtype.scalar == tl.bfloat16
 
 
 def _refuse_bf16(what: str, *handles: interp.TensorHandle) -> None:
@@ -398,6 +398,48 @@ def _source_line(chain: list[BaseException]) -> str:
     return f"\n  {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
 
 
+# Short cuts to the same results. Triton's interpreter builds and compares the same types for every operation.
+
+_np_dtypes: dict[str, np.dtype] = {}
+_block_types: dict[tuple[Any, ...], dict[str, Any]] = {}  # their attributes
+_tensor_parts: dict[str, dict[str, Any]] = {}  # the attributes of a tensor, by the name of its type
+
+
+def _get_np_dtype(ty: tl.dtype) -> np.dtype:
+    if ty.name not in _np_dtypes:
+        _np_dtypes[ty.name] = _plain_get_np_dtype(ty)
+    return _np_dtypes[ty.name]
+
+
+def _dtype_eq(self: tl.dtype, other: Any) -> bool:
+    return self is other or _plain_dtype_eq(self, other)
+
+
+def _block_type_init(self: tl.block_type, element_ty: tl.dtype, shape: Any) -> None:
+    key = (element_ty.name, *(size.value if type(size) is tl.constexpr else size for size in shape))
+    if key not in _block_types:
+        _plain_block_type_init(self, element_ty, shape)
+        _block_types[key] = dict(vars(self))
+    vars(self).update(_block_types[key])
+
+
+def _tensor_init(self: tl.tensor, handle: interp.TensorHandle, type: tl.dtype) -> None:
+    if type.name not in _tensor_parts:
+        _plain_tensor_init(self, handle, type)
+        _tensor_parts[type.name] = dict(vars(self))
+    vars(self).update(_tensor_parts[type.name], handle=handle, type=type)
+
+
+def _broadcast(lhs: tl.tensor, rhs: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    shapes = [x.type.shape.values if x.type.is_block() else None for x in (lhs, rhs)]
+    return (lhs, rhs) if shapes[0] == shapes[1] else _plain_broadcast(lhs, rhs)
+
+
+_plain_get_np_dtype = interp._get_np_dtype
+_plain_dtype_eq = tl.dtype.__eq__
+_plain_broadcast = interp.interpreter_semantic.broadcast_impl_value
+_plain_block_type_init = tl.block_type.__init__
+_plain_tensor_init = tl.tensor.__init__
 _plain_implicit_cvt = interp._implicit_cvt
 _plain_patch_lang = interp._patch_lang
 _plain_set_attr = interp.TensorHandle.set_attr
@@ -424,6 +466,11 @@ def install() -> None:
         (interp, "_implicit_cvt", _implicit_cvt),
         (interp, "_patch_lang", _patch_lang),
         (interp.TensorHandle, "set_attr", _set_attr),
+        (interp, "_get_np_dtype", _get_np_dtype),
+        (interp.interpreter_semantic, "broadcast_impl_value", _broadcast),
+        (tl.dtype, "__eq__", _dtype_eq),
+        (tl.block_type, "__init__", _block_type_init),
+        (tl.tensor, "__init__", _tensor_init),
     ]
     new = {"get_bf16", "_split_by_span", "_check_access"}
     for cls in (StrictBuilder, StrictDescriptor, StrictGridExecutor):
