@@ -56,7 +56,7 @@ def layer_norm(arch: int, width: int, backward: bool = False, crowded: bool = Fa
 
 def partial_sums(arch: int) -> Config:
     """Tiles of the sum of partial sums: few columns a program, because there are few columns and many rows."""
-    return Config(block_m=4, block_n=32) if arch == 0 else Config(block_m=128, block_n=32)
+    return Config(block_m=4, block_n=256) if arch == 0 else Config(block_m=128, block_n=32)
 
 
 def elementwise(arch: int, width: int) -> Config:

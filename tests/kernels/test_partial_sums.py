@@ -9,7 +9,7 @@ from vit.kernels.partial_sums import sum_partials
 from vit.testing import check
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SIZES = [(1, 1), (3, 31), (4, 32), (5, 33), (16, 70), (301, 100)]
+SIZES = [(1, 1), (3, 255), (4, 256), (5, 257), (16, 520), (301, 300)]  # tiles of 4 x 256 interpreted, 128 x 32 shipped
 
 
 def summed(*pairs):
@@ -73,13 +73,13 @@ def test_same_bits(randn):
     for pair, want in zip(pairs, first, strict=True):
         assert torch.equal(summed(pair)[0], want)
     p, want = pairs[-1][0], first[-1]
-    buffer = torch.full((307, 100), float("nan"), device=p.device)
+    buffer = torch.full((307, 300), float("nan"), device=p.device)
     buffer[3:304] = p
-    around = torch.full((102,), 5.0, dtype=want.dtype, device=p.device)
-    sum_partials([(buffer[3:304], around[1:101])])
-    assert torch.equal(around[1:101], want) and (around[[0, -1]] == 5.0).all()
-    (found,) = summed((p.view(301, 5, 4, 5), want.dtype))
-    assert torch.equal(found, want.view(5, 4, 5))
+    around = torch.full((302,), 5.0, dtype=want.dtype, device=p.device)
+    sum_partials([(buffer[3:304], around[1:301])])
+    assert torch.equal(around[1:301], want) and (around[[0, -1]] == 5.0).all()
+    (found,) = summed((p.view(301, 5, 4, 15), want.dtype))
+    assert torch.equal(found, want.view(5, 4, 15))
 
 
 @pytest.mark.parametrize(
