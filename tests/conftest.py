@@ -72,6 +72,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.name != "test_every_kernel_compiles_as_locked")  # the longest one starts first
     missing = "interpreted" if torch.cuda.is_available() else "gpu"
     reason = {"interpreted": "fp64 kernels run interpreted only", "gpu": "needs an NVIDIA GPU"}[missing]
     for item in items:

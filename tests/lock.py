@@ -142,10 +142,14 @@ def _end_with_parent() -> None:
     threading.Thread(target=lambda: parent_process().join() or os._exit(1), daemon=True).start()
 
 
-def run(archs: list[int], cases: list[str], jobs: int) -> tuple[dict[str, Any], list[str]]:
+def run(archs: list[int], dtypes: list[str], cases: list[str], jobs: int) -> tuple[dict[str, Any], list[str]]:
     """(figures of all kernels, failures other than differences from the lock file)."""
     tasks = [
-        (case, arch, dtype) for case in cases for arch in archs for dtype in DTYPES[arch] if dtype in CASES[case].dtypes
+        (case, arch, dtype)
+        for case in cases
+        for arch in archs
+        for dtype in DTYPES[arch]
+        if dtype in dtypes and dtype in CASES[case].dtypes
     ]
     locked: dict[str, Any] = {}
     failed: list[str] = []
@@ -167,23 +171,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--update", action="store_true", help="rewrite the lock file of the installed Triton version")
     parser.add_argument("--arch", default="80,89,90,100", help="compute capabilities times ten")
+    parser.add_argument("--dtype", default="bf16,fp16,fp32,tf32", help="dtypes (default: %(default)s)")
     parser.add_argument("--case", action="append", choices=CASES, help="only this case (may be repeated)")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path, help="also write figures and failures to this file")
     args = parser.parse_args()
-    archs, start = [int(a) for a in args.arch.split(",")], time.time()
-    locked, failed = run(archs, args.case or list(CASES), args.jobs)
+    archs, dtypes, start = [int(a) for a in args.arch.split(",")], args.dtype.split(","), time.time()
+    locked, failed = run(archs, dtypes, args.case or list(CASES), args.jobs)
     if args.case is None:
         missing = all_kernels() - {key.split()[3] for key in locked} - {f.split()[0] for f in failed}
         failed += [f"{kernel}: no case compiles it; add one to tests/lock_cases.py" for kernel in sorted(missing)]
     recorded = json.loads(LOCK_FILE.read_text()) if LOCK_FILE.exists() else None
     if args.update:
-        recorded = {key: value for key, value in (recorded or {}).items() if not _asked(key, archs, args.case)} | locked
+        recorded = {
+            key: value for key, value in (recorded or {}).items() if not _asked(key, archs, dtypes, args.case)
+        } | locked
         lines = (f"{json.dumps(key)}: {json.dumps(recorded[key])}" for key in sorted(recorded))
         LOCK_FILE.parent.mkdir(exist_ok=True)
         LOCK_FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     elif recorded is not None:
-        failed += compare(locked, {key: v for key, v in recorded.items() if _asked(key, archs, args.case)})
+        failed += compare(locked, {key: v for key, v in recorded.items() if _asked(key, archs, dtypes, args.case)})
     else:
         print(f"{LOCK_FILE.name} does not exist: figures are checked, but not compared")
     if args.json:
@@ -195,9 +202,9 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _asked(key: str, archs: list[int], cases: list[str] | None) -> bool:
-    arch, _, case = key.split()[:3]
-    return int(arch.removeprefix("sm_")) in archs and (cases is None or case in cases)
+def _asked(key: str, archs: list[int], dtypes: list[str], cases: list[str] | None) -> bool:
+    arch, dtype, case = key.split()[:3]
+    return int(arch.removeprefix("sm_")) in archs and dtype in dtypes and (cases is None or case in cases)
 
 
 if __name__ == "__main__":
