@@ -417,11 +417,12 @@ def residual_layer_norm(
     if branch.shape != residual.shape:
         shapes = f"{tuple(residual.shape)}, got {tuple(branch.shape)}"
         raise ValueError(f"{op}: branch must have the shape of residual {shapes}")
-    if residual.dtype is not torch.float32 or branch.dtype not in runtime.HALF:
+    half = branch.dtype in runtime.HALF
+    if residual.dtype is not torch.float32 or not half:
         check_floating(op, residual=residual, branch=branch)
     check_floating(op, weight=weight, bias=bias)
     for name, t in vectors.items():
-        if t is not None and (t.dtype is not torch.float32 or branch.dtype not in runtime.HALF):
+        if t is not None and t.dtype is not branch.dtype and (t.dtype is not torch.float32 or not half):
             check_floating(op, branch=branch, **{name: t})
     for name, t in (("branch_bias", branch_bias), ("gamma", gamma)):
         if t is not None and t.shape != residual.shape[-1:]:

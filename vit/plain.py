@@ -58,8 +58,8 @@ def global_hooks() -> list[str]:
 
 def hooked(module: nn.Module) -> bool:
     """Whether a call of the module does more than its ``forward``."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(map(bool, hooks)) or _has_any_global_hook() or module._compiled_call_impl is not None
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or _has_any_global_hook() or module._compiled_call_impl is not None
 
 
 def replaced(module: nn.Module) -> bool:
@@ -73,8 +73,8 @@ def replaced(module: nn.Module) -> bool:
 
 def plain(module: nn.Module) -> bool:
     """Whether a call of the module runs only the ``forward`` of its class, on ordinary tensors."""
-    wrapped = any(p is not None and is_traceable_wrapper_subclass(p) for p in module._parameters.values())
-    return not (hooked(module) or replaced(module) or wrapped)
+    others = [p for p in module._parameters.values() if type(p) is not nn.Parameter and p is not None]
+    return not (hooked(module) or replaced(module) or any(map(is_traceable_wrapper_subclass, others)))
 
 
 def absent(module: nn.Module | None) -> bool:
