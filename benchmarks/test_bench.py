@@ -1,7 +1,7 @@
 """``pytest benchmarks --benchmark-only``: small cases of ``make bench`` on any machine.
 
 Each group is an op in a mode, and its rows are the providers (``-k "attention and fwd"`` selects). On a CPU "ours" is
-the eager reference, so the times show only changes of the CPU path.
+PyTorch's operators, so the times show only changes of the CPU path.
 """
 
 import pytest

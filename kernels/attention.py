@@ -37,7 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, reference, runtime, tile
+from . import configs, pytorch, reference, runtime, tile
 from .attention_tile import (
     LOG2_E,
     attn_logits,
@@ -566,7 +566,7 @@ def attention_qkvpacked(
     if not runtime.use_triton(op, impl, [qkv], unsupported_head_dim(qkv.shape[-1])):
         _tell(listener, *qkv.unbind(2)[:2], scale)
         options = {"scale": scale, "return_lse": return_lse, "dropout_p": dropout_p, "seed": seed, "offset": offset}
-        return reference.attention_qkvpacked(qkv, **options)
+        return (reference if impl == "reference" else pytorch).attention_qkvpacked(qkv, **options)
     save = return_lse or runtime.needs_grad(qkv) or listener is not None
     out, m, log_l = attention_qkvpacked_fwd(qkv, scale, save, seed, dropout_p, offset)
     _tell(listener, *qkv.unbind(2)[:2], scale, m, log_l)
@@ -619,7 +619,7 @@ def attention(
     if not runtime.use_triton(op, impl, [q, k, v], unsupported_head_dim(q.shape[-1])):
         _tell(listener, q, k, scale)
         options = {"scale": scale, "return_lse": return_lse, "dropout_p": dropout_p, "seed": seed, "offset": offset}
-        return reference.attention(q, k, v, **options)
+        return (reference if impl == "reference" else pytorch).attention(q, k, v, **options)
     save = return_lse or runtime.needs_grad(q, k, v) or listener is not None
     out, m, log_l = attention_fwd(q, k, v, scale, save, seed, dropout_p, offset)
     _tell(listener, q, k, scale, m, log_l)

@@ -1,4 +1,4 @@
-"""Eager PyTorch formula of each op: the specification, the CPU path and the tests' oracle.
+"""Eager PyTorch formula of each op: the specification, the tests' oracle and, attention aside, the CPU path.
 
 Differentiable to any order, any floating dtype, any device. Imports no kernel code: an oracle must be able to disagree.
 Shapes and arguments are those of the op of the same name, without ``impl``; here a dropout needs its seed.

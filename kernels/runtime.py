@@ -218,22 +218,21 @@ def use_triton(
     for t in present[1:]:
         if t.device != x.device:
             raise ValueError(f"{op}: all tensors must be on one device, got {x.device} and {t.device}")
-    sharded = sum(type(t).__name__ == "DTensor" for t in present)
+    sharded = [type(t).__name__ for t in present].count("DTensor")
     if 0 < sharded < len(present):
         raise RuntimeError(
             f"{op}: some of its tensors are sharded (DTensor) and some are not; give fully_shard whole blocks and the "
             "model, call the model itself, and name its other methods to register_fsdp_forward_method"
         )
 
-    why_not = _why_not_triton(present) or unsupported or ("the kernels do not take DTensors" if sharded else None)
-    if impl in ("fused", "triton") and why_not is not None:
-        raise RuntimeError(f"{op}: impl={impl!r} cannot run: {why_not}")
     if impl == "reference":
         path, reason = "reference", "asked for with impl='reference'"
     elif impl == "auto" and x.device.type != "cuda" and current_dry_run is None:
-        path, reason = "reference", f"auto: a {x.device.type} tensor runs the eager reference"
-    elif why_not is not None:
-        path, reason = "reference", f"auto: {why_not}"
+        path, reason = "pytorch", f"auto: a {x.device.type} tensor runs PyTorch's operators"
+    elif why_not := _why_not_triton(present) or unsupported or (sharded and "the kernels do not take DTensors"):
+        if impl != "auto":
+            raise RuntimeError(f"{op}: impl={impl!r} cannot run: {why_not}")
+        path, reason = "pytorch", f"auto: {why_not}"
     else:
         path, reason = "triton", "auto: supported on this GPU" if impl == "auto" else f"asked for with impl={impl!r}"
         if cublas:

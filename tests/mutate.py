@@ -49,6 +49,7 @@ class Mutant:
 LN, LINEAR, MLP = "tests/kernels/test_layer_norm.py", "tests/kernels/test_linear.py", "tests/kernels/test_mlp.py"
 PINGPONG = "tests/kernels/test_gemm_pingpong.py"
 DROPOUT, MIRROR = "tests/kernels/test_attention_dropout.py", "tests/kernels/test_attention_mirror.py"
+CPU = "tests/kernels/test_pytorch.py"
 ATTENTION, PATCH = "tests/kernels/test_attention.py", "tests/kernels/test_patch_embed.py"
 STATISTICS, LISTENER = "tests/kernels/test_attention_statistics.py", "tests/kernels/test_attention_listener.py"
 VIT = "tests/model/test_vit.py"
@@ -115,6 +116,27 @@ MUTANTS = [
         "    out, m, log_l = attention_qkvpacked_fwd(qkv, scale,",
         "    out, m, log_l = attention_qkvpacked_fwd(qkv, 1.003 * scale,",
         (f"{ATTENTION}::test_packed",),
+    ),
+    Mutant(
+        "attention on a CPU: the second derivative is lost",
+        "kernels/pytorch.py",
+        "        if torch.is_grad_enabled():\n",
+        "        if torch.is_grad_enabled() and ctx is None:\n",
+        (f"{CPU}::test_derivatives_to_any_order",),
+    ),
+    Mutant(
+        "attention on a CPU: a counter of FLOPs misses it",
+        "kernels/pytorch.py",
+        "        or torch._C._len_torch_dispatch_stack() > 0\n",
+        "",
+        (f"{CPU}::test_the_formula_runs_where_the_operator_would_give_less",),
+    ),
+    Mutant(
+        "attention on a CPU: another scale in the backward",
+        "kernels/pytorch.py",
+        "0.0, False, scale=ctx.scale",
+        "0.0, False",
+        (f"{CPU}::test_accuracy",),
     ),
     Mutant(
         "attention: the running sum is not rescaled",

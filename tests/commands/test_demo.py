@@ -29,8 +29,8 @@ def test_demo(tmp_path):
     models = [part for part in parts if "Path of each op" in part]
     assert len(models) == (1 if torch.cuda.is_available() else 2)
     for part in models:
-        paths = [line.split()[:2] for line in part.splitlines() if line.endswith(("reference", "interpreted", "GPU"))]
-        path = "reference" if "on the CPU: " in part else "triton"
+        paths = [line.split()[:2] for line in part.splitlines() if line.endswith(("operators", "interpreted", "GPU"))]
+        path = "pytorch" if "on the CPU: " in part else "triton"
         assert sorted(paths) == sorted([op, path] for op in OPS)
         assert "Parity: pass" in part and "gradient of attn.qkv" in part
     assert done.stdout.count("Parity: ") == len(models)

@@ -602,8 +602,8 @@ def test_unsupported_head_dim(randn, head_dim):
         attention_qkvpacked(qkv, impl="triton")
     with pytest.raises(RuntimeError, match="steps of 8"):
         attention(*qkv.unbind(2), impl="triton")
-    assert torch.equal(attention_qkvpacked(qkv), reference_packed(qkv))
-    assert torch.equal(attention(*qkv.unbind(2)), reference_packed(qkv))
+    torch.testing.assert_close(attention_qkvpacked(qkv), reference_packed(qkv))
+    torch.testing.assert_close(attention(*qkv.unbind(2)), reference_packed(qkv))
 
 
 def test_reference_path(randn):

@@ -553,18 +553,17 @@ def test_each_call_notes_one_choice(call, impl, device):
     main = next(iter(inputs.values()))
     assert (choice.op, choice.shape, choice.dtype) == (op, tuple(main.shape), main.dtype)
     plain = op == "linear" and not options
-    path = "reference" if impl == "reference" or (impl == "auto" and device.type == "cpu") else "triton"
+    path = "reference" if impl == "reference" else "triton"
+    path = "pytorch" if impl == "auto" and device.type == "cpu" else path
     assert choice.path == ("cublas" if path == "triton" and plain and impl != "triton" else path)
     reasons = {
         "reference": "asked for with impl='reference'",
+        "pytorch": "auto: a cpu tensor runs PyTorch's operators",
         "cublas": f"{impl}: cuBLAS runs plain products",
         "triton": "auto: supported on this GPU" if impl == "auto" else f"asked for with impl='{impl}'",
     }
-    want = (
-        "auto: a cpu tensor runs the eager reference" if (impl, path) == ("auto", "reference") else reasons[choice.path]
-    )
     interpreted = runtime.INTERPRETED and choice.path == "triton" and impl != "auto"
-    assert choice.reason == want + (", interpreted" if interpreted else "")
+    assert choice.reason == reasons[choice.path] + (", interpreted" if interpreted else "")
 
 
 @every_gradient
@@ -652,7 +651,7 @@ def test_auto_is_the_default_and_takes_the_kernels_of_a_gpu(call, monkeypatch):
                 run(op, wide, chosen | {"impl": "auto"})
                 with pytest.raises(RuntimeError, match=rf"^{op}: impl='fused' cannot run: dtype torch\.float64 is not"):
                     run(op, wide, chosen | {"impl": "fused"})
-            assert [choice.path for choice in choices] == ["reference"] * 2
+            assert [choice.path for choice in choices] == ["reference", "pytorch"]
             assert choices[1].reason.startswith("auto: dtype torch.float64 is not supported by the Triton kernels")
     for _, grid, _, form in launched:
         assert all(isinstance(n, int) and n > 0 for n in grid)

@@ -75,7 +75,7 @@ def test_explain_names_a_global_hook():
     finally:
         handle.remove()
     assert rows[-1].path == "called" and "watch" in rows[-1].reason and "watch" in str(rows)
-    assert {row.path for row in vit.explain(model, image)} == {"reference"}
+    assert {row.path for row in vit.explain(model, image)} == {"pytorch"}
 
 
 @pytest.mark.parametrize("fields", [{}, {"use_mask_token": True, "reg_tokens": 1, "no_embed_class": True}], ids=str)
@@ -352,7 +352,7 @@ def test_impl_reaches_every_op(case):
     ops |= {"attention"} if case == "plain" else set()  # of the class token alone
     assert {row.op for row in rows} == ops | ({"dropout"} if "drop" in case else set())
     assert {row.reason for row in vit.explain(make(**fields)[0], image)} == {
-        "auto: a cpu tensor runs the eager reference"
+        "auto: a cpu tensor runs PyTorch's operators"
     }
 
 

@@ -189,7 +189,7 @@ def test_explain_names_every_op(device):
         "patch_embed", "layer_norm", "linear", "attention_qkvpacked", "residual_layer_norm", "mlp", "attention"
     ]  # fmt: skip
     cpu = vit.explain(vit.create_model("vit_tiny_patch16_224", img_size=32, depth=1), torch.randn(1, 3, 32, 32))
-    assert all(p.path == "reference" and "cpu tensor" in p.reason for p in cpu)
+    assert all(p.path == "pytorch" and "cpu tensor" in p.reason for p in cpu)
     assert "layer_norm" in str(cpu)
 
 

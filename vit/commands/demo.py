@@ -56,7 +56,7 @@ def demo(out: Path) -> bool:
     gpu, why_not = find_gpu()
     if gpu is None:
         say(f"{why_not}: ViT-S/16 runs on the CPU, then a small ViT on interpreted kernels.")
-        say("\n== 1 of 2: ViT-S/16, 224 x 224 pixels, fp32, on the CPU: the package's eager PyTorch path ==")
+        say("\n== 1 of 2: ViT-S/16, 224 x 224 pixels, fp32, on the CPU: PyTorch's own operators ==")
         name, batch, dtype = "vit_small_patch16_224", 1, torch.float32
     else:
         say(f"{torch.cuda.get_device_name(gpu)}: ViT-B/16 runs on the compiled Triton kernels.")
