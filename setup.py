@@ -55,7 +55,7 @@ setup(
         ],
         "weights": ["safetensors"],
     },
-    packages=["vit", "vit.adapters", "vit.commands", "vit.kernels", "vit.testing", "vit.weights"],
+    packages=["vit", "vit.adapters", "vit.commands", "vit.kernels", "vit.testing", "vit.training", "vit.weights"],
     package_dir={"vit": "vit", "vit.kernels": "kernels"},
     package_data={"vit": ["assets/*", "py.typed"]},
     entry_points={"console_scripts": ["vit = vit.commands.cli:main"]},
