@@ -17,7 +17,7 @@ from vit.cuda_graph import graph
 from vit.embeddings import embedding_filters, position_similarity
 from vit.explanation import explain
 from vit.groups import param_groups_layer_decay
-from vit.masked import MaskedImageModel
+from vit.masked import MaskedImageModel, MaskedPatchModel
 from vit.model import VisionTransformer
 from vit.weights import CheckpointError, load_pretrained, save_pretrained
 
@@ -25,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "MaskedImageModel",
+    "MaskedPatchModel",
     "ViTConfig",
     "VisionTransformer",
     "accelerate",
