@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -133,11 +134,44 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--save", type=Path, metavar="FILE.npz", help="write the numbers; needs no matplotlib")
     inspect.set_defaults(run=_inspect)
 
+    _training_commands(commands)
+
     info = commands.add_parser(
         "info", help="print versions, GPU and models", description="Prints versions, the GPU if any, and the models."
     )
     info.set_defaults(run=_info)
     return parser
+
+
+def _training_commands(commands: argparse._SubParsersAction) -> None:
+    from vit.commands import train
+
+    data = "DATA is fashion-mnist, a folder with IDX files (MNIST's format), a folder of images, or an .npz file."
+    trained = commands.add_parser(
+        "train",
+        help="train a ViT",
+        description=f"Trains a ViT and writes the folder RUN. {data} A run that was stopped or killed continues with "
+        "--resume and then has the same bits as one that was not. With torchrun it uses several GPUs or processes.",
+    )
+    train.add_train(trained, finetune=False)
+    trained.set_defaults(run=_train, command="train")
+
+    finetuned = commands.add_parser(
+        "finetune",
+        help="train a checkpoint further, with a new head",
+        description="Removes the head of a checkpoint, adds a linear one of zeros, and trains all weights as vit train "
+        f"does. The position embedding is resized to --img-size. {data}",
+    )
+    train.add_train(finetuned, finetune=True)
+    finetuned.set_defaults(run=_train, command="finetune")
+
+    evaluated = commands.add_parser(
+        "evaluate",
+        help="measure the accuracy of a checkpoint",
+        description=f"Measures the accuracy of a checkpoint on the test images, prepared as in its training. {data}",
+    )
+    train.add_evaluate(evaluated)
+    evaluated.set_defaults(run=_evaluate)
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
@@ -220,6 +254,30 @@ def _inspect(args: argparse.Namespace) -> int:
         inspect.inspect(args)
     except (parity.CannotStart, ValueError, OSError) as error:
         return _fail("inspect", error)
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from vit.commands import train
+    from vit.training.errors import TrainingError
+
+    try:
+        return train.train(args, shlex.join(["vit", *sys.argv[1:]]))
+    except TrainingError as error:
+        return _fail(args.command, error) if os.environ.get("RANK", "0") == "0" else 2
+    except KeyboardInterrupt:
+        print(f"vit {args.command}: stopped", file=sys.stderr)
+        return 130
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from vit.commands import train
+    from vit.training.errors import TrainingError
+
+    try:
+        train.evaluate_file(args)
+    except TrainingError as error:
+        return _fail("evaluate", error)
     return 0
 
 
