@@ -116,6 +116,7 @@ class Trainer:
         self.best: dict[str, float] | None = None
         self.sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)  # loss, right and count since a row
         self.bad = torch.full((), -1, dtype=torch.int64, device=ranks.device)  # the first step that is not finite
+        self._last: tuple[Tensor, Tensor] | None = None  # the last batch
         self.saved_step: int | None = None
         self.signal = 0
         self._kept: dict[str, Tensor] = {}  # the best weights of a run without a folder
@@ -228,19 +229,20 @@ class Trainer:
 
     def _train_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
         """One step of the optimizer. Returns the mean loss of this process's images."""
-        o, device, losses = self.options, self.ranks.device, []
+        o, losses = self.options, []
         optim.set_rate(self.optimizer, self._rate())
         for index in range(o.grad_accum_steps):
             images, labels = next(batches)
             key = (o.seed, self.epoch, self.batch)
             waits = self.ranks.world > 1 and index < o.grad_accum_steps - 1  # the processes add gradients once
             with self.net.no_sync() if waits else contextlib.nullcontext():
-                with torch.autocast(device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+                with self._autocast():
                     loss, right, count = self.objective(self.net, images, labels, key)
                 self.scaler.scale(loss / o.grad_accum_steps).backward()
             losses.append(loss.detach())
             self.sums += torch.stack([loss.detach().double() * count, right.double(), right.new_tensor(count).double()])
             self.batch += 1
+        self._last = images, labels
         loss = torch.stack(losses).mean()
         self.scaler.unscale_(self.optimizer)
         grads = [param.grad for param in self.model.parameters() if param.grad is not None]
@@ -258,6 +260,9 @@ class Trainer:
             self.ema.update_parameters(self.model)
         return loss
 
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.ranks.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
+
     def _rate(self) -> float:
         o = self.options
         progress = self.step / self.total if self.total else min(self.elapsed / (60 * o.max_minutes), 1.0)
@@ -269,15 +274,19 @@ class Trainer:
 
     def _check_losses(self) -> None:
         """Raises TrainingError if a loss or a gradient was not finite."""
-        if (bad := int(self.bad)) >= 0:
+        bad = int(self.ranks.largest(self.bad.item())[0])
+        if bad >= 0:
             rate = f"lower --lr {self.options.lr:g}" + (" or use --clip-grad 1" if not self.options.clip_grad else "")
             kept = "nothing was saved yet" if self.saved_step is None else f"last.pt keeps step {self.saved_step}"
             raise TrainingError(f"the loss or its gradient is not finite at step {bad}; {rate}; {kept}")
 
     def _check_weights(self) -> None:
-        """The same for the weights, which overflow one step before the loss."""
-        finite = torch.stack([torch.isfinite(param).all() for param in self.model.parameters()]).all()
-        self.bad = torch.where((self.bad < 0) & ~finite, self.step, self.bad)
+        """The same for the loss after the step: bad weights are never saved."""
+        if self._last is not None:
+            with torch.no_grad(), self._autocast():
+                sums, _right = self.objective.score(self.model.eval(), *self._last, (0, 0, 0))
+            self.model.train()
+            self.bad = torch.where((self.bad < 0) & ~torch.isfinite(sums[0]), self.step, self.bad)
         self._check_losses()
 
     @property
@@ -315,7 +324,7 @@ class Trainer:
             self._stop()
 
     def _evaluate(self, model: nn.Module, batches: Batches) -> Scores:
-        with torch.autocast(self.ranks.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+        with self._autocast():
             return evaluate(self.objective, model, batches, len(self.data.classes))
 
     def _state(self) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class Options:
     val_split: float = _option(0.05, "share of the training images that selects the best weights; 0: none", "SHARE")
     val_interval: int = _option(1, "epochs between two evaluations", "N")
     max_train_samples: int | None = _option(None, "train on this many images, with the classes in proportion", "N")
-    augment: str = _option("crop-flip", "augmentation of the images", choices=KINDS)  # fmt: skip
+    augment: str = _option("none", "augmentation, which pays in long runs", choices=KINDS)  # fmt: skip
     smoothing: float = _option(0.1, "label smoothing", "P")
     mixup: float = _option(0.0, "mixup's alpha; 0: off", "ALPHA")
     cutmix: float = _option(0.0, "CutMix's alpha; 0: off", "ALPHA")
@@ -153,8 +153,8 @@ PAPER = {
     "paper-i1k": "The paper, ViT on ImageNet (table 3): 300 epochs, Adam with beta 0.9 and 0.999, batch 4096, learning "
     "rate 3e-3 with cosine decay after 10,000 steps of warm-up, weight decay 0.3, dropout 0.1, gradients clipped at "
     "norm 1, 224 pixels.",
-    "paper-finetune": "The paper, fine-tuning (B.1.1): SGD with momentum 0.9, batch 512, learning rate 0.001 to 0.06, by "
-    "a small search, cosine decay, no weight decay, gradients clipped at norm 1, 384 pixels; 20,000 steps on ImageNet, "
+    "paper-finetune": "The paper, fine-tuning (B.1.1): SGD with momentum 0.9, batch 512, learning rate searched from "
+    "0.001 to 0.06, cosine decay, no weight decay, gradients clipped at norm 1, 384 pixels; 20,000 steps on ImageNet, "
     "10,000 on CIFAR, 500 on Pets and Flowers. On ImageNet it averages the weights with 0.9999 (Polyak). A constant "
     "0.9999 would leave 95 % of the initial weights after 500 steps, so here the decay warms up.",
 }

@@ -67,6 +67,8 @@ def introduce(t: Trainer) -> None:
     length = f"{t.total:,} steps" if t.total else f"{o.max_minutes:g} minutes"
     words = f"batch {o.batch_size * o.grad_accum_steps}, {length}, {t.per_epoch:,} steps an epoch"
     t.say(f"recipe {o.recipe}: {o.opt}, learning rate {o.lr:g} ({o.sched}), weight decay {o.weight_decay:g}, {words}")
+    if t.run is not None and t.run.best.suffix == ".npz":
+        t.say("best.npz is written, because safetensors is missing; pip install safetensors for best.safetensors")
     if t.step:
         t.say(f"continues after step {t.step}")
 

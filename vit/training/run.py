@@ -192,10 +192,10 @@ def differences(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 def _said(name: str, value: Any) -> str:
-    if value in (None, "", [], False):
+    if value is None or value is False or value in ("", []):
         return f"no {flag_of(name)}"
-    words = "" if value is True else " " + (" ".join(map(str, value)) if isinstance(value, list) else str(value))
-    return flag_of(name) + words
+    words = [] if value is True else value if isinstance(value, list) else [value]
+    return " ".join([flag_of(name), *map(str, words)])
 
 
 def digest(values: Any) -> str:
