@@ -26,6 +26,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".t
 
 _PLACES = (Path("/usr/share/datasets/fashion-mnist"), Path("data/fashion-mnist"))
 _FASHION_LABELS = "657fbd221bfc9f4198cc14b5619cc33ec57c58dd0e47af4d99d6650759e869a7"
+_NPZ = ("images", "labels", "x_train", "y_train", "x_test", "y_test", "classes")
 _SAMPLED = 1000  # images of a folder that are decoded for mean and std
 _FOLDS, _SUBSETS = 2, 3  # streams of random numbers; the loader has 0 and 1
 
@@ -71,7 +72,7 @@ class FolderSplit(Split):
         try:
             image = photo(Path(self.paths[i]))
         except (ValueError, OSError) as error:
-            reason = str(error).replace(str(self.paths[i]), "it")
+            reason = getattr(error, "strerror", None) or str(error).replace(self.paths[i], "it")
             raise TrainingError(f"{self.paths[i]}: {reason}; repair or remove it") from error
         return np.array(image) if self.channels == 3 else np.array(image.convert("L"))[..., None]
 
@@ -133,7 +134,7 @@ def open_data(source: str) -> Data:
                 raise TrainingError(f"{path} is a file, but not an .npz; for IDX files or images, name their folder")
             return _of_npz(source, path)
         if not path.is_dir():
-            raise TrainingError(f"{source} does not exist; it can be a folder, an .npz file, or fashion-mnist")
+            raise TrainingError(f"{source}: no such data set; name a folder, an .npz file, or fashion-mnist")
         if _idx(path, "train", "images") or _idx(path, "train", "labels"):
             return _of_idx(source, path, fashion)
         return _of_folder(source, path)
@@ -216,13 +217,13 @@ def _of_idx(name: str, folder: Path, fashion: bool) -> Data:
     splits = []
     for prefix in ("train", "t10k"):
         paths = [_idx(folder, prefix, what) for what in ("images", "labels")]
-        if prefix == "t10k" and not any(paths):
+        if splits and not any(paths):
             splits.append(None)
             continue
         if not all(paths):
             missing = "labels-idx1" if paths[0] else "images-idx3"
             raise TrainingError(f"{folder}/{prefix}-{missing}-ubyte[.gz] is missing; put it beside the others")
-        images, labels = _read_idx(paths[0], 3)[..., None], _read_idx(paths[1], 1)
+        images, labels = _read_idx(paths[0], 3), _read_idx(paths[1], 1)
         splits.append(_arrays(images, labels, str(paths[0]), str(paths[1])))
     train, test = splits
     fashion = fashion or hashlib.sha256(train.labels.astype(np.uint8)).hexdigest() == _FASHION_LABELS
@@ -252,49 +253,51 @@ def _read_idx(path: Path, dims: int) -> np.ndarray:
     if array.size != int(np.prod(shape, dtype=object)):
         sizes = " x ".join(map(str, shape))
         raise TrainingError(f"{path} promises {sizes} bytes, but holds {array.size}; download it again")
-    return array.reshape(shape)
+    return array.reshape(shape).copy()  # torch warns of arrays that cannot be written
 
 
 def _of_npz(name: str, path: Path) -> Data:
+    if not zipfile.is_zipfile(path):
+        raise TrainingError(f"{path} is damaged or not an .npz file; write it again with numpy.savez")
     try:
         with np.load(path, allow_pickle=False) as file:
-            names = [k for k in ("images", "labels", "x_train", "y_train", "x_test", "y_test", "classes") if k in file]
-            arrays = {key: file[key] for key in names}
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError) as error:
-        advice = "write it again with plain arrays" if "allow_pickle" in str(error) else "write it again"
-        reason = "it holds Python objects, which are not loaded" if "allow_pickle" in str(error) else error
-        raise TrainingError(f"{path} cannot be read: {reason}; {advice}") from error
+            arrays = {key: file[key] for key in _NPZ if key in file}
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
+        objects = "Object arrays" in str(error)
+        reason = "it holds Python objects, which are never loaded" if objects else f"it is damaged: {error}"
+        raise TrainingError(f"{path}: {reason}; write it again with plain arrays") from error
     splits = []
-    for one, two in ((("images", "x_train"), ("labels", "y_train")), (("x_test",), ("y_test",))):
-        keys = [next((key for key in keys if key in arrays), None) for keys in (one, two)]
-        if one == ("x_test",) and not any(keys):
+    for known in ((("images", "x_train"), ("labels", "y_train")), (("x_test",), ("y_test",))):
+        keys = [next((key for key in keys if key in arrays), None) for keys in known]
+        if splits and not any(keys):
             splits.append(None)
             continue
         if not all(keys):
-            missing = " or ".join(two if keys[0] else one)
-            raise TrainingError(f"{path} holds no array {missing}; it holds {', '.join(arrays) or 'none of ours'}")
+            missing = " or ".join(known[1 if keys[0] else 0])
+            raise TrainingError(f"{path} holds no array {missing}; add it")
         images, labels = (arrays[key] for key in keys)
         splits.append(_arrays(images, labels, *(f"{path}, {key}" for key in keys)))
     classes = arrays.get("classes")
     if classes is not None and (classes.ndim != 1 or classes.dtype.kind not in "US"):
-        raise TrainingError(f"{path}, classes: {classes.dtype} {classes.shape} is not a list of names")
+        raise TrainingError(f"{path}, classes: {classes.dtype} {classes.shape} is not a list of names; write strings")
     return _in_memory(name, *splits, None if classes is None else tuple(classes.astype(str).tolist()))
 
 
 def _arrays(images: np.ndarray, labels: np.ndarray, images_name: str, labels_name: str) -> ArraySplit:
     """A split of arrays, after checks of the two against each other."""
+    if images.dtype != np.uint8 or (images.ndim != 3 and images.shape[3:] not in ((1,), (3,))):
+        got = f"{images.dtype} {list(images.shape)}"
+        raise TrainingError(f"{images_name}: {got} is not uint8 [n, H, W] or [n, H, W, 1 or 3]; convert it")
     images = images[..., None] if images.ndim == 3 else images
-    if images.ndim != 4 or images.shape[3] not in (1, 3) or images.dtype != np.uint8:
-        raise TrainingError(
-            f"{images_name}: {images.dtype} {list(images.shape)} is not uint8 [n, H, W] or [n, H, W, 1 or 3]"
-        )
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise TrainingError(f"{labels_name}: {labels.dtype} {list(labels.shape)} is not integers [n]")
+        raise TrainingError(f"{labels_name}: {labels.dtype} {list(labels.shape)} is not integers [n]; convert it")
     if len(images) != len(labels):
-        raise TrainingError(f"{labels_name} has {len(labels)} labels, but {images_name} has {len(images)} images")
+        raise TrainingError(
+            f"{labels_name} has {len(labels)} labels, but {images_name} has {len(images)} images; give one for each"
+        )
     if not images.size:
-        raise TrainingError(f"{images_name} holds no image")
+        raise TrainingError(f"{images_name} holds no image; choose another file")
     if labels.min() < 0 or labels.max() >= 1 << 31:
         wrong = labels.min() if labels.min() < 0 else labels.max()
         raise TrainingError(f"{labels_name}: label {wrong} is not the index of a class; number the classes from 0")
@@ -304,14 +307,15 @@ def _arrays(images: np.ndarray, labels: np.ndarray, images_name: str, labels_nam
 def _in_memory(name: str, train: Split, test: Split | None, classes: Sequence[str] | None, licence: str = "") -> Data:
     images = train.pixels()
     if test is not None and test.pixels().shape[3] != images.shape[3]:
-        raise TrainingError(f"{name}: training images have {images.shape[3]} channels, and test images another number")
+        channels = f"{images.shape[3]} and {test.pixels().shape[3]}"
+        raise TrainingError(f"{name}: training and test images have {channels} channels; convert one of them")
     highest = int(train.labels.max())
     if classes is None and highest >= len(train):
         raise TrainingError(f"{name}: label {highest} of {len(train)} images is no class; number the classes from 0")
     classes = tuple(map(str, range(highest + 1)) if classes is None else classes)
     step = max(1, (1 << 22) // images[0].size)
     mean, std = _moments(images[i : i + step] for i in range(0, len(images), step))
-    return _data(name, train, test, classes, images.shape[1:3], mean, std, licence)
+    return _data(name, train, test, classes, tuple(images.shape[1:3]), mean, std, licence)
 
 
 def _of_folder(name: str, folder: Path) -> Data:
@@ -369,8 +373,7 @@ def _moments(pieces: Iterable[np.ndarray]) -> tuple[tuple[float, ...], tuple[flo
         histogram = histogram + np.array(counts) / (piece.shape[1] * piece.shape[2])
         total += len(piece)
     mean = histogram @ levels / total
-    std = (histogram * (levels - mean[:, None]) ** 2).sum(1) / total
-    std = np.sqrt(std)
+    std = np.sqrt((histogram * (levels - mean[:, None]) ** 2).sum(1) / total)
     std[std < 1e-6] = 1  # a constant channel becomes 0
     return tuple(mean.tolist()), tuple(std.tolist())
 
@@ -391,7 +394,9 @@ def _data(
             continue
         highest = int(split.labels.max())
         if highest >= len(classes):
-            raise TrainingError(f"{name}: a {what} image has label {highest}, but there are {len(classes)} classes")
+            raise TrainingError(
+                f"{name}: a {what} image has label {highest}, but there are {len(classes)} classes: correct it"
+            )
         digest.update(f"{what} {len(split)}".encode() + split.labels.tobytes())
         if isinstance(split, FolderSplit):
             for path in split.paths:

@@ -6,6 +6,7 @@ Shapes: B images, C channels, H and W pixels.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterable, Iterator
 
@@ -88,7 +89,7 @@ class Batches:
                 collate_fn=_as_it_is,
                 pin_memory=self._device.type == "cuda",
                 persistent_workers=True,
-                worker_init_fn=_ignore_signals,
+                worker_init_fn=_own_session,
                 generator=torch.Generator(),  # otherwise it draws from the global generator
             )
 
@@ -105,7 +106,9 @@ class Batches:
         self._keys[:] = [(number, step) for step in range(start, self.steps)]
         for fetched in self._fetched():
             if isinstance(fetched, TrainingError):
-                raise fetched
+                raise TrainingError(
+                    str(fetched)
+                )  # a new one: its traceback must not hold itself, and with it the workers
             images, labels = fetched
             if self._device.type == "cuda" and self._loader is None:
                 images, labels = images.pin_memory(), labels.pin_memory()
@@ -171,7 +174,6 @@ def _as_it_is(item: object) -> object:
     return item
 
 
-def _ignore_signals(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal. The main process decides when to stop, and then stops the workers."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _own_session(worker: int) -> None:
+    """Ctrl-C and signals to the process group do not reach the workers: the main process decides when to stop."""
+    os.setsid()
