@@ -100,7 +100,7 @@ def test_skipped_batches_are_not_loaded(monkeypatch, tmp_path):
     assert loaded == list(range(12, 18))
 
 
-def test_processes_share_a_batch():
+def test_processes_share_a_batch(tmp_path):
     """Also its mixtures are those of one process."""
     parts = [batches(rank=rank, world=2) for rank in (0, 1)]
     single = list(batches().epoch(5))
@@ -111,8 +111,10 @@ def test_processes_share_a_batch():
         together = mix(x, y, **options)
         for rank, own in enumerate((mix(x0, y0, **options), mix(x1, y1, **options))):
             assert all(torch.equal(a[rank::2], b) for a, b in zip(together, own, strict=True))
-    tails = [batches(rank=rank, world=2, drop_last=False, indices=np.arange(9)) for rank in (0, 1)]
-    assert [[len(x) for x, _ in tail.epoch(0)] for tail in tails] == [[4, 1], [4, 0]]
+    for split in (SPLIT, open_data(str(write_folder(tmp_path))).train):
+        options = {"split": split, "world": 2, "drop_last": False, "indices": np.arange(9), "img_size": (16, 16)}
+        tails = [[len(x) for x, _ in batches(rank=rank, **options).epoch(0)] for rank in (0, 1)]
+        assert tails == [[4, 1], [4, 0]]
     with pytest.raises(TrainingError, match="not divisible by 3 processes"):
         batches(world=3)
     with pytest.raises(TrainingError, match="7 images do not fill a batch of 8"):

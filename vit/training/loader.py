@@ -6,6 +6,7 @@ Shapes: B images, C channels, H and W pixels.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 from collections.abc import Iterable, Iterator
@@ -75,9 +76,8 @@ class Batches:
         shape = (1, -1, 1, 1)
         self._mean = 255 * torch.tensor(mean, dtype=torch.float32, device=device).view(shape)
         self._scale = 1 / (255 * torch.tensor(std, dtype=torch.float32, device=device).view(shape))
-        self._source = _Source(
-            split, np.asarray(indices), batch_size, tuple(img_size), augment, seed, shuffle, rank, world
-        )
+        every, size = np.asarray(indices), tuple(img_size)
+        self._source = _Source(split, every, batch_size, len(mean), size, augment, seed, shuffle, rank, world)
         self._keys: list[tuple[int, int]] = []
         self._loader = None
         if workers:
@@ -106,9 +106,8 @@ class Batches:
         self._keys[:] = [(number, step) for step in range(start, self.steps)]
         for fetched in self._fetched():
             if isinstance(fetched, TrainingError):
-                raise TrainingError(
-                    str(fetched)
-                )  # a new one: its traceback must not hold itself, and with it the workers
+                # A new one: a traceback that holds its own error is a cycle, and would keep the workers.
+                raise TrainingError(str(fetched))
             images, labels = fetched
             if self._device.type == "cuda" and self._loader is None:
                 images, labels = images.pin_memory(), labels.pin_memory()
@@ -132,32 +131,31 @@ class Batches:
             raise TrainingError(f"loading stopped: {error}; perhaps memory is short: choose fewer workers") from error
 
 
+@dataclasses.dataclass
 class _Source:
     """What a worker gets: item (epoch, step) is images in uint8 [B, C, H, W] and labels, or the error."""
 
-    def __init__(
-        self,
-        split: Split,
-        indices: np.ndarray,
-        batch_size: int,
-        img_size: tuple[int, int],
-        augment: Augment | None,
-        seed: int,
-        shuffle: bool,
-        rank: int,
-        world: int,
-    ):
-        self.split, self.indices, self.batch_size, self.img_size = split, indices, batch_size, img_size
-        self.augment, self.seed, self.shuffle, self.rank, self.world = augment, seed, shuffle, rank, world
-        self._order: tuple[int, np.ndarray] = (-1, indices)
+    split: Split
+    indices: np.ndarray
+    batch_size: int
+    channels: int
+    img_size: tuple[int, int]
+    augment: Augment | None
+    seed: int
+    shuffle: bool
+    rank: int
+    world: int
+    _order: tuple[int, np.ndarray] = (-1, np.empty(0))  # of the last epoch that was asked for
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor] | TrainingError:
         epoch, step = key
-        if self.shuffle and self._order[0] != epoch:
+        if self._order[0] != epoch:
             draws = uniforms((self.seed, epoch, _ORDER), self.indices, 1)[:, 0]
-            self._order = epoch, self.indices[np.argsort(draws, kind="stable")]
+            self._order = epoch, self.indices[np.argsort(draws, kind="stable")] if self.shuffle else self.indices
         rows = slice(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.world)
         samples = self._order[1][rows]
+        if not len(samples):
+            return torch.zeros(0, self.channels, *self.img_size, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
         try:
             pixels = self.split.pixels()
             images = [self.split[i] for i in samples] if pixels is None else pixels[samples]
