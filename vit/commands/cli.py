@@ -93,6 +93,31 @@ def _parser() -> argparse.ArgumentParser:
     add("--preprocess", metavar="NAME", help="source of the preprocessing, if the checkpoint does not contain it")
     classify.set_defaults(run=_classify)
 
+    probe = commands.add_parser(
+        "probe",
+        help="measure how well a linear classifier of a few images reads a checkpoint's features",
+        description="Fits linear classifiers on the frozen features of a few training images by regularised least "
+        "squares, and prints their accuracy on the test images. Beside it: features of the same architecture with "
+        "random weights, and raw pixels. Features that do not exceed these say little about the checkpoint. The "
+        "regularisation is chosen by cross-validation on the few images. Data without test images lend a fifth of "
+        "their training images.",
+    )
+    add = probe.add_argument
+    add("data", metavar="DATA", help="fashion-mnist, a folder with IDX files or images, or an .npz file")
+    add("--weights", required=True, type=Path, metavar="PATH", help="a checkpoint: a file or a Hugging Face folder")
+    add("--shots", type=_positive, nargs="+", default=[5, 10, 25], metavar="N",
+        help="training images of each class (default: 5 10 25)")  # fmt: skip
+    add("--max-train-samples", type=_positive, nargs="+", metavar="N",
+        help="instead of --shots: training images, with the classes in proportion")  # fmt: skip
+    add("--seed", type=_natural, nargs="+", default=[0, 1, 2], metavar="N",
+        help="seeds of the choice of images and of the random weights (default: 0 1 2)")  # fmt: skip
+    add("--img-size", type=_size, metavar="N|HxW", help="image size in pixels (default: the model's)")
+    add("--save", type=Path, metavar="FILE.csv", help="write every single result")
+    add("-b", "--batch-size", type=_positive, default=128, metavar="N", help="images per batch (default: %(default)s)")
+    add("-j", "--workers", type=_natural, default=0, metavar="N", help="processes that load images (default: 0)")
+    add("--device", metavar="NAME", help="device (default: cuda if available)")
+    probe.set_defaults(run=_probe)
+
     attention = commands.add_parser(
         "attention",
         help="show what a ViT looks at in photographs",
@@ -235,6 +260,16 @@ def _classify(args: argparse.Namespace) -> int:
     return 0
 
 
+def _probe(args: argparse.Namespace) -> int:
+    from vit.commands import parity, probe
+
+    try:
+        probe.run(args)
+    except (parity.CannotStart, ValueError, OSError, ImportError) as error:
+        return _fail("probe", error)
+    return 0
+
+
 def _attention(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("PIL") is None:
         return _fail("attention", "Pillow is missing, which reads pictures; pip install Pillow")
@@ -300,6 +335,12 @@ def _query(text: str) -> str | tuple[int, int]:
 def _positive(text: str) -> int:
     if not (text.isdecimal() and len(text) < 10 and int(text)):
         raise argparse.ArgumentTypeError(f"must be a positive integer of at most 9 digits, got {text[:20]!r}")
+    return int(text)
+
+
+def _natural(text: str) -> int:
+    if not (text.isdecimal() and len(text) < 10):
+        raise argparse.ArgumentTypeError(f"must be an integer from 0 on, of at most 9 digits, got {text[:20]!r}")
     return int(text)
 
 
