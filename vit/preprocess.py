@@ -1,6 +1,6 @@
 """Converts a photograph to the input of a checkpoint, with the size, crop, mean and standard deviation of its source.
 
-It needs only Pillow, with which the source libraries also resize. Shapes: B images, H and W pixels.
+It needs only Pillow, with which the source libraries also resize. Shapes: B images, C channels, H and W pixels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """Resize, centre crop, scale, subtract the mean, divide by the standard deviation."""
+    """Resize, centre crop, scale, subtract the mean, divide by the standard deviation.
+
+    One number as the mean makes the picture grey.
+    """
 
     source: str
     resize: tuple[int, int] | int | None  # (height, width), or the length of the shorter side; None: no resize
@@ -37,12 +40,12 @@ class Preprocessing:
     odd_down: bool = False  # half of an odd margin: round down; False: to even, as Python's round does
 
     def __call__(self, photo: Image.Image) -> Tensor:
-        """[1, 3, H, W] in fp32."""
+        """[1, C, H, W] in fp32."""
         return to_tensor([self.view(photo)], self.mean, self.std, self.scale)
 
     def view(self, photo: Image.Image) -> Image.Image:
-        """What the model sees of ``photo``: resized and cropped, in RGB."""
-        photo = photo.convert("RGB")
+        """What the model sees of ``photo``: resized and cropped, grey or in RGB."""
+        photo = photo.convert("L" if self.is_grey else "RGB")
         if isinstance(self.resize, int):
             short, long = sorted(photo.size)
             other = int(self.resize * long / short)
@@ -58,14 +61,41 @@ class Preprocessing:
             photo = photo.crop((left, top, left + self.crop[1], top + self.crop[0]))
         return photo
 
+    @property
+    def is_grey(self) -> bool:
+        return len(self.mean) == 1
+
+    def for_channels(self, channels: int) -> Preprocessing:
+        """The same for a model with ``channels``: one channel is grey.
+
+        Raises:
+            ValueError: means or standard deviations are for another number of channels or cannot be used, or no
+                photograph has so many channels.
+        """
+        if not (
+            self.mean
+            and len(self.mean) == len(self.std)
+            and all(0 < std < math.inf for std in self.std)
+            and all(map(math.isfinite, self.mean))
+        ):
+            raise ValueError(f"{self.source}: mean {self.mean} and std {self.std} cannot normalise a picture")
+        if channels not in (1, 3):
+            raise ValueError(f"the model takes images with {channels} channels, but photographs have 1 or 3")
+        if len(set(zip(self.mean, self.std, strict=True))) == 1:
+            return dataclasses.replace(self, mean=self.mean[:1] * channels, std=self.std[:1] * channels)
+        if len(self.mean) != channels:
+            raise ValueError(
+                f"{self.source} prepares pictures with {len(self.mean)} channels, but the model takes {channels}"
+            )
+        return self
+
     def __str__(self) -> str:
-        if self.resize is None:
-            steps = []
-        elif isinstance(self.resize, int):
-            steps = [f"shorter side to {self.resize}"]
-        else:
-            steps = [f"resized to {self.resize[1]} x {self.resize[0]}"]
-        steps += [Image.Resampling(self.resample).name.lower()] if steps else []
+        steps = ["grey"] if self.is_grey else []
+        if isinstance(self.resize, int):
+            steps.append(f"shorter side to {self.resize}")
+        elif self.resize is not None:
+            steps.append(f"resized to {self.resize[1]} x {self.resize[0]}")
+        steps += [] if self.resize is None else [Image.Resampling(self.resample).name.lower()]
         steps += [f"centre {self.crop[1]} x {self.crop[0]}"] if self.crop else []
         return ", ".join([*steps, f"mean {_figures(self.mean)}, std {_figures(self.std)}"]) + f" ({self.source})"
 
@@ -158,11 +188,33 @@ def of_timm(told: dict[str, Any], size: tuple[int, int], source: str) -> Preproc
     return Preprocessing(source, resize, size, resample, mean, std)
 
 
+def of_note(told: dict[str, Any], size: tuple[int, int], source: str) -> Preprocessing | None:
+    """The preprocessing of a model that this package trained: the whole picture is resized, as in training.
+
+    Args:
+        told: the model's ``pretrained_cfg``.
+        size: (height, width) of the model's input.
+        source: what to name as the source.
+
+    Returns:
+        None if ``told`` has no mean and std, or describes the weights of another library in `SOURCES`.
+    """
+    ours = "training" in told or told["source"] == "timm" or told["source"] not in SOURCES
+    if not (ours and "mean" in told and "std" in told):
+        return None
+    return Preprocessing(source, size, None, BILINEAR, tuple(told["mean"]), tuple(told["std"]))
+
+
 def class_names(folder: Path) -> dict[int, str]:
     """Class names from config.json: transformers' id2label or timm's label_names; {} for generic names (LABEL_0)."""
     config = _json(folder / "config.json") or {}
-    names = config.get("id2label") or dict(enumerate(config.get("label_names") or []))
-    names = {int(index): str(name) for index, name in names.items()}
+    return real_names(config.get("id2label") or config.get("label_names"))
+
+
+def real_names(told: Any) -> dict[int, str]:
+    """Class names by index, from a list or a dictionary; {} for anything else and for generic names (LABEL_0)."""
+    told = dict(enumerate(told)) if isinstance(told, list) else told if isinstance(told, dict) else {}
+    names = {int(index): str(name) for index, name in told.items()}
     generic = all(name == f"LABEL_{index}" for index, name in names.items())
     return {} if generic else names
 
@@ -199,9 +251,10 @@ def _rgb(photo: Image.Image) -> Image.Image:
 def to_tensor(
     photos: list[Image.Image], mean: tuple[float, ...] = HALF, std: tuple[float, ...] = HALF, scale: float = 1 / 255
 ) -> Tensor:
-    """[B, 3, H, W] in fp32: (pixel · scale − mean) / std."""
-    pixels = torch.from_numpy(np.stack([np.array(photo) for photo in photos])).movedim(3, 1) * scale
-    return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    """[B, C, H, W] in fp32: (pixel · scale − mean) / std. Grey photographs have one channel."""
+    pixels = np.stack([np.array(photo) for photo in photos])  # [B, H, W] or [B, H, W, C]
+    pixels = torch.from_numpy(pixels).view(*pixels.shape[:3], -1).movedim(3, 1) * scale
+    return (pixels - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
 
 
 def _of_transformers(told: dict[str, Any]) -> Preprocessing:

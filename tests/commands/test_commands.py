@@ -187,12 +187,14 @@ def test_a_file_that_transformers_names_has_what_lies_beside_it(name, photo, tmp
 
 
 def test_names_beside_a_file_of_another_name_are_not_its(photo, tmp_path):
-    """model.safetensors uses the files next to it; weights of another name in the same folder do not."""
+    """model.safetensors uses the files next to it; weights of another name in the same folder use their own note."""
     saved(tmp_path / "folder")
     (tmp_path / "folder" / "model.safetensors").rename(tmp_path / "folder" / "mine.safetensors")
-    shown = classify.classify(photo, tmp_path / "folder" / "mine.safetensors", source="hf")
-    assert "name 1" not in shown and "no class names" in shown
     config = tmp_path / "folder" / "config.json"
+    config.write_text(config.read_text().replace("name ", "other "))
+    assert preprocess.class_names(tmp_path / "folder")[1] == "other 1"
+    shown = classify.classify(photo, tmp_path / "folder" / "mine.safetensors", source="hf")
+    assert "other" not in shown and "  name 1 (1)" in shown
     config.write_text(
         json.dumps(json.loads(config.read_text()) | {"id2label": {str(i): f"LABEL_{i}" for i in range(7)}})
     )

@@ -173,7 +173,7 @@ def look(
     rollout = None
     if args.save or (args.out and (args.rollout or not args.distance)):
         rollout = vit.rollout(model, pixels, query=query, **options)[0].cpu().numpy()
-    view = prepare.view(photo)
+    view = prepare.view(photo).convert("RGB")
     return Look(name, view, stats.tokens, query, has_class, statistics, stats.uniform_distance, rows, rollout)
 
 

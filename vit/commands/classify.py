@@ -40,6 +40,9 @@ def classify(image: Path, weights: Path, name: str | None = None, top: int = 5, 
         probs = model.to(device)(pixels)[0].float().softmax(0).cpu()
     folder = _folder(weights)
     names = preprocess.class_names(folder) if folder else {}
+    if not names:
+        names = preprocess.real_names(model.pretrained_cfg.get("label_names"))
+        names = names if len(names) == classes else {}  # else they are of an earlier head
     lines = [f"{image}, {photo.width} x {photo.height} pixels: {prepare}"]
     if not names:
         lines.append("The checkpoint carries no class names, so these are indices:")
@@ -50,10 +53,17 @@ def classify(image: Path, weights: Path, name: str | None = None, top: int = 5, 
 
 
 def preparation(model: torch.nn.Module, weights: Path, source: str | None = None) -> preprocess.Preprocessing:
-    """The preprocessing of a checkpoint that `vit.load_pretrained` loaded, or of ``source``."""
-    size, folder = model.config.img_size, _folder(weights)
-    prepare = preprocess.of_folder(folder, size) if folder and source is None else None
-    return prepare or preprocess.preprocessing(source or _source(model, weights), size)
+    """The preprocessing of a checkpoint that `vit.load_pretrained` loaded, or of ``source``.
+
+    Raises:
+        ValueError: it is unknown, or for another number of channels than the model's.
+    """
+    size, folder, prepare = model.config.img_size, _folder(weights), None
+    if source is None:
+        prepare = preprocess.of_folder(folder, size) if folder else None
+        prepare = prepare or preprocess.of_note(model.pretrained_cfg, size, f"as {weights.name} says")
+    prepare = prepare or preprocess.preprocessing(source or _source(model, weights), size)
+    return prepare.for_channels(model.config.in_chans)
 
 
 def _folder(weights: Path) -> Path | None:
