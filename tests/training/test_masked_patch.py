@@ -109,6 +109,23 @@ def test_colours_are_those_of_whole_numbers(channels):
     assert np.array_equal(mean_colour(pixels.double(), (8, 4)).numpy(), want)
 
 
+def test_means_on_a_limit_are_in_the_upper_level():
+    """Of 700 patches whose mean is k/8 exactly; without tolerance, rounding puts some of them below."""
+    rng, patches, want = np.random.default_rng(0), [], []
+    for k in range(1, 8):
+        for _ in range(100):
+            patch = rng.integers(max(0, 64 * k - 256), min(256, 64 * k), 32)
+            while (rest := 1020 * k - patch.sum()) != 0:  # 255 · 32 · k / 8
+                i = rng.integers(32)
+                patch[i] = np.clip(patch[i] + np.sign(rest), 0, 255)
+            patches.append(patch.reshape(8, 4))
+            want.append(k)
+    pixels = torch.tensor(np.hstack(patches), dtype=torch.float32)[None, None] / 255
+    again = (pixels - 0.286) / 0.353 * 0.353 + 0.286
+    for image in (pixels, again):
+        assert mean_colour(image, (8, 4))[0].tolist() == want
+
+
 # ---- the model -------------------------------------------------------------------------------------------------------
 
 
