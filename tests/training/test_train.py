@@ -95,10 +95,16 @@ def test_interpreted_kernels_have_the_losses_of_the_cpu_path(data):
 
 
 def test_rates():
-    options = Options(lr=2.0, sched="cosine")
-    assert [optim.rate(options, p, w) for p, w in ((0, 0.25), (0, 1), (0.5, 7), (1, 20))] == [0.5, 2.0, 1.0, 0.0]
-    assert optim.rate(Options(lr=2.0, sched="linear"), 0.75, 3) == 0.5
-    assert optim.rate(Options(lr=2.0, sched="constant"), 0.75, 3) == 2.0
+    def rates(*places, **options):
+        schedule = optim.Schedule(Options(lr=2.0, **options), per_epoch=50)
+        return [schedule.rate(step, elapsed) for step, elapsed in places]
+
+    warm = {"sched": "linear", "epochs": 4, "warmup_steps": 8}
+    assert rates((1, 0), (50, 0), (100, 0), **warm) == [2 * 2 / 8 * 199 / 200, 1.5, 1.0]
+    assert rates((0, 0), (50, 0), (99, 0), sched="constant", steps=100) == [pytest.approx(0.4), 2.0, 2.0]  # 5 %
+    assert rates((49, 0), (199, 0), sched="constant", epochs=10, warmup_epochs=2) == [1.0, 2.0]
+    found = rates((7, 0), (7, 1.5), (7, 30), (9, 60), (9, 99), sched="linear", max_minutes=1)
+    assert found == pytest.approx([0.0, 0.975, 1.0, 0.0, 0.0])
 
 
 def test_layer_decay_scales_the_rate_of_each_layer(data):
@@ -240,8 +246,7 @@ def test_any_model_trains(data):
 
 def test_exploding_rate_names_the_step_and_keeps_good_weights(data, tmp_path, monkeypatch):
     options = Options(**TINY, steps=30, checkpoint_every=1, lr=1e-3, warmup_steps=0, sched="constant")
-    own = optim.rate
-    monkeypatch.setattr(optim, "rate", lambda o, p, w: 1e38 if p >= 14 / 30 else own(o, p, w))
+    monkeypatch.setattr(optim.Schedule, "rate", lambda self, step, elapsed: 1e38 if step == 14 else 1e-3)
     with pytest.raises(TrainingError, match=r"not finite at step 15; lower --lr 0\.001; last\.pt keeps step 14"):
         Trainer(options, data, output=tmp_path / "RUN").fit()
     state = torch.load(tmp_path / "RUN/last.pt", weights_only=True)

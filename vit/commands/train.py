@@ -13,11 +13,12 @@ from vit.training import options, run
 from vit.training.data import Data, open_data
 from vit.training.errors import TrainingError
 from vit.training.loader import Batches
-from vit.training.loop import Interrupted, Trainer
+from vit.training.loop import Trainer
 from vit.training.objective import Labels, Scores, evaluate
 from vit.training.ranks import Ranks
 from vit.training.report import introduce
 from vit.training.start import explained, load
+from vit.training.stop import Interrupted
 
 
 def add_train(parser: argparse.ArgumentParser, finetune: bool) -> None:

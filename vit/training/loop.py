@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,16 +32,9 @@ from vit.training.options import Options
 from vit.training.ranks import Ranks
 from vit.training.report import Progress, card, row_line, summary
 from vit.training.start import start
+from vit.training.stop import Interrupted, Signals
 
 _CHECK_EVERY = 50  # steps between two looks at a GPU's losses; each waits for the GPU
-
-
-class Interrupted(Exception):
-    """A signal stopped the run after a step. ``number`` is the signal's. The state is saved if the run has a folder."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
 
 
 @dataclasses.dataclass
@@ -106,8 +98,7 @@ class Trainer:
         torch.manual_seed(options.seed + ranks.rank)
         self._make_model(model, old)
         self._make_batches()
-        self.total = options.steps or (options.epochs * self.per_epoch if options.epochs else None)
-        self.warmup_steps = self._warmup_steps()
+        self.schedule = optim.Schedule(options, self.per_epoch)
         self.writer = self._tensorboard() if options.tensorboard else None
 
         self.step = self.epoch = self.batch = 0  # steps; epochs; batches of this epoch that are done
@@ -118,7 +109,7 @@ class Trainer:
         self.bad = torch.full((), -1, dtype=torch.int64, device=ranks.device)  # the first step that is not finite
         self._last: tuple[Tensor, Tensor] | None = None  # the last batch
         self.saved_step: int | None = None
-        self.signal = 0
+        self.signals = Signals()
         self._kept: dict[str, Tensor] = {}  # the best weights of a run without a folder
         if old is not None:
             self.record = old
@@ -173,17 +164,6 @@ class Trainer:
         size = {"batch_size": o.batch_size, "img_size": self.img_size, "mean": self.mean, "std": self.std}
         return size | {"seed": o.seed, "workers": o.workers, "device": self.ranks.device}
 
-    def _warmup_steps(self) -> int | None:
-        """None means 5 % of the run."""
-        o = self.options
-        steps = o.warmup_steps if o.warmup_epochs is None else round(o.warmup_epochs * self.per_epoch)
-        if self.total and (steps or 0) >= self.total:
-            raise TrainingError(
-                f"a warm-up of {steps} steps is not shorter than the run of {self.total}; lower --warmup-steps or "
-                "--warmup-epochs, or make the run longer"
-            )
-        return steps
-
     def _tensorboard(self) -> Any:
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -201,15 +181,14 @@ class Trainer:
             Interrupted: SIGINT or SIGTERM came, and the state is saved. A second one acts at once.
         """
         self._since = time.perf_counter() - self.elapsed
-        with self._signals():
+        with self.signals:
             while not self._done():
                 self._train_epoch()
                 self._end_epoch()
         return self._finish()
 
     def _done(self) -> bool:
-        o = self.options
-        return self.step >= self.total if self.total else self.elapsed >= 60 * o.max_minutes
+        return self.schedule.progress(self.step, self.elapsed) >= 1.0
 
     def _train_epoch(self) -> None:
         """Trains to the end of the epoch or of the run."""
@@ -218,11 +197,11 @@ class Trainer:
         with contextlib.closing(self.batches.epoch(self.epoch, self.batch)) as batches:
             while self.batch < self.per_epoch * self.options.grad_accum_steps and not self._done():
                 self._train_step(batches)
-                self.signal, self.elapsed = self.ranks.largest(self.signal, time.perf_counter() - self._since)
+                self.elapsed, stop = self.ranks.largest(time.perf_counter() - self._since, self.signals.number)
                 if self.ranks.device.type == "cpu" or self.step % _CHECK_EVERY == 0:
                     self._check_losses()
-                if self.signal:
-                    self._stop()
+                if stop:
+                    self._stop(int(stop))
                 if self.options.checkpoint_every and self.step % self.options.checkpoint_every == 0:
                     self._save()
                 progress.tell()
@@ -230,7 +209,7 @@ class Trainer:
     def _train_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
         """One step of the optimizer. Returns the mean loss of this process's images."""
         o, losses = self.options, []
-        optim.set_rate(self.optimizer, self._rate())
+        optim.set_rate(self.optimizer, self.schedule.rate(self.step, self.elapsed))
         for index in range(o.grad_accum_steps):
             images, labels = next(batches)
             key = (o.seed, self.epoch, self.batch)
@@ -262,15 +241,6 @@ class Trainer:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.ranks.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
-
-    def _rate(self) -> float:
-        o = self.options
-        progress = self.step / self.total if self.total else min(self.elapsed / (60 * o.max_minutes), 1.0)
-        if self.warmup_steps is not None:
-            warmup = (self.step + 1) / self.warmup_steps if self.warmup_steps else 1.0
-        else:
-            warmup = (self.step + 1) / (0.05 * self.total) if self.total else (progress + 1e-3) / 0.05
-        return optim.rate(o, progress, warmup)
 
     def _check_losses(self) -> None:
         """Raises TrainingError if a loss or a gradient was not finite."""
@@ -320,8 +290,8 @@ class Trainer:
             for name, value in row.items():
                 self.writer.add_scalar(name, value, self.step)
             self.writer.flush()
-        if self.signal:
-            self._stop()
+        if stop := self.ranks.largest(self.signals.number)[0]:
+            self._stop(int(stop))
 
     def _evaluate(self, model: nn.Module, batches: Batches) -> Scores:
         with self._autocast():
@@ -414,33 +384,11 @@ class Trainer:
         summary(self, result)
         return result
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Notes SIGINT and SIGTERM, which `_train_epoch` obeys after the step."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def note(number: int, frame: Any) -> None:
-            self.signal = number
-            restore()
-
-        old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-
-        def restore() -> None:
-            for number, handler in old.items():
-                signal.signal(number, handler)
-
-        try:
-            yield
-        finally:
-            restore()
-
-    def _stop(self) -> None:
+    def _stop(self, number: int) -> None:
         """Saves, unless this step is saved, and raises Interrupted."""
         if self.saved_step != self.step:
             self._save()
-        name = signal.Signals(int(self.signal)).name
+        name = signal.Signals(number).name
         where = f"; {self.run.last} is saved, --resume continues" if self.run else ""
         self.say(f"{name}: stopped after step {self.step}{where}")
-        raise Interrupted(int(self.signal))
+        raise Interrupted(number)

@@ -48,16 +48,44 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["lr_scale"]
 
 
-def rate(options: Options, progress: float, warmup: float) -> float:
-    """The learning rate: linear warm-up times the decay.
+class Schedule:
+    """When a run ends, and the learning rate of each step: linear warm-up times the decay.
 
     Args:
-        options: ``lr`` and ``sched``.
-        progress: share of the run that is done, 0 to 1.
-        warmup: share of the warm-up that is done; 1 or more after it.
+        options: the options.
+        per_epoch: steps of an epoch.
+
+    Attributes:
+        total: steps of the run; None if the clock ends it.
+
+    Raises:
+        TrainingError: the warm-up is not shorter than the run.
     """
-    decays = {"cosine": 0.5 * (1.0 + math.cos(math.pi * progress)), "linear": 1.0 - progress, "constant": 1.0}
-    return options.lr * min(warmup, 1.0) * decays[options.sched]
+
+    def __init__(self, options: Options, per_epoch: int) -> None:
+        self.options = o = options
+        self.total = o.steps or (o.epochs * per_epoch if o.epochs else None)
+        self.warmup = o.warmup_steps if o.warmup_epochs is None else round(o.warmup_epochs * per_epoch)
+        if self.total and (self.warmup or 0) >= self.total:
+            raise TrainingError(
+                f"a warm-up of {self.warmup} steps is not shorter than the run of {self.total}; lower --warmup-steps "
+                "or --warmup-epochs, or make the run longer"
+            )
+
+    def progress(self, step: int, elapsed: float) -> float:
+        """The share of the run, 0 to 1, that is done after ``step`` steps and ``elapsed`` seconds."""
+        done = step / self.total if self.total else elapsed / (60 * self.options.max_minutes)
+        return min(done, 1.0)
+
+    def rate(self, step: int, elapsed: float) -> float:
+        """The learning rate of the step after ``step`` steps and ``elapsed`` seconds."""
+        o, progress = self.options, self.progress(step, elapsed)
+        if self.warmup is None:
+            begun = (step + 1) / (0.05 * self.total) if self.total else progress / 0.05
+        else:
+            begun = (step + 1) / self.warmup if self.warmup else 1.0
+        decay = {"cosine": 0.5 * (1.0 + math.cos(math.pi * progress)), "linear": 1.0 - progress, "constant": 1.0}
+        return o.lr * min(begun, 1.0) * decay[o.sched]
 
 
 def running_average(model: nn.Module, decay: float) -> AveragedModel:
@@ -66,8 +94,10 @@ def running_average(model: nn.Module, decay: float) -> AveragedModel:
     The decay of update t is min(decay, (1 + t) / (10 + t)), so that the initial weights are soon forgotten.
     """
 
-    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-        t = int(count)  # it is on the CPU
-        torch._foreach_lerp_(averaged, current, 1.0 - min(decay, (1.0 + t) / (10.0 + t)))
+    @torch.no_grad()
+    def update(averages: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+        t = int(averaged.n_averaged)  # ``count`` is on the GPU, and reading it would wait
+        torch._foreach_lerp_(averages, current, 1.0 - min(decay, (1.0 + t) / (10.0 + t)))
 
-    return AveragedModel(model, multi_avg_fn=torch.no_grad()(update))
+    averaged = AveragedModel(model, multi_avg_fn=update)
+    return averaged

@@ -30,7 +30,7 @@ class Progress:
             return
         loss, right, count = (t.sums - self.sums).tolist()
         steps = t.step - self.step
-        left = 60 * o.max_minutes - t.elapsed if o.max_minutes else (t.total - t.step) * seconds / steps
+        left = 60 * o.max_minutes - t.elapsed if o.max_minutes else (t.schedule.total - t.step) * seconds / steps
         speed = steps * o.grad_accum_steps * o.batch_size / seconds
         t.say(
             f"{_place(t, t.epoch + 1)}  loss {loss / count:.4f}  accuracy {100 * right / count:.1f} %  "
@@ -40,7 +40,10 @@ class Progress:
 
 
 def _place(t: Trainer, epoch: int) -> str:
-    epochs, steps = f"/{t.options.epochs}" if t.options.epochs else "", f"/{t.total}" if t.total else ""
+    epochs, steps = (
+        f"/{t.options.epochs}" if t.options.epochs else "",
+        f"/{t.schedule.total}" if t.schedule.total else "",
+    )
     return f"epoch {epoch}{epochs}  step {t.step}{steps}"
 
 
@@ -64,7 +67,7 @@ def introduce(t: Trainer) -> None:
     shape = f", patch {config.patch_size[0]}, dim {config.embed_dim}, depth {config.depth}, {config.num_heads} heads"
     pixels = f"{t.img_size[0]} x {t.img_size[1]} x {data.channels}"
     t.say(f"model: {sizes:,} parameters{shape if config else ''}, images of {pixels}, {t.ranks.device}")
-    length = f"{t.total:,} steps" if t.total else f"{o.max_minutes:g} minutes"
+    length = f"{t.schedule.total:,} steps" if t.schedule.total else f"{o.max_minutes:g} minutes"
     words = f"batch {o.batch_size * o.grad_accum_steps}, {length}, {t.per_epoch:,} steps an epoch"
     t.say(f"recipe {o.recipe}: {o.opt}, learning rate {o.lr:g} ({o.sched}), weight decay {o.weight_decay:g}, {words}")
     if t.run is not None and t.run.best.suffix == ".npz":
