@@ -13,6 +13,7 @@ from training_runs import images
 
 import vit
 from vit.commands import cli
+from vit.kernels import runtime
 from vit.training.options import MAY_CHANGE, Options
 
 TINY = ["--set", "embed_dim=32", "depth=1", "num_heads=2", "patch_size=4", "-b", "16", "--val-split", ".2"]
@@ -71,13 +72,15 @@ REFUSED = {
     "size": (["new", "--img-size", "30", "--set", "patch_size=4"], "height 30 is not a multiple of patch_size 4"),
     "name": (["new", "--model", "vit_tiny"], "unknown model 'vit_tiny'; did you mean"),
     "device": (["new", "--device", "nonsense"], "--device nonsense: .*; use cpu, or leave it out$"),
+    "path": (["new", "-b", "8", "--impl", "triton"], "--impl: impl='triton' cannot run: "),
     "decay": (["new", "--objective", "masked", "--layer-decay", ".5"], "--layer-decay needs a classifier"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refusals(folder, capsys, case):
+def test_refusals(folder, capsys, monkeypatch, case):
     (run, *words), said = REFUSED[case]
+    monkeypatch.setattr(runtime, "INTERPRETED", False)
     before, data = tree(folder), "other.npz" if case == "data" else "data.npz"
     code, _out, err = call(capsys, "train", folder / data, "-o", folder / run, *words)
     assert code == 2 and err.startswith("vit train: ") and err.count("\n") == 1

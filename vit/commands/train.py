@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from vit.commands.console import say
@@ -70,6 +71,8 @@ def train(args: argparse.Namespace, command: str) -> int:
         trainer.fit()
     except Interrupted as stop:
         return 128 + stop.number
+    except torch.OutOfMemoryError as error:
+        raise TrainingError("the GPU's memory is full; lower -b, or use --grad-checkpointing or --amp-dtype") from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from vit.kernels import runtime
 from vit.training import optim, run
 from vit.training.augment import Augment
 from vit.training.data import Data, split_validation, subset
@@ -127,6 +128,10 @@ class Trainer:
         self.mean, self.std = (tuple(cfg["mean"]), tuple(cfg["std"])) if told else (data.mean, data.std)
         self.img_size = config.img_size if config else o.img_size or data.image_size or (224, 224)
         self.record |= {"config": dataclasses.asdict(config) if config else None, "mean": self.mean, "std": self.std}
+        try:
+            runtime.use_triton("--impl", getattr(config, "impl", "auto"), [torch.zeros(1, device=device)])
+        except RuntimeError as error:
+            raise TrainingError(str(error)) from error
         masked = o.objective == "masked"
         self.objective = Masked(self.mean, self.std, config.patch_size) if masked else Labels(len(data.classes), o)
         if o.grad_checkpointing:
