@@ -123,7 +123,7 @@ def killed(top: Path, workers: int) -> dict:
     for attempt in range(3):
         process = train(folder, *args, "--resume", "--checkpoint-every", str(1 + attempt))
         steps.append(int(wait_for(process, folder, r"continues after step (\d+)")))
-        time.sleep(rng.uniform(0.0, 0.2))
+        time.sleep(rng.uniform(0.0, 0.5))
         process.kill()
         process.join()
     found = finished(folder, *args, "--resume")
@@ -149,15 +149,27 @@ def wait_for(process: multiprocessing.Process, folder: Path, pattern: str) -> st
     return found[1]
 
 
+def last_save(folder: Path) -> int:
+    """When last.pt was written; 0 if it was not."""
+    return (folder / "last.pt").stat().st_mtime_ns if (folder / "last.pt").exists() else 0
+
+
+def wait_for_save(process: multiprocessing.Process, folder: Path, before: int) -> None:
+    """Waits until the process has saved after ``before``."""
+    while last_save(folder) == before:
+        assert process.is_alive(), folder.with_suffix(".log").read_text()
+        time.sleep(0.002)
+
+
 def stopped(top: Path) -> dict:
     """SIGTERM and Ctrl-C save the step at which they came."""
-    args, codes = [*ALL, "--steps", "60"], []
+    args, codes = [*ALL, "--steps", "60", "--checkpoint-every", "5"], []
     expected = finished(top / "unstopped", *args)
     folder, said = top / "stopped", []
     for number in (signal.SIGTERM, signal.SIGINT):
+        before = last_save(folder)
         process = train(folder, *args, "--resume")
-        wait_for(process, folder, r"(recipe small)")
-        time.sleep(0.1)
+        wait_for_save(process, folder, before)
         os.kill(process.pid, number)
         process.join()
         codes.append(process.exitcode)
@@ -180,9 +192,9 @@ def distributed_resume(top: Path) -> dict:
     for name, stop in (("pair", False), ("stopped_pair", True)):
         folder = top / name
         for attempt in range(1 + stop):
-            pair = [train(folder, *ALL, "--resume", environment=rank) for rank in ranks(2)]
+            pair = [train(folder, *ALL, "--resume", "--checkpoint-every", "5", environment=rank) for rank in ranks(2)]
             if stop and attempt == 0:
-                wait_for(pair[0], folder, r"(recipe small)")
+                wait_for_save(pair[0], folder, 0)
                 os.kill(pair[1].pid, signal.SIGTERM)
             for process in pair:
                 process.join()

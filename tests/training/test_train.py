@@ -148,12 +148,14 @@ def test_binary_cross_entropy(data, mixed):
     assert (int(right), count) == (int((logits.argmax(1) == y).sum()), 4)
 
 
-def test_autocast_rounds(data):
+def test_autocast_rounds_and_checkpointing_does_not(data):
     losses = {}
-    for dtype in ("", "bfloat16", "float16"):
-        trainer = Recorded(Options(**TINY, steps=4, amp_dtype=dtype), data)
+    for name in ("", "bfloat16", "float16", "recomputed"):
+        how = {"grad_checkpointing": True} if name == "recomputed" else {"amp_dtype": name}
+        trainer = Recorded(Options(**TINY, steps=4, drop=0.1, **how), data)
         trainer.fit()
-        losses[dtype] = trainer.losses
+        losses[name] = trainer.losses
+    assert losses["recomputed"] == losses[""]
     for dtype in ("bfloat16", "float16"):
         assert losses[dtype] != losses[""] and losses[dtype] == pytest.approx(losses[""], abs=0.05)
 
@@ -217,14 +219,16 @@ def test_files_of_a_run(finished):
 
 
 def test_killed_between_last_and_best(data, tmp_path, monkeypatch):
-    options = Options(**TINY, epochs=3, lr=5e-3)
+    options = Options(**TINY, epochs=1, lr=5e-3)
     expected = Trainer(options, data, output=tmp_path / "whole").fit()
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_save_best", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             Trainer(options, data, output=tmp_path / "killed").fit()
     assert not (tmp_path / "killed/best.safetensors").exists()
+    (tmp_path / "killed/summary.csv").unlink()  # as if it was killed before it was written
     found = Trainer(options, data, output=tmp_path / "killed", resume=True).fit()
+    assert (tmp_path / "killed/summary.csv").read_text() == (tmp_path / "whole/summary.csv").read_text()
     assert (found.digest, found.weights_digest) == (expected.digest, expected.weights_digest)
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -25,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vit.kernels import runtime
 from vit.training import optim, run
 from vit.training.augment import Augment
-from vit.training.data import Data, split_validation, subset
+from vit.training.data import Data, Split, split_validation, subset
 from vit.training.errors import TrainingError
 from vit.training.loader import Batches
 from vit.training.objective import Labels, Masked, Scores, evaluate
@@ -155,15 +156,20 @@ class Trainer:
         augment = None if o.augment == "none" else Augment(o.augment)
         self.batches = Batches(
             data.train, train, augment=augment, shuffle=True, drop_last=True, rank=ranks.rank, world=ranks.world,
-            **self._how(),
+            **self._how,
         )  # fmt: skip
-        self.val = Batches(data.train, val, augment=None, shuffle=False, drop_last=False, **self._how()) if len(val) else None  # fmt: skip # noqa: E501
+        self.val = self._in_order(data.train, val) if len(val) else None
         self.selects = self.val is not None and o.objective == "labels"
         self.per_epoch = self.batches.steps // o.grad_accum_steps  # steps
         if not self.per_epoch:
             what = f"--grad-accum-steps {o.grad_accum_steps} is more than the {self.batches.steps} batches of an epoch"
             raise TrainingError(f"{what}; lower it or the batch size")
 
+    def _in_order(self, split: Split, indices: np.ndarray) -> Batches:
+        """Batches for evaluation, of the first process alone."""
+        return Batches(split, indices, augment=None, shuffle=False, drop_last=False, **self._how)
+
+    @property
     def _how(self) -> dict[str, Any]:
         o = self.options
         size = {"batch_size": o.batch_size, "img_size": self.img_size, "mean": self.mean, "std": self.std}
@@ -376,13 +382,13 @@ class Trainer:
             best = self._kept if self.run is None else self.run.best_weights()
         self.model.load_state_dict(best)
         if data.test is not None:
-            how = {"augment": None, "shuffle": False, "drop_last": False} | self._how()
-            test = self._evaluate(self.model, Batches(data.test, range(len(data.test)), **how))
+            test = self._evaluate(self.model, self._in_order(data.test, np.arange(len(data.test))))
         weights = run.digest(self.vit.state_dict())
         result = Result(test, self.rows, self.best, self.step, digest, weights)
         if self.run is not None:
             scores = {} if test is None else {"test_top1": test.top1, "test_images": test.count}
             self.run.save_best(self.vit, self._cfg(sha256=weights, **scores))
+            self.run.save_summary(self.rows)  # again, if the process was killed before it
             self.run.save_card(card(self, result))
             if not self.run.save_curves(self.rows):
                 self.say("curves.png needs matplotlib and was left out; pip install matplotlib")

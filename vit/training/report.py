@@ -90,8 +90,8 @@ def summary(t: Trainer, result: Result) -> None:
 def _scores(t: Trainer, result: Result) -> str:
     test = result.test
     top5 = f", top-5 {test.top5:.2f} %" if t.selects and len(t.data.classes) > 5 else ""
-    what = "accuracy of the colours" if t.options.objective == "masked" else "accuracy"
-    return f"{what} {test.top1:.2f} %{top5}, loss {test.loss:.4f}, {test.count:,} predictions"
+    what, of = ("accuracy of the colours", "patches") if t.options.objective == "masked" else ("accuracy", "images")
+    return f"{what} {test.top1:.2f} %{top5}, loss {test.loss:.4f}, {test.count:,} {of}"
 
 
 def card(t: Trainer, result: Result) -> str:

@@ -121,13 +121,13 @@ class Run:
         return files.read(self.best).tensors
 
     def save_summary(self, rows: list[dict[str, float]]) -> None:
-        """Writes summary.csv."""
+        """Writes summary.csv, if there is a row."""
         text = io.StringIO()
         if rows:
             table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
             table.writeheader()
             table.writerows(rows)
-        self._text(self.folder / "summary.csv", text.getvalue())
+            self._text(self.folder / "summary.csv", text.getvalue())
 
     def save_card(self, text: str) -> None:
         """Writes README.md."""
@@ -140,13 +140,14 @@ class Run:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 3), layout="constrained")
-        parts = {"loss": ("train_loss", "eval_loss"), "accuracy in %": ("eval_top1", "eval_top5")}
+        parts = {"loss": ("train_loss", "eval_loss"), "accuracy in %": ("eval_top1",)}
         for ax, (title, names) in zip(figure.subplots(1, 2), parts.items(), strict=True):
             for name in names:
                 points = [(row["epoch"] + 1, row[name]) for row in rows if name in row]
                 if points:
                     ax.plot(*zip(*points, strict=True), marker=".", label=name)
             ax.set(xlabel="epoch", ylabel=title)
+            ax.xaxis.get_major_locator().set_params(integer=True)
             if ax.lines:
                 ax.legend()
         path = self.folder / "curves.png"

@@ -34,7 +34,15 @@ def start(options: Options, data: Data, config: dict[str, Any] | None = None) ->
     Raises:
         TrainingError: the options or the checkpoint do not fit each other or the data.
     """
-    fields = options.config_fields() | {"in_chans": data.channels}
+    fields = options.config_fields()
+    for name in ("num_classes", "in_chans"):
+        if name in fields:
+            raise TrainingError(f"--set {name}: the data decides it; leave it out")
+    if options.objective == "labels" and fields.get("global_pool", "token") == "":
+        raise TrainingError("--set global_pool: labels need token or avg")
+    if options.objective == "masked" and fields.get("patch_drop_rate"):
+        raise TrainingError("--set patch_drop_rate: --objective masked needs all patches; leave it out")
+    fields |= {"in_chans": data.channels}
     if options.img_size is not None:
         fields["img_size"] = options.img_size
     kind = MaskedPatchModel if options.objective == "masked" else VisionTransformer
