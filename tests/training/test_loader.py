@@ -89,7 +89,8 @@ def test_workers_and_resuming_change_no_bit(source, kind, tmp_path):
 def test_an_image_is_changed_in_the_same_way_in_any_batch():
     small, large = batches(batch_size=1, shuffle=False), batches(batch_size=50, shuffle=False)
     assert torch.equal(torch.cat([x for x, _ in small.epoch(4)]), next(large.epoch(4))[0])
-    assert not torch.equal(next(large.epoch(4))[0], next(batches(batch_size=50, shuffle=False, seed=8).epoch(4))[0])
+    for other in (large.epoch(3), batches(batch_size=50, shuffle=False, seed=8).epoch(4)):
+        assert not torch.equal(next(large.epoch(4))[0], next(other)[0])
 
 
 def test_skipped_batches_are_not_loaded(monkeypatch, tmp_path):
@@ -146,8 +147,7 @@ def test_a_worker_does_not_die_silently():
     (worker,) = set(multiprocessing.active_children()) - set(before)
     assert os.getpgid(worker.pid) != os.getpgid(0)
     os.kill(worker.pid, signal.SIGKILL)
-    worker.join()
-    time.sleep(0.01)  # nothing is raised here
+    time.sleep(0.5)  # nothing is raised here
     with pytest.raises(TrainingError, match=r"loading stopped: DataLoader worker .*choose fewer workers") as caught:
         list(taken)
     assert "\n" not in str(caught.value)
