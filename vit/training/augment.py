@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vit.training.errors import TrainingError
 
-KINDS = ("none", "crop-flip", "crop", "rrc", "randaugment")
+KINDS = ("none", "flip", "crop", "crop-flip", "rrc", "randaugment")
 
 _TRIES = 10  # of a random resized crop, as in torchvision
 _SCALE, _RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # its share of the area and its width : height
@@ -53,9 +53,9 @@ class Augment:
     """A random change of each training image.
 
     Attributes:
-        kind: ``none``; ``crop``: shift by up to an eighth of the size, zeros outside; ``crop-flip``: also flip left
-            and right; ``rrc``: random resized crop, as in torchvision, and flip; ``randaugment``: as ``crop-flip``,
-            then torchvision's RandAugment.
+        kind: ``none``; ``flip``: left and right; ``crop``: shift by up to an eighth of the size, zeros outside;
+            ``crop-flip``: both; ``rrc``: random resized crop, as in torchvision, and flip; ``randaugment``: as
+            ``crop-flip``, then torchvision's RandAugment.
 
     Raises:
         TrainingError: the kind is unknown, or torchvision cannot be imported.
@@ -90,7 +90,7 @@ class Augment:
             batch = fit([image[_crop(*image.shape[:2], numbers)] for image, numbers in pairs], size)
         else:
             batch = fit(images, size)
-            if self.kind != "none":
+            if self.kind not in ("none", "flip"):
                 batch = _shift(batch, draws)
         if self.kind not in ("none", "crop"):
             flip = torch.from_numpy(draws[:, -1] < 0.5)
