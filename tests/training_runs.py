@@ -203,13 +203,14 @@ def distributed_resume(top: Path) -> dict:
     return {"case": "distributed, stopped", "runs": list(found.values())}
 
 
-def distributed(top: Path) -> dict:
+def distributed(top: Path, case: str, **how: object) -> dict:
     """Two processes against one, for 20 steps without dropout; the second process writes nothing."""
     options = Options(
         set=("embed_dim=32", "depth=2", "num_heads=2", "patch_size=4"), batch_size=8, steps=20, val_split=0.2,
-        grad_accum_steps=2,
+        grad_accum_steps=2, **how,
     )  # fmt: skip
-    data = open_data(str(top / "data.npz"))
+    data, top = open_data(str(top / "data.npz")), top / case
+    top.mkdir()
 
     def work(rank: int, world: int) -> int:
         losses, own = [], Trainer._train_step
@@ -246,7 +247,8 @@ def distributed(top: Path) -> dict:
             del weights[name][32:64]
     errors += [max((torch.tensor(one[2][n]) - torch.tensor(two[2][n])).abs().max().item() for n in one[2])]
     return {
-        "case": "distributed", "steps": len(one[0]), "losses": errors[0], "rows": errors[1], "weights": errors[2],
+        "case": f"distributed, {case}", "steps": len(one[0]),
+        "losses": errors[0], "rows": errors[1], "weights": errors[2],
         "learnt": one[0][0] - one[0][-1], "second_wrote": (top / "world2_rank1").exists(),
     }  # fmt: skip
 
@@ -255,7 +257,9 @@ def main() -> None:
     top = Path(sys.argv[1])
     np.savez(top / "data.npz", **images(150))
     cases = [lambda: killed(top, 0), lambda: killed(top, 2), lambda: stopped(top)]
-    for case in [*cases, lambda: distributed(top), lambda: distributed_resume(top)]:
+    cases += [lambda: distributed(top, "labels", mixup=0.5, cutmix=0.5)]
+    cases += [lambda: distributed(top, "masked", objective="masked"), lambda: distributed_resume(top)]
+    for case in cases:
         begin = time.perf_counter()
         record = case()
         print(json.dumps(record | {"seconds": round(time.perf_counter() - begin, 1)}), flush=True)

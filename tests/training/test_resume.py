@@ -44,8 +44,10 @@ def test_signals_save_and_give_their_exit_code(records):
         assert line.startswith(f"{name}: stopped after step ") and line.endswith("--resume continues")
 
 
-def test_two_processes_follow_one(records):
-    found = records["distributed"]
+@pytest.mark.parametrize("objective", ["labels", "masked"])
+def test_two_processes_follow_one(records, objective):
+    """Also with Mixup and CutMix, and with patches that are corrupted at random."""
+    found = records[f"distributed, {objective}"]
     assert found["steps"] == 20 and found["learnt"] > 0.01
     assert max(found["losses"], found["rows"], found["weights"]) < 1e-5, found
     assert found["second_wrote"] is False

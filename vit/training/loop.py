@@ -134,7 +134,9 @@ class Trainer:
         except RuntimeError as error:
             raise TrainingError(str(error)) from error
         masked = o.objective == "masked"
-        self.objective = Masked(self.mean, self.std, config.patch_size) if masked else Labels(len(data.classes), o)
+        self.objective = Labels(len(data.classes), o)
+        if masked:
+            self.objective = Masked(self.mean, self.std, config.patch_size, self.ranks.rank, self.ranks.world)
         if o.grad_checkpointing:
             self.vit.set_grad_checkpointing()
 

@@ -55,24 +55,40 @@ class Labels:
 
 
 class Masked:
-    """The mean colours of corrupted patches. ``mean`` and ``std`` are those that normalised the images."""
+    """The mean colours of corrupted patches. ``mean`` and ``std`` are those that normalised the images.
 
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], patch_size: tuple[int, int]) -> None:
+    Of ``world`` processes, this one trains on the rows ``rank``, ``rank + world`` … of each batch.
+    """
+
+    def __init__(
+        self,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        patch_size: tuple[int, int],
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
         self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
-        self.patch_size = patch_size
+        self.patch_size, self.rank, self.world = patch_size, rank, world
 
     def __call__(self, net: nn.Module, images: Tensor, labels: Tensor, key: Key) -> tuple[Tensor, Tensor, int]:
         """Images fp32 [B, C, H, W]; the labels are not used."""
+        return self._loss(net, images, key, self.rank, self.world)
+
+    def _loss(
+        self, net: nn.Module, images: Tensor, key: Key, rank: int = 0, world: int = 1
+    ) -> tuple[Tensor, Tensor, int]:
         pixels = images * self.std.to(images.device) + self.mean.to(images.device)
         colours = mean_colour(pixels, self.patch_size)  # [B, N]
-        chosen = corrupt(*colours.shape, key)
+        B, N = colours.shape
+        chosen = [part[rank::world] for part in corrupt(world * B, N, key)]
         count, chosen = int(chosen[0].sum()), [part.to(images.device) for part in chosen]
         loss, logits = net(images, colours, *chosen)
         return loss, ((logits.argmax(2) == colours) & chosen[0]).sum(), count
 
     def score(self, model: nn.Module, images: Tensor, labels: Tensor, key: Key) -> tuple[Tensor, None]:
         """The same loss, and the share of right colours as top-1 and top-5."""
-        loss, correct, count = self(model, images, labels, key)
+        loss, correct, count = self._loss(model, images, key)
         sums = [loss * count, correct, correct, loss.new_tensor(count)]
         return torch.stack([s.double() for s in sums]), None
 
