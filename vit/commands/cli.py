@@ -198,6 +198,19 @@ def _training_commands(commands: argparse._SubParsersAction) -> None:
     train.add_evaluate(evaluated)
     evaluated.set_defaults(run=_evaluate)
 
+    from vit.commands import experiment
+
+    measured = commands.add_parser(
+        "experiment",
+        help="measure a claim of the ViT paper: data-scale, transfer, pos-embed, pooling, shuffle",
+        description="Trains small models, and writes DIR/NAME.csv, DIR/NAME.png and DIR/NAME.md with the sentence of "
+        "the paper beside what was measured, agreeing or not. data-scale: ViT and ResNet on growing subsets. transfer: "
+        "fine-tuning on few labels at twice the resolution. pos-embed: none, 1-D, 2-D, sin-cos. pooling: class token "
+        f"or average. shuffle: patches in another order. The same command continues what was interrupted. {data}",
+    )
+    experiment.add(measured)
+    measured.set_defaults(run=_experiment)
+
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -303,6 +316,16 @@ def _train(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"vit {args.command}: stopped", file=sys.stderr)
         return 130
+
+
+def _experiment(args: argparse.Namespace) -> int:
+    from vit.commands import experiment
+    from vit.training.errors import TrainingError
+
+    try:
+        return experiment.run(args, shlex.join(["vit", *sys.argv[1:]]))
+    except TrainingError as error:
+        return _fail("experiment", error)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
