@@ -39,7 +39,10 @@ def test_demo(tmp_path):
 
     assert os.listdir(tmp_path) == ["cat.png"]
     picture = torch.frombuffer(bytearray(Image.open(tmp_path / "cat.png").tobytes()), dtype=torch.uint8)
-    photo, overlay = picture.reshape(448, 904, 3).float().tensor_split([448], dim=1)
+    picture = picture.reshape(448 + 8 + 2 * 106 + 8, 904, 3).float()
+    photo, overlay = picture[:448].tensor_split([448], dim=1)
+    images, maps = picture[456:562], picture[570:]
+    assert images[:, -106:].std() > 20 and maps[:, -106:].std() > 10 and (images - maps).abs().mean() > 10
     assert photo.std() > 20 and overlay.std() > 20
     assert (photo - overlay[:, 8:]).abs().mean() > 10
 
@@ -85,12 +88,16 @@ def test_every_parameter_has_a_group():
     assert len(set(groups)) == 9 and groups[-1] == "head" and "LayerScale" in groups
 
 
-@pytest.mark.parametrize(("passed", "child", "expected"), [(True, 0, 0), (False, 0, 1), (True, 1, 1), (True, -9, 1)])
-def test_exit_code_follows_the_checks(passed, child, expected, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("passed", "named", "child", "expected"),
+    [(True, True, 0, 0), (False, True, 0, 1), (True, False, 0, 1), (True, True, 1, 1), (True, True, -9, 1)],
+)
+def test_exit_code_follows_the_checks(passed, named, child, expected, monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "find_gpu", lambda: (None, "No GPU"))
     monkeypatch.setattr(demo, "check_model", lambda config, images: (make_models(TINY, images), passed))
     monkeypatch.setattr(demo, "show_times", lambda *args: None)
-    monkeypatch.setattr(demo, "draw_rollout", lambda *args: None)
+    monkeypatch.setattr(demo, "draw_rollout", lambda *args: Image.new("RGB", (8, 8)))
+    monkeypatch.setattr(demo.trained, "show", lambda *args: (Image.new("RGB", (8, 8)), named))
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: subprocess.CompletedProcess(args, child))
     assert cli.main(["demo", "--out", str(tmp_path / "x.png")]) == expected
 
@@ -240,7 +247,7 @@ def test_times_are_medians_per_image_of_runs_in_turn(monkeypatch, capsys):
     assert "weights not counted: ours not measured, eager not measured" in out
 
 
-def test_the_picture_is_bright_where_the_class_token_looks(tmp_path, capsys, monkeypatch):
+def test_the_picture_is_bright_where_the_class_token_looks(capsys, monkeypatch):
     """The rollout of the class token, without class and register tokens."""
     config = ViTConfig(
         img_size=(32, 64), patch_size=16, num_classes=10, embed_dim=32, depth=2, num_heads=2, reg_tokens=1
@@ -251,12 +258,11 @@ def test_the_picture_is_bright_where_the_class_token_looks(tmp_path, capsys, mon
     row[0, 2 + 3] = 0.2  # the upper right patch
     model, images, asked = SimpleNamespace(config=config), torch.zeros(1, 3, 32, 64), []
     monkeypatch.setattr(demo, "rollout", lambda *args: asked.append(args) or row)
-    demo.draw_rollout(model, images, tmp_path / "a.png")
+    picture = demo.draw_rollout(model, images)
     assert asked == [(model, images)]
     said = capsys.readouterr().out
     assert "a patch gets 0.00 to 2.00 times an equal share" in said  # 0.2 of 1 / 10
-    picture = torch.frombuffer(bytearray(Image.open(tmp_path / "a.png").tobytes()), dtype=torch.uint8)
-    picture = picture.reshape(448, 904, 3).float()
+    picture = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(448, 904, 3).float()
     photo, gap, overlay = picture.split([448, 8, 448], dim=1)
     assert (gap == 255).all()
     # 0.45 to 0.8 of the colour over the photo in grey: from (10, 6, 40) to (252, 255, 164).

@@ -1,7 +1,8 @@
 """`vit demo`: runs a ViT on a photograph, forward and backward, and compares it with plain PyTorch.
 
-With an NVIDIA GPU: ViT-B/16 in bf16 on compiled kernels. Without one: ViT-S/16 on the CPU, then a small ViT on
-interpreted kernels in a separate process. Shapes: B images, N tokens, D = embed_dim.
+With an NVIDIA GPU: ViT-B/16 in bf16 on compiled kernels. Without one: ViT-S/16 on the CPU, and a small ViT on
+interpreted kernels in a separate process. Then a trained ViT names real images.
+Shapes: B images, N tokens, D = embed_dim.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from vit.analysis import rollout
+from vit.commands import trained
 from vit.commands.console import say, step
-from vit.commands.overlay import levels, overlay, side_by_side
+from vit.commands.overlay import beside, levels, overlay
 from vit.config import ViTConfig, get_config
 from vit.explanation import explain
 from vit.kernels import runtime
@@ -39,16 +41,16 @@ SHOWN_GPU = """\
 Shown: each op of ViT-B/16 took the path listed above on this GPU, and the logits and every gradient are judged by how
 near they are to fp64 beside eager PyTorch in bf16 (the policy is in vit/testing/policy.py). Times are of one call at a
 time, launch cost included, against vit.reference with PyTorch's own fused attention.
-Not shown: recognition. The weights are random, so the picture shows where the class token looks, not what it knows:
-other random weights light up other patches."""
+The weights of ViT-B/16 are random, so the photograph shows where the class token looks, not what it knows. The small
+ViT is trained: it names images that it has not seen."""
 SHOWN_CPU = """\
 Shown: on the CPU this package computes what plain PyTorch computes; and the Triton kernels' own code, interpreted in
 fp32, is judged on the logits and every gradient of a small ViT beside eager PyTorch (vit/testing/policy.py).
 Not shown: anything compiled. No kernel was compiled or ran on a GPU, bf16 was not tried, and no speed of a kernel was
 seen: both columns of times are eager PyTorch on this CPU. To see the rest, run `make demo` on a machine with an NVIDIA
 GPU of compute capability 8.0 or newer.
-Nor recognition: the weights are random, so the picture shows where the class token looks, not what it knows: other
-random weights light up other patches."""
+The weights of ViT-S/16 are random, so the photograph shows where the class token looks, not what it knows. The small
+ViT is trained: it names images that it has not seen."""
 
 
 def demo(out: Path) -> bool:
@@ -56,7 +58,7 @@ def demo(out: Path) -> bool:
     gpu, why_not = find_gpu()
     if gpu is None:
         say(f"{why_not}: ViT-S/16 runs on the CPU, then a small ViT on interpreted kernels.")
-        say("\n== 1 of 2: ViT-S/16, 224 x 224 pixels, fp32, on the CPU: PyTorch's own operators ==")
+        say("\n== ViT-S/16, 224 x 224 pixels, fp32, on the CPU: PyTorch's own operators ==")
         name, batch, dtype = "vit_small_patch16_224", 1, torch.float32
     else:
         say(f"{torch.cuda.get_device_name(gpu)}: ViT-B/16 runs on the compiled Triton kernels.")
@@ -66,9 +68,14 @@ def demo(out: Path) -> bool:
     models, passed = check_model(get_config(name), images)
     models.exact = None  # frees its memory
     show_times(models, images)
-    draw_rollout(models.fast, images[:1], out)
+    picture = draw_rollout(models.fast, images[:1])
+    say("\n== A trained ViT, patch 4, 28 x 28 pixels, fp32 ==")
+    strip, right = trained.show(gpu or CPU)
+    beside(picture, strip, down=True).save(out, format="PNG")
+    say(f"  The picture has {trained.DRAWN} of these images over their attention rollout. Written to {out}")
+    passed = passed and right
     if gpu is None:
-        say("\n== 2 of 2: the Triton kernels, interpreted: their code runs on the CPU, one program after another ==")
+        say("\n== The Triton kernels, interpreted: their code runs on the CPU, one program after another ==")
         command = [sys.executable, "-m", "vit", "demo", "--interpreted"]
         code = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode
         if code not in (0, 1):
@@ -173,15 +180,16 @@ def show_times(models: Models, images: Tensor) -> None:
     say(f"  Peak memory of forward and backward, weights not counted: ours {ours}, eager {eager}")
 
 
-def draw_rollout(model: nn.Module, image: Tensor, out: Path) -> None:
-    """Writes a picture: left the photograph, right the same with the attention rollout of the class token."""
+def draw_rollout(model: nn.Module, image: Tensor) -> Image.Image:
+    """A picture: left the photograph, right the same with the attention rollout of the class token."""
     config = model.config
     with step("drawing where the class token looks"):
         share = rollout(model, image)[0, config.num_prefix_tokens :].cpu().numpy()  # [num_patches]
         photo = ImageOps.fit(load_photo(), (PANEL, PANEL))
         patch_size = PANEL / config.grid_size[0], PANEL / config.grid_size[1]
         over = overlay(photo, levels(share.reshape(config.grid_size)), patch_size)
-        side_by_side(photo, over).save(out, format="PNG")
+        picture = beside(photo, over)
     low, high = share.min() * config.num_tokens, share.max() * config.num_tokens
     say(f"  Attention rollout of the class token: a patch gets {low:.2f} to {high:.2f} times an equal share.")
-    say(f"  The picture goes from dark, the least share, to bright, the 99th percentile. Written to {out}")
+    say("  The picture goes from dark, the least share, to bright, the 99th percentile.")
+    return picture

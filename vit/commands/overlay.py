@@ -49,11 +49,12 @@ def overlay(photo: Image.Image, level: np.ndarray, patch_size: tuple[float, floa
     return Image.fromarray(mixed.round().astype(np.uint8))
 
 
-def side_by_side(*pictures: Image.Image, gap: int = 8) -> Image.Image:
-    """Pictures of one height in a row, with white between them."""
-    width = sum(p.width for p in pictures) + gap * (len(pictures) - 1)
-    row, left = Image.new("RGB", (width, pictures[0].height), "white"), 0
-    for picture in pictures:
-        row.paste(picture, (left, 0))
-        left += picture.width + gap
-    return row
+def beside(*pictures: Image.Image, down: bool = False, gap: int = 8) -> Image.Image:
+    """Pictures in a row, or in a column with ``down``, with white between them and after smaller ones."""
+    along = [p.height if down else p.width for p in pictures]
+    length, across = sum(along) + gap * (len(pictures) - 1), max(p.width if down else p.height for p in pictures)
+    whole, start = Image.new("RGB", (across, length) if down else (length, across), "white"), 0
+    for picture, size in zip(pictures, along, strict=True):
+        whole.paste(picture, (0, start) if down else (start, 0))
+        start += size + gap
+    return whole
