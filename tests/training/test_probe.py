@@ -244,7 +244,7 @@ def test_what_is_refused(here, capsys):
         return err.removeprefix("vit probe: ").strip()
 
     weights = ["--weights", "model.npz", "--save", "out.csv"]
-    assert error("nowhere", *weights) == "nowhere does not exist; it can be a folder, an .npz file, or fashion-mnist"
+    assert error("nowhere", *weights) == "nowhere: no such data set; name a folder, an .npz file, or fashion-mnist"
     assert error("data.npz", "--weights", "x.npz") == "x.npz: there is no such file or folder"
     assert (
         error("data.npz", *weights[:2], "--save", "no/out.csv") == "cannot write no/out.csv: No such file or directory"

@@ -48,7 +48,7 @@ def tree(folder) -> dict[str, bytes]:
 
 REFUSED = {
     "existing": (["RUN"], "RUN holds a run; continue it with --resume, or choose another -o$"),
-    "lr": (["RUN", "--resume", "--lr", ".1"], "RUN was trained with --lr 0.002, not --lr 0.1; choose another -o for"),
+    "lr": (["RUN", "--resume", "--lr", ".1"], "RUN was trained with --lr 0.003, not --lr 0.1; choose another -o for"),
     "seed": (["RUN", "--resume", "--seed", "1"], "RUN was trained with --seed 0, not --seed 1; choose another -o for"),
     "model": (["RUN", "--resume", "--model", "vit_tiny"], "RUN was trained with no --model, not --model vit_tiny;"),
     "set": (["RUN", "--resume", "--set", "depth=2"], "with --set embed_dim=32 .* patch_size=4, not --set depth=2;"),
@@ -118,7 +118,7 @@ def last_line(text: str) -> str:
 
 def test_options_of_the_machine_may_change(folder, capsys, tmp_path):
     words = [folder / "data.npz", "-o", folder / "RUN", "--resume", "--checkpoint-every", "3", "-j", "1"]
-    code, out, _err = call(capsys, "train", *words, "--lr", "2e-3", *TINY)  # the same as before is no difference
+    code, out, _err = call(capsys, "train", *words, "--lr", "3e-3", *TINY)  # the same as before is no difference
     assert code == 0 and "continues after step 6" in out
     assert json.loads((folder / "RUN/args.json").read_text())["options"]["workers"] == 0
     assert {"workers", "device", "checkpoint_every", "tensorboard"} == set(MAY_CHANGE)
@@ -130,7 +130,7 @@ def test_every_option_is_in_the_help(capsys):
         flag = "--" + field.name.replace("_", "-")
         for name, left_out in (("train", "weights"), ("finetune", "objective")):
             assert (re.search(rf"{flag}\b", texts[name]) is None) == (field.name == left_out), (name, flag)
-    assert re.search(r"--lr LR\s+learning rate \(default: 0.002\)", texts["train"])
+    assert re.search(r"--lr LR\s+learning rate \(default: 0.003\)", texts["train"])
     assert "5 % of the run" in texts["train"]
 
 

@@ -41,16 +41,16 @@ SHOWN_GPU = """\
 Shown: each op of ViT-B/16 took the path listed above on this GPU, and the logits and every gradient are judged by how
 near they are to fp64 beside eager PyTorch in bf16 (the policy is in vit/testing/policy.py). Times are of one call at a
 time, launch cost included, against vit.reference with PyTorch's own fused attention.
-The weights of ViT-B/16 are random, so the photograph shows where the class token looks, not what it knows. The small
-ViT is trained: it names images that it has not seen."""
+The weights of ViT-B/16 are random, so the photograph shows where the class token looks, not what it knows. The ViT
+for 28 x 28 pixels is trained: it names images that it has not seen."""
 SHOWN_CPU = """\
 Shown: on the CPU this package computes what plain PyTorch computes; and the Triton kernels' own code, interpreted in
 fp32, is judged on the logits and every gradient of a small ViT beside eager PyTorch (vit/testing/policy.py).
 Not shown: anything compiled. No kernel was compiled or ran on a GPU, bf16 was not tried, and no speed of a kernel was
 seen: both columns of times are eager PyTorch on this CPU. To see the rest, run `make demo` on a machine with an NVIDIA
 GPU of compute capability 8.0 or newer.
-The weights of ViT-S/16 are random, so the photograph shows where the class token looks, not what it knows. The small
-ViT is trained: it names images that it has not seen."""
+The weights of ViT-S/16 are random, so the photograph shows where the class token looks, not what it knows. The ViT
+for 28 x 28 pixels is trained: it names images that it has not seen."""
 
 
 def demo(out: Path) -> bool:

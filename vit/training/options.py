@@ -60,7 +60,7 @@ class Options:
     bce_loss: bool = _option(False, "binary cross entropy of each class instead of softmax")
     # the optimizer
     opt: str = _option("adamw", "optimizer", choices=("adamw", "adam", "sgd"))
-    lr: float = _option(2e-3, "learning rate", "LR")
+    lr: float = _option(3e-3, "learning rate", "LR")
     momentum: float = _option(0.9, "momentum of sgd", "M")
     weight_decay: float = _option(0.05, "weight decay", "WD")
     layer_decay: float = _option(1.0, "factor of the learning rate from each layer to the one before", "F")
