@@ -68,6 +68,9 @@ print(json.dumps(said))
 """
 
 
+pytestmark = pytest.mark.xdist_group("arguments")  # one worker makes what they share
+
+
 @pytest.fixture(scope="module")
 def said():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}

@@ -254,6 +254,9 @@ PUBLISHED = {  # TFLOP/s of an H100. Attention: Triton's bars in FlashAttention-
 NEAREST = [("attention", 512), ("gemm", 1024)]  # to a ViT
 
 
+pytestmark = pytest.mark.xdist_group("cycles")  # one worker makes what they share
+
+
 @pytest.fixture(scope="module")
 def real():
     try:

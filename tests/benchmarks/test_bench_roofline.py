@@ -39,6 +39,9 @@ if sys.argv[2] == "compile":
 """
 
 
+pytestmark = pytest.mark.xdist_group("roofline")  # one worker makes what they share
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """(the process, the content of its file, the mode)."""

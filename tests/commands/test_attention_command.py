@@ -20,7 +20,7 @@ from PIL import Image
 
 from vit import preprocess
 from vit.commands import attention, parity
-from vit.commands.overlay import SIDE, STOPS, colours, enlarged, levels, overlay, side_by_side
+from vit.commands.overlay import SIDE, STOPS, beside, colours, enlarged, levels, overlay
 
 TINY = {"img_size": (32, 48), "patch_size": 8, "num_classes": 5, "embed_dim": 32, "depth": 2, "num_heads": 2}
 GRID, TOKENS = (4, 6), 26  # with a class token and a register
@@ -380,11 +380,14 @@ def test_small_photographs_are_enlarged_and_large_ones_kept():
     assert enlarged(large) is large
 
 
-def test_side_by_side():
+def test_beside():
     red, blue = Image.new("RGB", (5, 4), (255, 0, 0)), Image.new("RGB", (7, 4), (0, 0, 255))
-    row = np.array(side_by_side(red, blue))
+    row = np.array(beside(red, blue))
     assert row.shape == (4, 20, 3) and (row[:, 5:13] == 255).all()
     assert (row[:, :5] == (255, 0, 0)).all() and (row[:, 13:] == (0, 0, 255)).all()
+    column = np.array(beside(red, blue, down=True))
+    assert column.shape == (16, 7, 3) and (column[4:12] == 255).all() and (column[:4, 5:] == 255).all()
+    assert (column[:4, :5] == (255, 0, 0)).all() and (column[12:] == (0, 0, 255)).all()
 
 
 # ---- the figure ------------------------------------------------------------------------------------------------------

@@ -75,6 +75,9 @@ print(json.dumps({
 """
 
 
+pytestmark = pytest.mark.xdist_group("compilations")  # one worker makes what they share
+
+
 @pytest.fixture(scope="module")
 def keys():
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -209,14 +209,15 @@ def test_autocast(pool):
     model = make(global_pool=pool)
     image = images(model)
     p, _, shape = oracle(model, image)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         logits = model(image)
         with vit.attention_statistics(model) as stats:
             assert torch.equal(model(image), logits)
         rolled = vit.rollout(model, image, query=None)
     mean = dense.means(dense.statistics(p, *shape), shape[0])
     assert dense.error(stats.distance, mean["distance"]) <= 0.02
-    seen = torch.stack([stats.rows(layer, range(shape[0] + 6)) for layer in range(3)])  # under autocast again
+    with torch.no_grad():  # with gradients, attention in 16 bits rounds differently
+        seen = torch.stack([stats.rows(layer, range(shape[0] + 6)) for layer in range(3)])  # under autocast again
     assert dense.error(seen, p) <= 0.02
     exact = dense.statistics(seen.double(), *shape)
     assert dense.error(stats.distance, dense.means(exact, shape[0])["distance"]) <= 1e-6
