@@ -795,8 +795,8 @@ def _layer_norm_bwd_kernel(""",
     Mutant(
         "runtime: an explicit request falls back",
         "kernels/runtime.py",
-        'if impl in ("fused", "triton") and why_not is not None:',
-        'if impl == "never" and why_not is not None:',
+        'if impl != "auto":',
+        'if impl == "never":',
         (f"{ATTENTION}::test_unsupported_head_dim",),
     ),
     Mutant(
