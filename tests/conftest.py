@@ -5,6 +5,7 @@ so the variable is set here, before anything imports vit.
 """
 
 import os
+import re
 import time
 from collections import defaultdict
 
@@ -71,13 +72,23 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "interpreted: needs interpreted kernels (fp64); skipped on a GPU")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if not os.environ.get("THOROUGH"):  # CI sets it
+        _leave_fp16_to_ci(config, items)
     items.sort(key=lambda item: item.name != "test_every_kernel_compiles_as_locked")  # the longest one starts first
     missing = "interpreted" if torch.cuda.is_available() else "gpu"
     reason = {"interpreted": "fp64 kernels run interpreted only", "gpu": "needs an NVIDIA GPU"}[missing]
     for item in items:
         if missing in item.keywords:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _leave_fp16_to_ci(config, items):
+    """Drops a case in fp16 if the same case in bf16 is there."""
+    there = {item.nodeid for item in items}
+    twins = [item for item in items if re.sub(r"(?<!b)float16", "bfloat16", item.nodeid) in there - {item.nodeid}]
+    config.hook.pytest_deselected(items=twins)
+    items[:] = [item for item in items if item not in set(twins)]
 
 
 def pytest_terminal_summary(terminalreporter):

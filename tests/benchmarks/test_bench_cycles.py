@@ -251,7 +251,6 @@ PUBLISHED = {  # TFLOP/s of an H100. Attention: Triton's bars in FlashAttention-
     ("attention", 512): 340, ("attention", 1024): 382, ("attention", 2048): 396,
     ("gemm", 512): 492, ("gemm", 1024): 554, ("gemm", 2048): 574, ("gemm", 8192): 629,
 }  # fmt: skip
-NEAREST = [("attention", 512), ("gemm", 1024)]  # to a ViT
 
 
 pytestmark = pytest.mark.xdist_group("cycles")  # one worker makes what they share
@@ -259,11 +258,13 @@ pytestmark = pytest.mark.xdist_group("cycles")  # one worker makes what they sha
 
 @pytest.fixture(scope="module")
 def real():
+    if not os.environ.get("THOROUGH"):
+        pytest.skip("compiles for 15 seconds; THOROUGH=1 runs it, as CI does")
     try:
         triton.knobs.nvidia.ptxas, triton.knobs.nvidia.nvdisasm  # noqa: B018 - looks for the binaries
     except RuntimeError:
         pytest.skip("no ptxas or no nvdisasm in this build of Triton")
-    points = [*PUBLISHED] if os.environ.get("THOROUGH") else NEAREST
+    points = [*PUBLISHED]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", SCRIPT, json.dumps(points)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)

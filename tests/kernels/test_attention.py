@@ -184,7 +184,7 @@ def test_agrees_with_scaled_dot_product_attention(randn):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head_dim", [8, 16])
 def test_as_near_to_fp64_as_pytorchs_own(half, head_dim):
     """The inputs are the samples of PyTorch's OpInfo: few tokens, values up to 9, logits up to 200.

@@ -273,8 +273,13 @@ def test_every_op_is_in_the_table():
     assert {op for op, *_ in ALL.values()} == ops
 
 
-@every_call
-@pytest.mark.parametrize("layout", [nan_padded, wide_rows], ids=["padded", "wide rows"])
+@pytest.mark.parametrize(
+    ("layout", "call"),
+    [
+        *((nan_padded, call) for call in ALL),
+        *((wide_rows, call) for call in {op: c for c, (op, *_) in ALL.items()}.values()),
+    ],
+)
 def test_layout_of_one_tensor_changes_no_bit(call, layout, device):
     """One tensor at a time, also an incoming gradient, is a view at an odd offset or with a longer row stride."""
     op, inputs, options = make(call, device)

@@ -54,7 +54,7 @@ def test_residual_layer_norm(randn, dtype, gamma, scaled, pending):
     )
 
 
-@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
 def test_fp32_stream_with_16_bit_branch(randn, half):
     """The stream stays fp32. y and the gradients of the branch and of its bias have the branch's dtype."""
     B, N, D = 2, 17, 192

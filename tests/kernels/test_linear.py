@@ -421,7 +421,7 @@ def test_compile_fullgraph(randn, activation):
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
-@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast(randn, device, impl, half):
     """fp32 arguments give the same bits as cast ones, and fp32 leaves get fp32 gradients."""
     leaves = [t.requires_grad_() for t in (randn(*s) for s in [(2, 5, 24), (40, 24), (40,)])]

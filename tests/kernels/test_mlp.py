@@ -313,7 +313,7 @@ def test_compile_fullgraph(randn, drop):
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
-@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast(randn, device, drop, impl, half):
     """fp32 arguments give the same bits as cast ones, and fp32 leaves get fp32 gradients."""
     leaves = [t.requires_grad_() for t in block(randn, (2, 5, 24), 40, 24).values()]

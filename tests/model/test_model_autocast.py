@@ -12,7 +12,7 @@ from vit.kernels import runtime
 from vit.testing import check_all, pool
 
 
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "options", [{}, {"init_values": 0.1, "global_pool": "avg", "reg_tokens": 2}, {"qk_norm": True}]
 )

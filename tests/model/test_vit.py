@@ -94,7 +94,7 @@ def test_kernels_fp32(variant, device):
     assert_parity(dataclasses.replace(SMALL, impl="triton", **small), torch.float32, device)
 
 
-@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", ["plain", "LayerScale", "head_dim 80"])
 def test_kernels_16_bit(variant, half, device):
     wide = {"num_classes": 80}  # the errors of 20 logits vary too much
@@ -108,7 +108,7 @@ def test_position_embedding_is_resized(size, change):
     assert_parity(config, torch.float32, "cpu", size=size, interpolate_pos_encoding=True)
 
 
-@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
 def test_16_bit_position_embedding_is_rounded_once(half):
     """Resized in fp32: every element is the 16-bit number nearest to the exact one."""
     config = dataclasses.replace(SMALL, interpolation="bicubic")
