@@ -19,6 +19,7 @@ from vit.commands import classify, cli, warmup
 from vit.commands import parity as parity_command
 from vit.kernels import runtime
 from vit.testing import Report, assert_parity, measure, parity
+from vit.training.options import assignment
 
 TINY = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 7}
 
@@ -536,13 +537,13 @@ def test_parity_holds_if_every_tensor_is_within_its_limits(oks, made, capsys):
     ],
 )
 def test_values_of_settings(text, want):
-    assert parity_command._assignment(text) == want
+    assert assignment(text) == want
 
 
 @pytest.mark.parametrize("text", ["depth", "=2", "", "a b=2", "2x=3", "--dtype=float16"])
 def test_settings_that_are_none(text):
     with pytest.raises(parity_command.CannotStart, match="--set takes NAME=VALUE, got "):
-        parity_command._assignment(text)
+        assignment(text, parity_command.CannotStart)
 
 
 def test_names_of_each_library_are_checked_as_the_field_they_stand_for(made, capsys):

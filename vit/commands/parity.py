@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import difflib
 import importlib
@@ -21,6 +20,7 @@ from vit.analysis import image_size
 from vit.commands.console import say, step
 from vit.config import HF_WORDS, ViTConfig, check_field
 from vit.testing.parity import copies, enough_draws, example, parity, table, widen
+from vit.training.options import assignment
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -47,7 +47,7 @@ def check(args: argparse.Namespace) -> bool:
         CannotStart: the model cannot be built, or this machine cannot run it.
     """
     source, _, name = args.model.partition(":")
-    overrides = dict(map(_assignment, args.set))
+    overrides = dict(assignment(text, CannotStart) for text in args.set)
     with explained("cannot build the model"):
         for word, value in overrides.items():  # the libraries explain wrong values badly, and accept huge ones
             if word in WORDS.get(source, {}) and not isinstance(value, (tuple, list)):  # some timm models take tuples
@@ -157,16 +157,6 @@ def library(name: str):
 def _like(name: str, names: list[str]) -> str:
     close = difflib.get_close_matches(name, names, n=3)
     return f"; did you mean {', '.join(close)}?" if close else ""
-
-
-def _assignment(text: str) -> tuple[str, Any]:
-    """Parses ``depth=2`` to ("depth", 2). A value that is no Python literal stays a string."""
-    name, equals, value = text.partition("=")
-    if not (equals and name.isidentifier()):
-        raise CannotStart(f"--set takes NAME=VALUE, got {text!r}")
-    with contextlib.suppress(ValueError, SyntaxError):
-        return name, ast.literal_eval(value)
-    return name, value
 
 
 def _images(model: nn.Module, args: argparse.Namespace) -> Tensor:

@@ -96,7 +96,8 @@ def evaluate_file(args: argparse.Namespace) -> None:
     if config.num_classes != len(data.classes):
         classes = f"{config.num_classes} classes" if config.num_classes else "no head"
         raise TrainingError(
-            f"{args.weights} has {classes}, and {data.name} has {len(data.classes)} classes; vit finetune gives it a new head"  # noqa: E501
+            f"{args.weights} has {classes}, and {data.name} has {len(data.classes)} classes; "
+            "vit finetune gives it a new head"
         )
     split = data.test if args.split == "test" else data.train
     if split is None:

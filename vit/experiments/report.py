@@ -116,7 +116,8 @@ def _markdown(runs: Runs, every: list[Row], command: str) -> str:
         seen, gflops = run["steps"] * run["batch_size"], told.get("training_gflops")
         cost = [f"{seen:,}", f"{told['parameters']:,}", f"{gflops:,.0f}"] if gflops else ["", "", ""]
         figures = f"{row.mean:.2f} ± {row.std:.2f} (n = {len(row.test)})"
-        lines.append("| " + " | ".join([series, x, figures, f"{row.lr:g}" if row.lr else "", f"{run['size']:,}", *cost]) + " |")  # fmt: skip # noqa: E501
+        cells = [series, x, figures, f"{row.lr:g}" if row.lr else "", f"{run['size']:,}", *cost]
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "GFLOPs of the training, as PyTorch's counter counts forward and backward of the products."]
     measured, said = {cell: row.test for cell, row in chosen.items()}, ""
     for claim in tables.claims(s.name, chosen):

@@ -108,7 +108,7 @@ class Options:
             TrainingError: an assignment of ``set`` is no NAME=VALUE.
         """
         rates = {"pos_drop_rate": self.drop, "proj_drop_rate": self.drop, "drop_path_rate": self.drop_path}
-        return rates | {"impl": self.impl} | dict(map(_assignment, self.set))
+        return rates | {"impl": self.impl} | dict(map(assignment, self.set))
 
 
 _RANGES = (
@@ -221,11 +221,11 @@ def size(text: str) -> tuple[int, int]:
     return int(sides[0]), int(sides[-1])
 
 
-def _assignment(text: str) -> tuple[str, Any]:
-    """Parses ``depth=2`` to ("depth", 2). A value that is no Python literal stays a string."""
+def assignment(text: str, error: type[Exception] = TrainingError) -> tuple[str, Any]:
+    """Parses ``depth=2`` to ("depth", 2). A value that is no Python literal stays a string. Else it raises ``error``."""
     name, equals, value = text.partition("=")
     if not (equals and name.isidentifier()):
-        raise TrainingError(f"--set takes NAME=VALUE, got {text!r}")
+        raise error(f"--set takes NAME=VALUE, got {text!r}")
     with contextlib.suppress(ValueError, SyntaxError):
         return name, ast.literal_eval(value)
     return name, value
