@@ -99,5 +99,5 @@ def running_average(model: nn.Module, decay: float) -> AveragedModel:
         t = int(averaged.n_averaged)  # ``count`` is on the GPU, and reading it would wait
         torch._foreach_lerp_(averages, current, 1.0 - min(decay, (1.0 + t) / (10.0 + t)))
 
-    averaged = AveragedModel(model, multi_avg_fn=update)
+    averaged = AveragedModel(model, multi_avg_fn=update)  # `update` reads it
     return averaged

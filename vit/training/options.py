@@ -222,7 +222,7 @@ def size(text: str) -> tuple[int, int]:
 
 
 def assignment(text: str, error: type[Exception] = TrainingError) -> tuple[str, Any]:
-    """Parses ``depth=2`` to ("depth", 2). A value that is no Python literal stays a string. Else it raises ``error``."""
+    """Parses ``depth=2`` to ("depth", 2), or raises ``error``. A value that is no Python literal stays a string."""
     name, equals, value = text.partition("=")
     if not (equals and name.isidentifier()):
         raise error(f"--set takes NAME=VALUE, got {text!r}")
