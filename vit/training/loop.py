@@ -195,7 +195,7 @@ class Trainer:
         """
         self._since = time.perf_counter() - self.elapsed
         with self.signals:
-            while not self._done():
+            while self.batch or not self._done():  # a state can be that of an epoch whose row is still to come
                 self._train_epoch()
                 self._end_epoch()
         return self._finish()
