@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vit
-from vit.testing import check_all, pool
+from vit.testing import check_draws
 
 pytestmark = pytest.mark.peers
 
@@ -40,7 +40,7 @@ def assert_parity(name: str, original: nn.Module, accelerated: nn.Module, device
         for key, model in (("ours", accelerated), ("eager", original), ("exact", exact)):
             with torch.autocast(image.device.type, torch.bfloat16, enabled=autocast and key != "exact"):
                 found[key].append(joined(zoo.results(name, model, image)))
-    check_all(*map(pool, found.values()), scope="model")
+    check_draws(zip(*found.values(), strict=True))
 
 
 @pytest.mark.parametrize("name", zoo.MODELS)

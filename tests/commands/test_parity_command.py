@@ -11,7 +11,7 @@ from peers import _import, import_timm, import_transformers
 import vit
 from vit import kernels
 from vit.commands import cli
-from vit.testing import Tally, assert_parity, measure, pool
+from vit.testing import assert_parity
 from vit.testing.parity import Models, copies, example, group_of, parity, widen
 
 pytestmark = pytest.mark.peers
@@ -219,20 +219,6 @@ def test_assert_parity_takes_images_and_says_what_it_cannot():
         assert_parity(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1)), torch.rand(1, 3, 8, 8))
     with pytest.raises(ValueError, match="pass an image"):
         assert_parity(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1)))
-
-
-def test_draws_one_by_one_are_as_good_as_stacked():
-    generator = torch.Generator().manual_seed(0)
-    exact = [{"x": torch.randn(40, generator=generator).double()} for _ in range(5)]
-    ours, eager = ([{"x": d["x"].bfloat16() * (1 + i / 128)} for d in exact] for i in (1, 0))
-    tally = Tally("x", "model")
-    for draw in zip(ours, eager, exact, strict=True):
-        tally.add(*(tensors["x"] for tensors in draw))
-    one, stacked = tally.report(), measure(*(pool(d)["x"] for d in (ours, eager, exact)), scope="model", name="x")
-    for field in ("rms", "rms_eager", "rms_limit", "max", "max_eager", "max_limit", "bias", "bias_limit"):
-        assert getattr(one, field) == pytest.approx(getattr(stacked, field), rel=1e-9, abs=1e-12)
-    tally.add(torch.full((2,), float("nan")).bfloat16(), torch.ones(2).bfloat16(), torch.ones(2).double())
-    assert not tally.add(ours[0]["x"], eager[0]["x"], exact[0]["x"]).report().ok
 
 
 def test_command_on_timm(capsys):

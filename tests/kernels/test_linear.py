@@ -97,8 +97,9 @@ def test_forms_of_the_gemm_agree(randn, monkeypatch, dtype):
     # The default depends on the dtype of the result.
     same, other = (erf, cheap) if dtype is torch.float32 else (cheap, erf)
     assert all(map(torch.equal, same, default)) and not all(map(torch.equal, other, default))
+    share = 4e-3 if dtype is torch.bfloat16 else 5e-7  # of the largest value, for a sum of the columns, too
     for x, y in zip(erf, cheap, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-2 if dtype is torch.bfloat16 else 0.0, atol=2e-5)
+        assert not x.numel() or (x - y).abs().max() <= share * x.abs().max()
 
 
 FP64 = pytest.param(torch.float64, marks=pytest.mark.interpreted)

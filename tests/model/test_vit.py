@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import vit
 from vit.kernels import runtime
 from vit.reference import VisionTransformer as Reference
-from vit.testing import check_all, pool
+from vit.testing import check_draws
 from vit.tokens import PatchDrop, resize_pos_embed
 
 SMALL = vit.ViTConfig(img_size=(32, 48), patch_size=8, num_classes=10, embed_dim=64, depth=2, num_heads=2)
@@ -70,16 +70,13 @@ def gradients(model, image, cotangent, **kwargs):
 
 def assert_parity(config, dtype, device, *, batch=2, size=None, **kwargs):
     """The policy of `vit.testing` for a model; each draw has its own weights, image and cotangent."""
-    slow = config.impl == "triton" and runtime.INTERPRETED
-    draws = 2 if slow else 8
-    results = [[], [], []]
-    for seed in range(draws):
+    results = []
+    for seed in range(2 if config.impl == "triton" and runtime.INTERPRETED else 8):
         models = three_models(config, dtype, device, seed)
         image = torch.randn(batch, config.in_chans, *(size or config.img_size)).to(device, dtype)
         cotangent = torch.randn(models[2](image.double(), **kwargs).shape).to(device, dtype)
-        for model, found in zip(models, results, strict=True):
-            found.append(gradients(model, image, cotangent, **kwargs))
-    check_all(*map(pool, results), scope="model")
+        results.append(tuple(gradients(model, image, cotangent, **kwargs) for model in models))
+    check_draws(results)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -7,7 +7,7 @@ import torch
 
 import vit
 from vit.reference import VisionTransformer as Reference
-from vit.testing import Report, Tally, as_good, check, check_mirror, check_op, measure, pool, rounding_floor
+from vit.testing import Report, Tally, as_good, check, check_draws, check_mirror, check_op, measure, rounding_floor
 
 
 def results(dtype, shape=(64, 96)):
@@ -120,17 +120,10 @@ def model_results(seed):
 
 
 def test_chance_passes_where_draws_are_pooled():
-    """The same sums in another order: a single draw sometimes has more than twice eager's largest error.
-
-    As many draws as `vit.testing.parity.enough_draws` takes for this model size. 8 are too few on some CPUs.
-    """
-    draws = [model_results(seed) for seed in range(96)]
-    ratios = []
-    for i in range(0, len(draws), 32):
-        reversed_, eager, exact = (pool(list(part)) for part in zip(*draws[i : i + 32], strict=True))
-        for name in exact:
-            report = check(reversed_[name], eager[name], exact[name], scope="model", name=name)
-            ratios.append(report.max / report.max_eager)
+    """The same sums in another order: a single draw sometimes has more than twice eager's largest error."""
+    draws, ratios = [model_results(seed) for seed in range(96)], []
+    for i in range(0, len(draws), 8):
+        ratios += [report.max / report.max_eager for report in check_draws(draws[i : i + 8])]
     assert max(ratios) > 1.2, "no difference: is this the same computation?"
 
 
@@ -376,8 +369,16 @@ def test_rounding_floor_by_hand():
     assert rounding_floor(torch.empty(0, dtype=torch.float64), torch.bfloat16) == 0
 
 
-def test_draws_are_stacked_by_name():
-    a, b = ({"x": torch.full((2, 3), float(i)), "y": torch.full((4,), -float(i))} for i in (1, 2))
-    pooled = pool([a, b])
-    assert pooled.keys() == {"x", "y"} and pooled["x"].shape == (2, 2, 3)
-    assert torch.equal(pooled["y"], torch.tensor([[-1.0] * 4, [-2.0] * 4]))
+def test_draws_by_hand():
+    """All elements count alike, and of each draw the largest."""
+    exact = [torch.full((n,), 2.0, dtype=torch.float64) for n in (4, 1)]
+    errors = [[0.5, -1.0, 0.0, 0.25], [3.0]]
+    ours, eager = ([(x + f * torch.tensor(e)).float() for x, e in zip(exact, errors, strict=True)] for f in (1, 0.5))
+    draws = [({"x": a}, {"x": b}, {"x": c}) for a, b, c in zip(ours, eager, exact, strict=True)]
+    with pytest.raises(AssertionError, match=r"x: rms 1.436e\+00 .*max 2.236e\+00 .*bias 5.500e-01"):
+        check_draws(draws)
+    for other in range(2):
+        wrong = [dict.fromkeys(draw[0], torch.full_like(draw[0]["x"], math.nan)) if i == other else draw[2]
+                 for i, draw in enumerate(draws)]  # fmt: skip
+        with pytest.raises(AssertionError, match="max nan"):
+            check_draws([({"x": w["x"].float()}, b, c) for w, (_, b, c) in zip(wrong, draws, strict=True)])

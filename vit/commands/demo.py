@@ -46,9 +46,8 @@ for 28 x 28 pixels is trained: it names images that it has not seen."""
 SHOWN_CPU = """\
 Shown: on the CPU this package computes what plain PyTorch computes; and the Triton kernels' own code, interpreted in
 fp32, is judged on the logits and every gradient of a small ViT beside eager PyTorch (vit/testing/policy.py).
-Not shown: anything compiled. No kernel was compiled or ran on a GPU, bf16 was not tried, and no speed of a kernel was
-seen: both columns of times are eager PyTorch on this CPU. To see the rest, run `make demo` on a machine with an NVIDIA
-GPU of compute capability 8.0 or newer.
+Not shown: anything compiled. No kernel was compiled or ran on a GPU, bf16 was not tried, and nothing was timed. To see
+the rest, run `make demo` on a machine with an NVIDIA GPU of compute capability 8.0 or newer.
 The weights of ViT-S/16 are random, so the photograph shows where the class token looks, not what it knows. The ViT
 for 28 x 28 pixels is trained: it names images that it has not seen."""
 
@@ -67,7 +66,8 @@ def demo(out: Path) -> bool:
     images = load_batch(224, batch).to(gpu or CPU, dtype)
     models, passed = check_model(get_config(name), images)
     models.exact = None  # frees its memory
-    show_times(models, images)
+    if gpu is not None:
+        show_times(models, images)
     picture = draw_rollout(models.fast, images[:1])
     say("\n== A trained ViT, patch 4, 28 x 28 pixels, fp32 ==")
     strip, right = trained.show(gpu or CPU)
@@ -128,16 +128,13 @@ def check_model(config: ViTConfig, images: Tensor) -> tuple[Models, bool]:
         paths = str(explain(models.fast, images))
     say("  Path of each op, and why (the backward of an op takes the path of its forward):")
     say("    " + paths.replace("\n", "\n    "))
-    reports = parity(models, images, progress=step, draws=enough_draws(models) if images.is_cuda else 1)
+    reports = parity(models, images, progress=step, draws=1 if runtime.INTERPRETED else enough_draws(models))
     say("  " + table(reports).replace("\n", "\n  "))
     return models, all(report.ok for report in reports)
 
 
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    if device.type != "cuda":
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
+def seconds(call: Callable[[], object]) -> float:
+    """The time of a call on the current GPU."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     call()
@@ -146,14 +143,12 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
     return begin.elapsed_time(end) / 1000
 
 
-def peak_memory(call: Callable[[], object], device: torch.device) -> str:
-    """The peak of GPU memory that a call adds, as text."""
-    if device.type != "cuda":
-        return "not measured"
+def peak_memory(call: Callable[[], object], device: torch.device) -> float:
+    """The peak of GPU memory that a call adds, in MiB."""
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     call()
-    return f"{(torch.cuda.max_memory_allocated(device) - before) / 2**20:.0f} MiB"
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
 def show_times(models: Models, images: Tensor) -> None:
@@ -168,16 +163,15 @@ def show_times(models: Models, images: Tensor) -> None:
     with step("timing"):
         for _ in range(20):
             for label, both in calls.items():
-                runs[label].append([seconds(call, device) for call in both])
+                runs[label].append([seconds(call) for call in both])
             if time.perf_counter() > stop:
                 break
-    where = "on this GPU" if device.type == "cuda" else "CPU times, eager PyTorch in both columns"
-    say(f"  Time per image in batches of {batch}, median of {len(runs['forward'])} rounds ({where}):")
+    say(f"  Time per image in batches of {batch}, median of {len(runs['forward'])} rounds:")
     for label, rounds in runs.items():
         ours, eager = (1000 * statistics.median(column) / batch for column in zip(*rounds, strict=True))
         say(f"    {label:<22}ours {ours:8.2f} ms    eager {eager:8.2f} ms    eager/ours {eager / ours:.2f}")
     ours, eager = (peak_memory(call, device) for call in calls["forward and backward"])
-    say(f"  Peak memory of forward and backward, weights not counted: ours {ours}, eager {eager}")
+    say(f"  Peak memory of forward and backward, weights not counted: ours {ours:.0f} MiB, eager {eager:.0f} MiB")
 
 
 def draw_rollout(model: nn.Module, image: Tensor) -> Image.Image:
