@@ -56,6 +56,7 @@ VIT = "tests/model/test_vit.py"
 WEIGHTS, FILES = "tests/weights/test_weights.py", "tests/weights/test_weights_files.py"
 CONTRACT, RUNTIME = "tests/kernels/test_contract.py", "tests/kernels/test_runtime.py"
 PROTOCOL = "tests/model/test_protocol.py"
+INTERFACES = "tests/adapters/test_accelerate_interfaces.py"
 LOOK, INSPECT = "tests/commands/test_attention_command.py", "tests/commands/test_inspect_command.py"
 ANALYSIS, ANALYSIS_PEERS = "tests/model/test_analysis.py", "tests/adapters/test_analysis_peers.py"
 HARNESS, COUNTS = "tests/benchmarks/test_bench_harness.py", "tests/benchmarks/test_bench_counts.py"
@@ -840,6 +841,41 @@ def _layer_norm_bwd_kernel(""",
         "not (hooked(module) or replaced",
         "not (replaced",
         ("tests/model/test_plain.py::test_counts",),
+    ),
+    Mutant(
+        "adapters: a causal call of transformers sees all tokens",
+        "vit/adapters/huggingface.py",
+        'or given.get("is_causal") ',
+        "",
+        (f"{INTERFACES}::test_causal_and_masked_calls_take_the_librarys_attention",),
+    ),
+    Mutant(
+        "adapters: a padding mask of transformers is ignored",
+        "vit/adapters/huggingface.py",
+        "drop = None if special or ",
+        "drop = None if ",
+        (f"{INTERFACES}::test_padded_images_take_the_librarys_attention_and_the_rest_is_fused",),
+    ),
+    Mutant(
+        "adapters: a text tower is accelerated",
+        "vit/adapters/__init__.py",
+        "if _is_text_model(module):",
+        "if False:",
+        (f"{INTERFACES}::test_the_text_tower_beside_a_vision_tower_is_untouched",),
+    ),
+    Mutant(
+        "adapters: hooks on the halves of an MLP are lost",
+        "vit/adapters/huggingface.py",
+        "is_fused(half) and plain(half)",
+        "is_fused(half)",
+        ("tests/adapters/test_accelerate_semantics.py::test_a_hook_sees_and_changes_what_it_did",),
+    ),
+    Mutant(
+        "adapters: recorded attention maps of a layer without arguments are lost",
+        "vit/adapters/huggingface.py",
+        " or _recorded(self)",
+        "",
+        (f"{INTERFACES}::test_hidden_states_and_attention_maps_of_transformers",),
     ),
     Mutant(
         "model: a wrapped part is read, not called",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+
 import torch
 from peers import import_timm, import_transformers, randomise
 from torch import Tensor, nn
@@ -34,14 +37,20 @@ def _timm_name(name: str, **options) -> nn.Module:
 
 
 def hf_model(model: str, config: str, **options) -> nn.Module:
-    transformers = import_transformers()
+    import_transformers()
     small = {
         "image_size": 24, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
         "intermediate_size": 64, "num_labels": 5, "encoder_stride": 8, "layerscale_value": 0.5, "mlp_ratio": 2,
-        "pooler_output_size": 32,
+        "pooler_output_size": 32, "projection_dim": 16,
     }  # fmt: skip
-    made = getattr(transformers, config)(**small | options)
-    return getattr(transformers, model)(made)
+    made = _find(config)(**small | options)
+    return _find(model)(made)
+
+
+def _find(path: str) -> type:
+    """A class of transformers, by its name or by folder, file and name."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(f"transformers.models.{module}") if module else import_transformers(), name)
 
 
 def torchvision_model(**options) -> nn.Module:
@@ -82,6 +91,51 @@ MODELS = {
     "hf Dinov2": lambda: hf_model("Dinov2ForImageClassification", "Dinov2Config"),
     "hf Dinov2 registers": lambda: hf_model("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig"),
 }
+_VIDEO = {"num_frames": 2, "tubelet_size": 2}
+_MAE = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+_KOSMOS2, _IDEFICS2 = "kosmos2.{}_kosmos2.Kosmos2Vision{}", "idefics2.{}_idefics2.Idefics2Vision{}"
+_IDEFICS3, _SMOLVLM = "idefics3.{}_idefics3.Idefics3Vision{}", "smolvlm.{}_smolvlm.SmolVLMVision{}"
+# Rows of `vit.adapters.huggingface`: a model, its configuration, and options besides those of `hf_model`.
+TOWERS = {
+    "hf MAE": ("ViTMAEForPreTraining", "ViTMAEConfig", _MAE | {"decoder_intermediate_size": 32}),
+    "hf MSN": ("ViTMSNForImageClassification", "ViTMSNConfig"),
+    "hf I-JEPA": ("IJepaModel", "IJepaConfig"),
+    "hf AST": (
+        "ASTForAudioClassification",
+        "ASTConfig",
+        {"max_length": 24, "num_mel_bins": 24, "frequency_stride": 8, "time_stride": 8},
+    ),
+    "hf ViViT": ("VivitForVideoClassification", "VivitConfig", _VIDEO | {"tubelet_size": (2, 8, 8)}),
+    "hf Pixio": ("PixioModel", "PixioConfig"),
+    "hf TIPSv2": ("Tipsv2VisionModel", "Tipsv2VisionConfig"),
+    "hf RADIO": ("RadioModel", "RadioConfig", {"max_img_size": 24, "mlp_ratio": 2.0}),
+    "hf CLIP": ("CLIPVisionModelWithProjection", "CLIPVisionConfig"),
+    "hf MetaCLIP 2": ("MetaClip2VisionModel", "MetaClip2VisionConfig"),
+    "hf AltCLIP": ("AltCLIPVisionModel", "AltCLIPVisionConfig"),
+    "hf Chinese-CLIP": ("ChineseCLIPVisionModel", "ChineseCLIPVisionConfig"),
+    "hf CLIPSeg": ("CLIPSegVisionModel", "CLIPSegVisionConfig"),
+    "hf OWL-ViT": ("OwlViTVisionModel", "OwlViTVisionConfig"),
+    "hf OWLv2": ("Owlv2VisionModel", "Owlv2VisionConfig"),
+    "hf GIT": ("GitVisionModel", "GitVisionConfig"),
+    "hf Kosmos-2": (_KOSMOS2.format("modeling", "Model"), _KOSMOS2.format("configuration", "Config")),
+    "hf SigLIP": ("SiglipVisionModel", "SiglipVisionConfig"),
+    "hf SigLIP 2": ("Siglip2VisionModel", "Siglip2VisionConfig", {"num_patches": 9}),
+    "hf Idefics2": (_IDEFICS2.format("modeling", "Transformer"), _IDEFICS2.format("configuration", "Config")),
+    "hf Idefics3": (_IDEFICS3.format("modeling", "Transformer"), _IDEFICS3.format("configuration", "Config")),
+    "hf SmolVLM": (_SMOLVLM.format("modeling", "Transformer"), _SMOLVLM.format("configuration", "Config")),
+    "hf BLIP": ("BlipVisionModel", "BlipVisionConfig"),
+    "hf BLIP-2": ("Blip2VisionModel", "Blip2VisionConfig"),
+    "hf InstructBLIP": ("InstructBlipVisionModel", "InstructBlipVisionConfig"),
+    "hf InstructBLIP video": ("InstructBlipVideoVisionModel", "InstructBlipVideoVisionConfig"),
+    "hf YOLOS": ("YolosForObjectDetection", "YolosConfig", {"image_size": [24, 24], "num_detection_tokens": 3}),
+    "hf DPT": ("DPTModel", "DPTConfig", {"backbone_out_indices": [0, 1], "neck_hidden_sizes": [8] * 4}),
+    "hf VideoMAE": ("VideoMAEForVideoClassification", "VideoMAEConfig", _VIDEO),
+    "hf ViTPose": ("VitPoseBackbone", "VitPoseBackboneConfig", {"image_size": [24, 24], "patch_size": [8, 8]}),
+}
+TOWERS = {
+    name: functools.partial(hf_model, model, config, **dict(*options))
+    for name, (model, config, *options) in TOWERS.items()
+}
 REAL = {
     "vit_base_patch16_224": lambda: _timm_name("vit_base_patch16_224", img_size=32),
     "vit_small_patch14_reg4_dinov2": lambda: _timm_name("vit_small_patch14_reg4_dinov2", img_size=28),
@@ -95,7 +149,7 @@ REAL = {
 def build(name: str, *, train: bool = False, eager: bool = False) -> nn.Module:
     """A model in eval() unless ``train``. With ``eager`` the library's attention does not use SDPA."""
     torch.manual_seed(0)
-    model = (MODELS | REAL)[name]()
+    model = (MODELS | REAL | TOWERS)[name]()
     randomise(model)
     for module in model.modules():
         if eager and hasattr(module, "fused_attn"):
@@ -112,15 +166,32 @@ def images(name: str, batch: int = 2, seed: int = 1) -> Tensor:
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
+def arguments(name: str, image: Tensor) -> dict[str, Tensor]:
+    """The keyword arguments of a call of transformers, made from images [B, 3, 24, 24] of 3 × 3 patches."""
+    some = (torch.arange(9) % 3 == 0).expand(len(image), 9)
+    if name == "hf masked":
+        return {"pixel_values": image, "bool_masked_pos": some}
+    if name == "hf MAE":
+        return {"pixel_values": image, "noise": torch.linspace(0, 7, 9).sin().expand(len(image), 9).to(image)}
+    if name == "hf AST":
+        return {"input_values": image[:, 0]}
+    if name in ("hf ViViT", "hf VideoMAE"):
+        return {"pixel_values": torch.stack([image, 0.5 * image.flip(2)], dim=1)}
+    if name == "hf SigLIP 2":
+        patches, shapes = nn.functional.unfold(image, 8, stride=8).mT, torch.tensor([[3, 3]]).expand(len(image), 2)
+        return {"pixel_values": patches, "pixel_attention_mask": torch.ones_like(some), "spatial_shapes": shapes}
+    return {"pixel_values": image} if name.startswith("hf") else {}
+
+
 def outputs(name: str, model: nn.Module, image: Tensor) -> dict[str, Tensor]:
     """The floating-point tensors that a call returns, by name."""
-    options = {}
-    if name == "hf masked":
-        options["bool_masked_pos"] = (torch.arange(9) % 3 == 0).expand(len(image), 9)
-    out = model(image, **options)
+    call = arguments(name, image)
+    out = model(**call) if call else model(image)
     if isinstance(out, Tensor):
         return {"logits": out}
-    return {k: v for k, v in out.items() if isinstance(v, Tensor) and v.dim() > 0}
+    lists = {f"{k}.{i}": t for k, v in out.items() if isinstance(v, tuple) for i, t in enumerate(v)}
+    tensors = {k: v for k, v in (dict(out) | lists).items() if isinstance(v, Tensor) and v.dim() > 0 and k != "mask"}
+    return {k: v for k, v in tensors.items() if v.is_floating_point()}
 
 
 def results(name: str, model: nn.Module, image: Tensor) -> dict[str, Tensor]:
@@ -128,8 +199,9 @@ def results(name: str, model: nn.Module, image: Tensor) -> dict[str, Tensor]:
     image = image.to(next(model.parameters()).dtype).detach().requires_grad_()
     out = outputs(name, model, image)
     generator = torch.Generator().manual_seed(9)
-    directions = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in out.values()]
+    directed = [o for o in out.values() if o.requires_grad]
+    directions = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in directed]
     wanted = {"image": image} | {k: p for k, p in model.named_parameters() if p.requires_grad}
-    grads = torch.autograd.grad(list(out.values()), list(wanted.values()), directions, allow_unused=True)
+    grads = torch.autograd.grad(directed, list(wanted.values()), directions, allow_unused=True)
     found = {k: v.detach() for k, v in out.items()}
     return found | {f"grad {k}": g for k, g in zip(wanted, grads, strict=True) if g is not None}

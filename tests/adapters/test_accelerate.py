@@ -22,7 +22,9 @@ pytestmark = pytest.mark.peers
 
 # Softmax ignores what all keys of a row share, so the gradient of a key bias is only rounding noise. It is judged in
 # one tensor together with other biases.
-JOINT = re.compile(r"\b(?:[qkv]_(?=proj\.(?:base\.)?bias)|[qk]_(?=norm\.bias))")
+JOINT = re.compile(
+    r"\b(?:[qkv]_(?=proj\.(?:base\.)?bias)|(?:query|key|value)(?=\.(?:base\.)?bias)|[qk]_(?=norm\.bias))"
+)
 
 
 def joined(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -43,7 +45,7 @@ def assert_parity(name: str, original: nn.Module, accelerated: nn.Module, device
     check_draws(zip(*found.values(), strict=True))
 
 
-@pytest.mark.parametrize("name", zoo.MODELS)
+@pytest.mark.parametrize("name", [*zoo.MODELS, *zoo.TOWERS])
 def test_cpu_path_fp32(name):
     """As many draws as `vit.testing.parity.enough_draws` wants: timm's own attention is the same operator now."""
     original = zoo.build(name)
@@ -56,7 +58,7 @@ def test_cpu_path_fp32_of_real_names(name):
     assert_parity(name, original, vit.accelerate(copy.deepcopy(original)), "cpu", draws=8)
 
 
-@pytest.mark.parametrize("name", zoo.MODELS)
+@pytest.mark.parametrize("name", [*zoo.MODELS, *zoo.TOWERS])
 def test_cpu_path_bf16(name):
     original = zoo.build(name, eager=True).bfloat16()
     assert_parity(name, original, vit.accelerate(copy.deepcopy(original)), "cpu")
@@ -154,7 +156,7 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor],
         assert error <= limit * scale, f"{name}: {error:.2e} of {scale:.2e}"  # fails for NaN, too
 
 
-@pytest.mark.parametrize("name", zoo.MODELS)
+@pytest.mark.parametrize("name", [*zoo.MODELS, *zoo.TOWERS])
 def test_state_dict_and_parameters_stay_and_restore_gives_the_original_bits(name):
     model = zoo.build(name)
     before, parameters = copy.deepcopy(model.state_dict()), dict(model.named_parameters())

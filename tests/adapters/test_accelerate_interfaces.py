@@ -4,6 +4,7 @@ import copy
 import functools
 import inspect
 import warnings
+from collections import Counter
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import vit
+from vit.adapters import part_of
 from vit.kernels.runtime import record_choices
 
 pytestmark = pytest.mark.peers
@@ -273,6 +275,17 @@ def _with(**parts: str) -> nn.Module:
     return zoo.timm_model(**{key: getattr(import_timm().layers, cls) for key, cls in parts.items()})
 
 
+def _clip(model: str = "CLIP", folder: str = "clip", **text) -> nn.Module:
+    """Both towers, and the weights of `randomise`."""
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    vision = small | {"image_size": 24, "patch_size": 8}
+    text = small | {"vocab_size": 50, "max_position_embeddings": 9, "eos_token_id": 49, "projection_dim": 32} | text
+    both = {"text_config": text, "vision_config": vision, "projection_dim": 32}
+    model = zoo.hf_model(f"{model}Model", f"{model}Config", **both)
+    randomise(model)
+    return model.eval()
+
+
 def _timm_block(cls: str) -> nn.Module:
     return zoo.timm_model(block_fn=getattr(import_timm().models.vision_transformer, cls))
 
@@ -306,7 +319,12 @@ REFUSED = {
         lambda: zoo.hf_model("Dinov2Model", "Dinov2Config", use_swiglu_ffn=True),
         r"Dinov2Layer \(encoder.layer.0 and 1 more\): its mlp is .*Dinov2SwiGLUFFN",
     ),
-    "hf MAE": (lambda: zoo.hf_model("ViTMAEModel", "ViTMAEConfig"), "ViTMAELayer .*: an unknown class"),
+    "hf FLAVA": (lambda: zoo.hf_model("FlavaImageModel", "FlavaImageConfig"), "FlavaLayer .*: an unknown class"),
+    "hf experts": (
+        lambda: zoo.TOWERS["hf ViTPose"](num_experts=2, part_features=8),
+        r"VitPoseBackboneLayer \(encoder.layer.0 and 1 more\): its MLP has experts",
+    ),
+    "hf text": (lambda: _clip().text_model, r"CLIPTextModel \(\): a text model$"),
     "TransformerEncoder": (lambda: nn.Sequential(nn.TransformerEncoderLayer(16, 2)), "an unknown class"),
 }
 
@@ -381,11 +399,144 @@ def test_what_lies_deep_inside_a_block_that_stays_stays(why):
     assert_close(zoo.results("", model, zoo.images("")), zoo.results("", original, zoo.images("")))
 
 
-@pytest.mark.parametrize("name", zoo.MODELS)
+@pytest.mark.parametrize("name", [*zoo.MODELS, *zoo.TOWERS])
 def test_known_models_are_accelerated_without_a_warning(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         vit.accelerate(vit.accelerate(zoo.build(name)), impl="reference")
+
+
+@pytest.mark.parametrize("name", zoo.TOWERS)
+def test_each_layer_of_transformers_is_fused(name):
+    model = vit.accelerate(zoo.build(name))
+    layers = sum(
+        part_of(type(module)) is not None and part_of(type(module)).kind == "block" for module in model.modules()
+    )
+    with record_choices() as choices:
+        zoo.outputs(name, model, zoo.images(name))
+    ops = Counter(choice.op for choice in choices)
+    assert layers == ops["residual_layer_norm"] == ops["mlp"] - ("SigLIP" in name) > 1
+    assert ops["attention"] + ops["attention_qkvpacked"] == layers + (name == "hf SigLIP")  # SigLIP 2 pools with a mask
+    # ViTPose pads its images, RADIO and SigLIP 2 get patches, and the patches of a video are cubes.
+    assert ops["patch_embed"] == (name not in ("hf ViTPose", "hf RADIO", "hf SigLIP 2", "hf ViViT", "hf VideoMAE"))
+
+
+@pytest.mark.parametrize("name", zoo.TOWERS)
+def test_hidden_states_and_attention_maps_of_transformers(name):
+    """As from eager attention. Where the library refuses, we refuse."""
+    original = zoo.build(name, eager=True)
+    model, image = vit.accelerate(copy.deepcopy(original)), zoo.images(name)
+    asked, found = {"output_hidden_states": True, "output_attentions": True}, []
+    for of in (model, original):
+        forward = functools.partial(of.forward, **asked)
+        try:
+            found.append(flat(forward(**zoo.arguments(name, image))))
+        except TypeError as error:
+            found.append(str(error))
+    if isinstance(found[1], str):
+        assert found[0] == found[1]
+    else:
+        assert any("attentions" in key for key in found[1]) or name == "hf ViTPose"
+        assert_close(*found)
+
+
+TWO_TOWERS = {
+    "CLIP": lambda: _clip(),
+    "MetaClip2": lambda: _clip("MetaClip2"),
+    "Siglip": lambda: _clip("Siglip"),
+    "ChineseCLIP": lambda: _clip("ChineseCLIP"),
+    "OwlViT": lambda: _clip("OwlViT"),
+}
+
+
+@pytest.mark.parametrize("name", TWO_TOWERS)
+def test_the_text_tower_beside_a_vision_tower_is_untouched(name):
+    """One line says so. Its features keep their bits."""
+    original = TWO_TOWERS[name]()
+    model = copy.deepcopy(original)
+    with pytest.warns(UserWarning) as caught:
+        vit.accelerate(model)
+    (message,) = (str(w.message) for w in caught)
+    assert message.count("a text model") == 1 == message.count(";") + 1, message
+    assert fused_modules(model) and not [part for part in fused_modules(model) if "text" in part]
+    text = {"input_ids": torch.tensor([[3, 7, 11, 49], [5, 49, 1, 1]])}
+    text["attention_mask"] = (text["input_ids"] != 1).long()
+    ours, theirs = (flat(of.get_text_features(**text)) for of in (model, original))
+    assert_close(ours, theirs, 0.0)
+    call = text | {"pixel_values": zoo.images("")}
+    assert_close(flat(model(**call)), flat(original(**call)))
+
+
+def test_causal_and_masked_calls_take_the_librarys_attention():
+    """The layers of a text tower, where somebody accelerates them alone."""
+    original = _clip().text_model
+    model = copy.deepcopy(original)
+    vit.accelerate(model.encoder)
+    ids, found = torch.tensor([[3, 7, 11, 49], [5, 49, 1, 1]]), []
+    for mask in (None, ids != 1):
+        for of in (model, original):
+            out = of(input_ids=ids, attention_mask=mask)
+            states = out.last_hidden_state
+            grads = torch.autograd.grad(states.square().sum(), [*of.parameters()])
+            found.append({"states": states} | dict(zip(dict(of.named_parameters()), grads, strict=True)))
+        assert_close(*found[-2:])
+    assert not torch.allclose(found[0]["states"], found[2]["states"])
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    for options in ({}, {"is_causal": True}, {"attention_mask": torch.ones(2, 1, 5, 5).tril().bool()}):
+        ours, theirs = (of.encoder.layers[0](x, **{"attention_mask": None} | options) for of in (model, original))
+        assert_close({"x": ours}, {"x": theirs})
+
+
+def _llava(text: dict) -> nn.Module:
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    vision = small | {"model_type": "clip_vision_model", "image_size": 24, "patch_size": 8}
+    model = zoo.hf_model(
+        "LlavaForConditionalGeneration",
+        "LlavaConfig",
+        vision_config=vision,
+        text_config=small | {"vocab_size": 60, "pad_token_id": 0} | text,
+        image_token_index=59,
+        image_token_id=59,
+        vision_feature_layer=-1,
+    )
+    randomise(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("text", [{"model_type": "llama", "num_key_value_heads": 1}, {"model_type": "phi"}], ids=str)
+def test_the_language_model_behind_a_vision_tower_is_untouched(text):
+    """Also one with LayerNorms. With the same inputs its outputs are the same bits."""
+    original = _llava(text)
+    model = copy.deepcopy(original)
+    with pytest.warns(UserWarning, match=r"these stay as they are: \S+ \(model.language_model\): a text model$"):
+        vit.accelerate(model)
+    tower = [part for part in fused_modules(model) if part.startswith("model.vision_tower")]
+    assert len(tower) > 8 and not [part for part in fused_modules(model) if "language_model" in part]
+    embeds = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+    ours, theirs = (of.model.language_model(inputs_embeds=embeds).last_hidden_state for of in (model, original))
+    assert torch.equal(ours, theirs)
+    found = []
+    for of in (model, original):
+        image = zoo.images("", batch=1).requires_grad_()
+        ids = torch.tensor([[1, *[59] * 9, 7, 8]])
+        logits = of(input_ids=ids, pixel_values=image, attention_mask=torch.ones_like(ids)).logits
+        wanted = {"image": image} | dict(of.named_parameters())
+        grads = torch.autograd.grad(logits.square().sum(), [*wanted.values()], allow_unused=True)
+        found.append({"logits": logits.detach()} | {k: g for k, g in zip(wanted, grads, strict=True) if g is not None})
+    assert_close(*found)
+
+
+def test_padded_images_take_the_librarys_attention_and_the_rest_is_fused():
+    """SigLIP 2 with images of other sizes. A mask of ones is none."""
+    original = zoo.build("hf SigLIP 2")
+    model, call = vit.accelerate(copy.deepcopy(original)), zoo.arguments("hf SigLIP 2", zoo.images(""))
+    call["spatial_shapes"] = torch.tensor([[3, 3], [2, 3]])
+    call["pixel_attention_mask"] = torch.arange(9) < torch.tensor([[9], [6]])
+    with record_choices() as choices:
+        ours, theirs = (flat(of(**call)) for of in (model, original))
+    assert_close(ours, theirs)
+    ops = Counter(choice.op for choice in choices)
+    assert not ops["attention"] and ops["residual_layer_norm"] == 2 == ops["mlp"] - 1
 
 
 def test_the_one_warning_groups_blocks_by_class_and_reason_and_points_at_the_caller():
@@ -490,7 +641,7 @@ def test_the_last_call_decides_on_impl_and_features(impl):
     assert all(row.reason.startswith({"auto": "auto:", "reference": "asked for"}[impl]) for row in rows)
 
 
-@pytest.mark.parametrize("name", zoo.MODELS)
+@pytest.mark.parametrize("name", [*zoo.MODELS, *zoo.TOWERS])
 def test_every_op_of_a_model_gets_the_impl(name):
     """Every op runs on the requested path; one that ignored it would run as with "auto"."""
     model = vit.accelerate(zoo.build(name), impl="reference")

@@ -42,6 +42,24 @@ PARTS = {
     "hf Dinov2": [
         "dinov2.encoder.layer.0.norm2", "dinov2.encoder.layer.0.layer_scale1", "dinov2.encoder.layer.0.drop_path",
     ],
+    "hf CLIP": [
+        "vision_model.encoder.layers.1", "vision_model.encoder.layers.0.layer_norm1",
+        "vision_model.encoder.layers.0.self_attn", "vision_model.encoder.layers.0.self_attn.out_proj",
+        "vision_model.encoder.layers.0.layer_norm2", "vision_model.encoder.layers.0.mlp", "vision_model.pre_layrnorm",
+    ],
+    "hf BLIP": [
+        "encoder.layers.0.self_attn", "encoder.layers.0.self_attn.qkv", "encoder.layers.0.self_attn.dropout",
+        "encoder.layers.1.self_attn.projection",
+    ],
+    "hf YOLOS": [
+        "vit.encoder.layer.1", "vit.encoder.layer.0.attention", "vit.encoder.layer.0.attention.attention",
+        "vit.encoder.layer.0.attention.attention.query", "vit.encoder.layer.0.attention.output",
+        "vit.encoder.layer.0.intermediate", "vit.encoder.layer.0.intermediate.dense",
+        "vit.encoder.layer.0.intermediate.intermediate_act_fn", "vit.encoder.layer.0.output",
+        "vit.encoder.layer.0.output.dense", "vit.encoder.layer.0.output.dropout", "vit.encoder.layer.1.layernorm_after",
+    ],
+    "hf ViTPose": ["encoder.layer.0.mlp", "encoder.layer.0.mlp.activation", "encoder.layer.1.attention"],
+    "hf SigLIP": ["head", "head.attention", "head.layernorm", "head.mlp"],
 }  # fmt: skip
 BEFORE_OR_AFTER = pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 PART_CASES = [(name, part) for name, parts in PARTS.items() for part in parts]
@@ -256,6 +274,8 @@ LINEARS = {
     "torchvision": ["mlp.0", "mlp.3"],
     "hf ViT": ["attention.q_proj", "attention.v_proj", "attention.o_proj", "mlp.fc2"],
     "hf Dinov2": ["attention.k_proj", "mlp.fc1"],
+    "hf BLIP": ["self_attn.qkv", "mlp.fc2"],
+    "hf YOLOS": ["attention.value", "intermediate.dense", "layer.1.output.dense"],
 }
 
 
@@ -327,6 +347,10 @@ DROPOUTS = {
     "torchvision dropout": lambda: zoo.torchvision_model(dropout=0.4),
     "hf attention": lambda: zoo.hf_model("ViTForImageClassification", "ViTConfig", attention_probs_dropout_prob=0.4),
     "hf hidden": lambda: zoo.hf_model("ViTForImageClassification", "ViTConfig", hidden_dropout_prob=0.4),
+    "hf CLIP attention": lambda: zoo.TOWERS["hf CLIP"](attention_dropout=0.4),
+    "hf BLIP attention": lambda: zoo.TOWERS["hf BLIP"](attention_dropout=0.4),
+    "hf YOLOS attention": lambda: zoo.TOWERS["hf YOLOS"](attention_probs_dropout_prob=0.4),
+    "hf YOLOS hidden": lambda: zoo.TOWERS["hf YOLOS"](hidden_dropout_prob=0.4),
 }
 
 
@@ -383,7 +407,7 @@ def test_dropout(name):
     copies = image[:1].expand(1024, -1, -1, -1)
     with torch.no_grad():
         torch.manual_seed(1)
-        ours, theirs = zoo.outputs("", model, copies)["logits"], zoo.outputs("", original, copies)["logits"]
+        ours, theirs = (next(iter(zoo.outputs("", of, copies).values())) for of in (model, original))
     spread = theirs.std(0)
     assert (spread > 0).all()
     assert ((ours.mean(0) - theirs.mean(0)).abs() < 5 * spread * (2 / 1024) ** 0.5).all()
@@ -412,14 +436,16 @@ def test_checkpointing_redraws_what_it_drew(name, reentrant):
             of.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         ran = []
         for part, module in of.named_modules():
-            if part.endswith((".attn", ".attention", ".mlp")):
+            if part.endswith((".attn", ".attention", ".self_attn", ".mlp")):
                 module.register_forward_hook(lambda module, args, out, part=part, ran=ran: ran.append(part))
         torch.manual_seed(3)
         pixels = image.clone().requires_grad_()
-        out = zoo.outputs("", of, pixels)["logits"]
-        out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(9)))
+        outs, generator = zoo.outputs("", of, pixels), torch.Generator().manual_seed(9)
+        torch.autograd.backward(
+            list(outs.values()), [torch.randn(out.shape, generator=generator) for out in outs.values()]
+        )
         if of is model:
-            found = {"logits": out, "grad image": pixels.grad}
+            found = outs | {"grad image": pixels.grad}
             found |= {f"grad {k}": p.grad for k, p in of.named_parameters() if p.grad is not None}
             assert_close(found, want, 1e-6)
         calls.append(ran)

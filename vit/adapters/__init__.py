@@ -46,8 +46,8 @@ def accelerate(
     this call.
 
     Args:
-        model: a module that contains blocks of timm's ``VisionTransformer``, of transformers' ViT, DeiT, Dinov2 or
-            Dinov2WithRegisters, or of torchvision's ``VisionTransformer``.
+        model: a module that contains blocks of timm's ``VisionTransformer``, of torchvision's, or of a model of
+            transformers that is in `vit.adapters.huggingface.ROWS`. A text model in it does not change.
         impl: path of every op. "auto": fused if supported, else plain PyTorch. "fused": fused, or an error. "triton":
             as "fused", with our kernel also for plain matrix products. "reference": plain PyTorch.
         attention: use the attention op.
@@ -77,7 +77,9 @@ def accelerate(
     projections = set(_patch_projections(model))
     for name, module in _outside_of(model, left):
         part, reason = part_of(class_of(module)), None
-        if part is None:
+        if _is_text_model(module):
+            reason = "a text model"
+        elif part is None:
             reason = "an unknown class" if _looks_like_a_block(module) else None
         elif part.kind == "row" or (part.kind == "patch_embed" and module not in projections):
             continue
@@ -155,6 +157,19 @@ def _unknown_part(block: nn.Module) -> str | None:
             return f"its {name} cannot run: {refusal}"
     changed = (name for name, part in block.named_modules() if patched(type(part)))
     return next((f"the class of its {name} had its forward replaced" for name in changed), None)
+
+
+def _is_text_model(module: nn.Module) -> bool:
+    """Whether it is a model of transformers for text, whose calls are causal or have a mask.
+
+    "text" is also the default of the library, so such a model must have no images as main input and no patches.
+    """
+    modalities, kind = getattr(module, "input_modalities", None), getattr(module, "config", None)
+    if modalities is None or module.main_input_name == "pixel_values":
+        return False
+    text = {modalities} if isinstance(modalities, str) else {*modalities}
+    named = str(getattr(kind, "model_type", "")).endswith("text_model")
+    return (named or text == {"text"}) and next(_patch_projections(module), None) is None
 
 
 def _looks_like_a_block(module: nn.Module) -> bool:

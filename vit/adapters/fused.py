@@ -46,6 +46,11 @@ def fused_class(base: type, make: Callable[[type, str], Callable], impl: str) ->
     return cls
 
 
+def is_fused(module: nn.Module) -> bool:
+    """Whether `fused_class` made the module's class, and nobody derived another class from that."""
+    return getattr(type(module), "_fused_self", None) is type(module)
+
+
 def _forward(base: type, fused: Callable) -> Callable:
     """A forward that calls ``fused``, or the library's if a tracer reads it or the class got a new forward."""
     library, is_traced = base.forward, traced

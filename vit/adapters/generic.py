@@ -5,6 +5,7 @@ Each function returns the ``forward`` of one class. ``refuse_…`` returns the r
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 import vit.kernels as kernels
 from vit.adapters import parts
-from vit.adapters.fused import Part
+from vit.adapters.fused import Part, is_fused
 from vit.chain import Link, called, chain
+from vit.kernels import runtime
 from vit.kernels.autocast import autocast_dtype
-from vit.plain import hooked, is_linear, linear, replaced
+from vit.plain import class_of, hooked, is_linear, linear, plain, replaced
 
 
 def refuse_layer_norm(module: nn.LayerNorm) -> str | None:
@@ -102,6 +104,27 @@ def multihead_attention(base: type, impl: str):
     return forward
 
 
+def cross_attention(module: nn.MultiheadAttention, query: Tensor, x: Tensor, impl: str) -> Tensor | None:
+    """The output of PyTorch's attention of query [B, M, D] to x [B, N, D], without the weights.
+
+    Returns None if the module must be called. An attention listener does not see it, because it is not a layer's.
+    """
+    usable = class_of(module) is nn.MultiheadAttention and module.batch_first and plain(module)
+    usable = usable and refuse_multihead(module) is None
+    drop = parts.draw(module.dropout if module.training else 0.0, x) if usable and is_linear(module.out_proj) else None
+    if drop is None:
+        return None
+    width, bias = query.shape[-1], module.in_proj_bias
+    (q_weight, kv_weight), (q_bias, kv_bias) = (
+        (None, None) if p is None else (p[:width], p[width:]) for p in (module.in_proj_weight, bias)
+    )
+    q = kernels.linear(query, q_weight, q_bias, impl=impl).unflatten(2, (module.num_heads, -1))
+    k, v = kernels.linear(x, kv_weight, kv_bias, impl=impl).unflatten(2, (2, module.num_heads, -1)).unbind(2)
+    listens = runtime.attention_listener() is not None
+    with runtime.listen_to_attention(None) if listens else contextlib.nullcontext():
+        return linear(module.out_proj, kernels.attention(q, k, v, impl=impl, **drop), impl)
+
+
 def row(base: type, impl: str):
     """A Sequential of blocks, run as a chain."""
 
@@ -115,11 +138,11 @@ def row(base: type, impl: str):
 
 def link(block: nn.Module) -> Link:
     """The block as a link: its adapter's ``step``, or a call if it is not accelerated, has hooks or another forward."""
-    cls = type(block)
-    if getattr(cls, "_fused_self", None) is not cls or hooked(block) or replaced(block):
+    step = type(block)._fused_step if is_fused(block) else None
+    if step is None or hooked(block) or replaced(block):
         return called(block)
     norm = block.ln_1 if hasattr(block, "ln_1") else block.norm1
-    return Link(functools.partial(cls._fused_step, block), norm)
+    return Link(functools.partial(step, block), norm)
 
 
 MODULES = {

@@ -140,17 +140,11 @@ _ACTIVATIONS = {
     "transformers.activations.GELUTanh": "gelu_tanh",
     "transformers.activations.PytorchGELUTanh": "gelu_tanh",
     "transformers.activations.NewGELUActivation": "gelu_tanh",
+    "transformers.activations.FastGELUActivation": "gelu_tanh",  # its constant has ten digits
     "transformers.activations.QuickGELUActivation": "quick_gelu",
 }
-_HF = "transformers.models."
-LAYER_SCALES = {
+LAYER_SCALES = {  # an adapter may add to these two
     "timm.layers.layer_scale.LayerScale": "gamma",
     "timm.models.vision_transformer.LayerScale": "gamma",
-    _HF + "dinov2.modeling_dinov2.Dinov2LayerScale": "lambda1",
-    _HF + "dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersLayerScale": "lambda1",
 }
-DROP_PATHS = {
-    "timm.layers.drop.DropPath",
-    _HF + "dinov2.modeling_dinov2.Dinov2DropPath",
-    _HF + "dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersDropPath",
-}
+DROP_PATHS = {"timm.layers.drop.DropPath"}

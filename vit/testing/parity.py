@@ -33,16 +33,19 @@ GROUPS = {
     "attention pool": r"^attn_pool\.",
     "patch_embed": r"patch_embed|conv_proj\.",
     "class, register and position tokens": r"_tokens?$|pos_embed|position_embeddings",
-    "attn.qkv": r"(qkv|[qkv]_proj)\.|in_proj_",
-    "attn.proj": r"(attn\.proj|o_proj|out_proj)\.",
-    "mlp.fc1": r"mlp\.(fc1|0)\.",
-    "mlp.fc2": r"mlp\.(fc2|3)\.",
+    "attn.qkv": r"(qkv|[qkv]_proj|attention\.(query|key|value))\.|in_proj_",
+    "attn.proj": r"(attn\.proj|o_proj|out_proj|self_attn\.projection|attention\.output\.dense)\.",
+    "mlp.fc1": r"(mlp\.(fc1|0)|intermediate\.dense)\.",
+    "mlp.fc2": r"(mlp\.(fc2|3)|output\.dense)\.",
     "norms": r"norm|\bln(_\d)?\.",
     "LayerScale": r"\bls\d\.|layer_scale\d\.",
     "head": r"head|pre_logits|classifier|pooler|decoder",
 }
 # Tensors that are judged as one, because the exact gradient of a key bias is zero (see `parity`).
-TOGETHER = ((r"\b[qkv]_proj\.bias$", "qkv.bias"), (r"\b[qk]_norm\.bias$", "q_norm.bias and k_norm.bias"))
+TOGETHER = (
+    (r"\b([qkv]_proj|query|key|value)\.bias$", "qkv.bias"),
+    (r"\b[qk]_norm\.bias$", "q_norm.bias and k_norm.bias"),
+)
 OUTPUTS = ("logits", "last_hidden_state", "output")
 
 
