@@ -33,6 +33,7 @@ from .autocast import autocast_dtype, autocasts
 from .checks import check_floating, check_tensors
 from .dropout import seed_and_offset
 from .partial_sums import sum_partials
+from .recompute import note_source
 from .reference import ResidualLayerNorm
 
 
@@ -197,9 +198,12 @@ def _stat_dtype(x: Tensor) -> torch.dtype:
 def layer_norm_fwd(
     x: Tensor, branch: Tensor | None, branch_bias: Tensor | None, gamma: Tensor | None, row_scale: Tensor | None,
     weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, eps: float, dropout_p: float, offset: int,
-    out_dtype: torch.dtype, save: bool,
+    out_dtype: torch.dtype, save: bool, recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(stream, y, mean, rstd); stream is empty without a branch, the statistics are empty unless ``save``."""
+    """(stream, y, mean, rstd); stream is empty without a branch, the statistics are empty unless ``save``.
+
+    ``recompute`` is for autograd: y may be computed again, see `vit.kernels.recompute`.
+    """
     stream, y, mean, rstd = _layer_norm_fwd_fake(
         x, branch, branch_bias, gamma, row_scale, weight, bias, seed, eps, dropout_p, offset, out_dtype, save
     )
@@ -222,7 +226,8 @@ def layer_norm_fwd(
 
 @layer_norm_fwd.register_fake
 def _layer_norm_fwd_fake(
-    x, branch, branch_bias, gamma, row_scale, weight, bias, seed, eps, dropout_p, offset, out_dtype, save
+    x, branch, branch_bias, gamma, row_scale, weight, bias, seed, eps, dropout_p, offset, out_dtype, save,
+    recompute=False,
 ):  # fmt: skip
     rows = math.prod(x.shape[:-1]) if save else 0  # numel() of a shape would make its symbols constants
     stats = x.new_empty(rows, dtype=_stat_dtype(x)), x.new_empty(rows, dtype=_stat_dtype(x))
@@ -290,15 +295,17 @@ def _rows_per_scale(M: int, row_scale: Tensor | None) -> int:
 
 
 def _setup_context(ctx, inputs, output):
-    x, branch, branch_bias, gamma, row_scale, weight, bias, seed, _eps, ctx.dropout_p, ctx.offset, y_dtype, _ = inputs
-    stream, _, mean, rstd = output
+    x, branch, branch_bias, gamma, row_scale, weight, bias, seed, eps, *rest = inputs
+    ctx.dropout_p, ctx.offset, ctx.y_dtype, _, recompute = rest
+    stream, y, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd, *([stream] if branch is None else []))
     s = x if branch is None else stream
     # Only the gradient of gamma reads the branch itself.
     kept = (branch, branch_bias) if gamma is not None and ctx.needs_input_grad[3] else (None, None)
     ctx.save_for_backward(s, mean, rstd, weight, *kept, gamma, row_scale, seed)
-    ctx.y_dtype = y_dtype
+    if recompute:
+        note_source(y, s, weight, bias, eps)
     sums = ((5, weight), (6, bias), (3, gamma), (2, branch_bias))
     ctx.dtypes = [t.dtype if ctx.needs_input_grad[i] else None for i, t in sums]
     ctx.branch_dtype = None if branch is None else branch.dtype
@@ -321,7 +328,7 @@ def _backward(ctx, ds_out, dy, _dmean, _drstd):
     )  # fmt: skip
     dw, db, dgamma, dbranch_bias = (None if dtype is None else t for dtype, t in zip(ctx.dtypes, sums, strict=True))
     dbranch = dbranch if separate else ds
-    return ds if need_dx else None, dbranch if need_dbranch else None, dbranch_bias, dgamma, None, dw, db, *[None] * 6
+    return ds if need_dx else None, dbranch if need_dbranch else None, dbranch_bias, dgamma, None, dw, db, *[None] * 7
 
 
 layer_norm_fwd.register_autograd(_backward, setup_context=_setup_context)
@@ -329,7 +336,13 @@ runtime.refuse_second_derivative("layer_norm or residual_layer_norm", layer_norm
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6, *, impl: str = "auto"
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    recompute: bool = False,
+    impl: str = "auto",
 ) -> Tensor:
     """Layer normalisation over the last dimension (Ba et al., 2016), statistics in fp32.
 
@@ -338,6 +351,8 @@ def layer_norm(
         weight: [D] or None (ones).
         bias: [D] or None (zeros).
         eps: added to the biased variance; timm's ViT uses 1e-6.
+        recompute: `linear` and `mlp` of the result do not save it. They save what the LayerNorm saves, and compute the
+            result again in their backward.
         impl: "auto", "fused", "triton" or "reference".
 
     Returns:
@@ -363,7 +378,7 @@ def layer_norm(
     save = runtime.needs_grad(x, weight, bias)
     _, y, _, _ = layer_norm_fwd(
         x=x, branch=None, branch_bias=None, gamma=None, row_scale=None, weight=weight, bias=bias, seed=None,
-        eps=eps, dropout_p=0.0, offset=0, out_dtype=out_dtype, save=save,
+        eps=eps, dropout_p=0.0, offset=0, out_dtype=out_dtype, save=save, recompute=recompute,
     )  # fmt: skip
     return y
 
@@ -382,6 +397,7 @@ def residual_layer_norm(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     offset: int = 0,
+    recompute: bool = False,
     impl: str = "auto",
 ) -> ResidualLayerNorm:
     """Residual add and the LayerNorm that follows it, in one pass over the stream.
@@ -401,6 +417,7 @@ def residual_layer_norm(
         dropout_p: dropout of the branch, as in `vit.kernels.dropout`.
         seed: as in `vit.kernels.dropout`.
         offset: as in `vit.kernels.dropout`.
+        recompute: as in `layer_norm`.
         impl: "auto", "fused", "triton" or "reference".
 
     Returns:
@@ -443,6 +460,7 @@ def residual_layer_norm(
     stream, y, _, _ = layer_norm_fwd(
         x=residual, branch=branch, branch_bias=branch_bias, gamma=gamma, row_scale=row_scale, weight=weight, bias=bias,
         seed=seed, eps=eps, dropout_p=dropout_p, offset=offset, out_dtype=branch.dtype, save=save,
+        recompute=recompute,
     )  # fmt: skip
     return ResidualLayerNorm(stream, y)
 

@@ -12,7 +12,7 @@ With a seed, dropout follows the activation: gelu and gelu' are multiplied by th
 Forward:  y = x·Wᵀ + b, or h = x·Wᵀ + b and y = gelu(h).
 Backward: dh = dy (with an activation dy · gelu'(h): no product precedes it, so the epilogue is a pass of its own),
     dx = dh·W,  dW = dhᵀ·x,  db = Σ_rows dh
-Saved: x if W requires grad, W if x does, h with an activation.
+Saved: x, or its source (`vit.kernels.recompute`), if W requires grad, W if x does, h with an activation.
 
 Every sum has one fixed order: a program walks all of K, from front to back, and db is one reduction over rows. Operands
 are read through tensor descriptors, which read zeros beyond the edges.
@@ -31,6 +31,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import configs, reference, runtime, tile
 from .autocast import autocasts
 from .checks import check_activation, check_floating, check_layer
+from .recompute import again, has_source, source_of
 
 
 @triton.jit
@@ -318,20 +319,28 @@ def _linear_fwd_fake(x, weight, bias, activation, save, impl):
 def linear_bwd(
     dy: Tensor, x: Tensor | None, weight: Tensor | None, preact: Tensor | None,
     activation: str | None, need_db: bool, impl: str,
+    norm_weight: Tensor | None = None, norm_bias: Tensor | None = None, norm_eps: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dx, dw, db). dx is empty without weight, dw without x, db without ``need_db``."""
+    """(dx, dw, db). dx is empty without weight, dw without x, db without ``need_db``.
+
+    With ``norm_eps`` the layer's input was the LayerNorm of x.
+    """
     dh = rows(dy).contiguous()
     if activation is not None:
         dh = activate(dh, activation, rows(preact).contiguous())
     dx = dy.new_empty(0)
     if weight is not None:
         dx = reshaped(matmul(dh, weight, impl=impl), (*dy.shape[:-1], weight.shape[1]))
-    dw = matmul(dh, rows(x), trans_a=True, impl=impl) if x is not None else dy.new_empty(0)
+    dw = dy.new_empty(0)
+    if x is not None:
+        dw = matmul(dh, rows(again(x, norm_weight, norm_bias, norm_eps, dy.dtype)), trans_a=True, impl=impl)
     return dx, dw, column_sum(dh) if need_db else dy.new_empty(0)
 
 
 @linear_bwd.register_fake
-def _linear_bwd_fake(dy, x, weight, preact, activation, need_db, impl):
+def _linear_bwd_fake(
+    dy, x, weight, preact, activation, need_db, impl, norm_weight=None, norm_bias=None, norm_eps=None
+):  # fmt: skip
     N = dy.shape[-1]
     return (
         dy.new_empty(0 if weight is None else (*dy.shape[:-1], weight.shape[1])),
@@ -346,7 +355,8 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(preact)
     need_dx, need_dw = ctx.needs_input_grad[:2]
-    ctx.save_for_backward(x if need_dw else None, weight if need_dx else None, None if activation is None else preact)
+    x, *norm, ctx.norm_eps = source_of(x) if need_dw else (None,) * 4
+    ctx.save_for_backward(x, weight if need_dx else None, None if activation is None else preact, *norm)
     ctx.activation, ctx.impl = activation, impl
 
 
@@ -354,10 +364,11 @@ def _backward(ctx, dy, _dpreact):
     need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
     if dy is None:
         return (None,) * 6
-    x, weight, preact = ctx.saved_tensors
+    x, weight, preact, norm_weight, norm_bias = ctx.saved_tensors
     dx, dw, db = linear_bwd(
-        dy=dy, x=x, weight=weight, preact=preact, activation=ctx.activation, need_db=need_db, impl=ctx.impl
-    )
+        dy=dy, x=x, weight=weight, preact=preact, activation=ctx.activation, need_db=need_db, impl=ctx.impl,
+        norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=ctx.norm_eps,
+    )  # fmt: skip
     return dx if need_dx else None, dw if need_dw else None, db if need_db else None, None, None, None
 
 
@@ -371,7 +382,8 @@ def linear(
 ) -> Tensor:
     """x @ weightᵀ + bias, then an optional GELU in the product's epilogue.
 
-    With ``impl="auto"`` and no activation this is `torch.nn.functional.linear`: cuBLAS.
+    With ``impl="auto"`` and no activation this is `torch.nn.functional.linear`: cuBLAS. For the result of a LayerNorm
+    with ``recompute`` it is the same product, but saves less (not in code that `torch.compile` traces).
 
     Args:
         x: [..., K], any strides; fp32, fp16 or bf16. fp32 products are IEEE unless PyTorch's matmuls may use tf32.
@@ -394,7 +406,8 @@ def linear(
     if activation is not None:
         check_activation("linear", activation)
     cublas = activation is None and configs.gemm_provider(impl) == "cublas"
-    if not runtime.use_triton("linear", impl, [x, weight, bias], cublas=cublas):
+    path = runtime.choose_path("linear", impl, [x, weight, bias], cublas=cublas)
+    if path != "triton" and not (path == "cublas" and has_source(x)):
         return reference.linear(x, weight, bias, activation)
     bias = None if bias is None else bias.contiguous()
     save = runtime.needs_grad(x, weight, bias)

@@ -3,8 +3,8 @@
 Forward:  h = x·W1ᵀ + b1 and a = k · gelu(h) from one epilogue,  y = a·W2ᵀ + b2
 Backward: dh = (dy·W2) · k · gelu'(h), a = k · gelu(h) again and db1 from one epilogue,
     dx = dh·W1,  dW1 = dhᵀ·x,  db1 = Σ_rows dh,  dW2 = dyᵀ·a,  db2 = Σ_rows dy
-Saved: x, h, W1, W2 and the seed, each only if a gradient needs it. a, which is as wide as h, and k, the dropout scale,
-are computed again. Without gradients h is not written at all.
+Saved: x or its source (`vit.kernels.recompute`), h, W1, W2 and the seed, each only if a gradient needs it. a, which is
+as wide as h, and k, the dropout scale, are computed again. Without gradients h is not written at all.
 
 Our kernel fuses bias, GELU and dropout after fc1 into its product, and their derivative into the gradient of fc2's
 input. The other products are plain: cuBLAS, or our kernel with ``impl="triton"`` (`configs.gemm_provider`).
@@ -20,6 +20,7 @@ from .autocast import autocasts
 from .checks import check_activation, check_floating, check_layer
 from .dropout import seed_and_offset
 from .linear import activate, column_sum, gemm, matmul, reshaped, rows
+from .recompute import again, source_of
 
 
 @torch.library.custom_op("vit::mlp_fwd", mutates_args=())
@@ -49,10 +50,12 @@ def mlp_bwd(
     dy: Tensor, x: Tensor | None, preact: Tensor | None, fc1_weight: Tensor | None, fc2_weight: Tensor | None,
     seed: Tensor | None, activation: str, dropout_p: float, offset: int,
     need_db1: bool, need_dw2: bool, need_db2: bool, impl: str,
+    norm_weight: Tensor | None = None, norm_bias: Tensor | None = None, norm_eps: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dw1, db1, dw2, db2), those not needed empty.
 
-    dx is computed if fc1_weight is given, dw1 if x is given. These two and db1 need fc2_weight.
+    dx is computed if fc1_weight is given, dw1 if x is given. These two and db1 need fc2_weight. With ``norm_eps`` the
+    MLP's input was the LayerNorm of x.
     """
     dx, dw1, db1, dw2, db2 = (dy.new_empty(0) for _ in range(5))
     dy_rows = rows(dy).contiguous()
@@ -66,6 +69,7 @@ def mlp_bwd(
     if fc1_weight is not None:
         dx = reshaped(matmul(dpreact, fc1_weight, impl=impl), (*dy.shape[:-1], fc1_weight.shape[1]))
     if x is not None:
+        x = again(x, norm_weight, norm_bias, norm_eps, dy.dtype)
         dw1 = matmul(dpreact, rows(x), trans_a=True, impl=impl)
     if need_dw2:
         dw2 = matmul(dy_rows, postact, trans_a=True, impl=impl)
@@ -76,7 +80,8 @@ def mlp_bwd(
 
 @mlp_bwd.register_fake
 def _mlp_bwd_fake(
-    dy, x, preact, fc1_weight, fc2_weight, seed, activation, dropout_p, offset, need_db1, need_dw2, need_db2, impl
+    dy, x, preact, fc1_weight, fc2_weight, seed, activation, dropout_p, offset, need_db1, need_dw2, need_db2, impl,
+    norm_weight=None, norm_bias=None, norm_eps=None,
 ):  # fmt: skip
     out_width, hidden = dy.shape[-1], 0 if preact is None else preact.shape[-1]
     return (
@@ -95,25 +100,28 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(preact)
     need_dx, need_dw1, need_db1, need_dw2 = ctx.needs_input_grad[:4]
     need_dpreact = need_dx or need_dw1 or need_db1
+    x, *norm, ctx.norm_eps = source_of(x) if need_dw1 else (None,) * 4
     ctx.save_for_backward(
-        x if need_dw1 else None,
+        x,
         preact if need_dpreact or need_dw2 else None,
         fc1_weight if need_dx else None,
         fc2_weight if need_dpreact else None,
         seed if need_dpreact or need_dw2 else None,
+        *norm,
     )
 
 
 def _backward(ctx, dy, _dpreact):
     if dy is None:
         return (None,) * 11
-    x, preact, fc1_weight, fc2_weight, seed = ctx.saved_tensors
+    x, preact, fc1_weight, fc2_weight, seed, norm_weight, norm_bias = ctx.saved_tensors
     needs = ctx.needs_input_grad[:5]
     _, _, need_db1, need_dw2, need_db2 = needs
     grads = mlp_bwd(
         dy=dy, x=x, preact=preact, fc1_weight=fc1_weight, fc2_weight=fc2_weight, seed=seed,
         activation=ctx.activation, dropout_p=ctx.dropout_p, offset=ctx.offset,
         need_db1=need_db1, need_dw2=need_dw2, need_db2=need_db2, impl=ctx.impl,
+        norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=ctx.norm_eps,
     )  # fmt: skip
     return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *[None] * 6
 

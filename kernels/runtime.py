@@ -189,15 +189,20 @@ def _interpreter_has_bf16() -> bool:
     return getattr(interpreter, "bf16_is_exact", False)
 
 
-def use_triton(
+def use_triton(op: str, impl: str, tensors: Sequence[torch.Tensor | None], unsupported: str | None = None) -> bool:
+    """Whether this call of ``op`` runs its Triton kernels, or else PyTorch's operators. See `choose_path`."""
+    return choose_path(op, impl, tensors, unsupported) == "triton"
+
+
+def choose_path(
     op: str,
     impl: str,
     tensors: Sequence[torch.Tensor | None],
     unsupported: str | None = None,
     *,
     cublas: bool = False,
-) -> bool:
-    """Decides whether this call of ``op`` runs its Triton kernels (True) or PyTorch's operators (False).
+) -> Literal["triton", "cublas", "pytorch", "reference"]:
+    """Decides what this call of ``op`` runs: Triton kernels, cuBLAS, or, for two reasons, PyTorch's operators.
 
     Args:
         op: public name of the op, for messages and `vit.explain`.
@@ -241,7 +246,7 @@ def use_triton(
             reason += ", interpreted"
     if _recorder is not None:
         _recorder.append(Choice(op, path, reason, tuple(x.shape), x.dtype))
-    return path == "triton"
+    return path
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:

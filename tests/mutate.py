@@ -49,7 +49,7 @@ class Mutant:
 LN, LINEAR, MLP = "tests/kernels/test_layer_norm.py", "tests/kernels/test_linear.py", "tests/kernels/test_mlp.py"
 PINGPONG = "tests/kernels/test_gemm_pingpong.py"
 DROPOUT, MIRROR = "tests/kernels/test_attention_dropout.py", "tests/kernels/test_attention_mirror.py"
-CPU = "tests/kernels/test_pytorch.py"
+CPU, RECOMPUTE = "tests/kernels/test_pytorch.py", "tests/kernels/test_recompute.py"
 ATTENTION, PATCH = "tests/kernels/test_attention.py", "tests/kernels/test_patch_embed.py"
 STATISTICS, LISTENER = "tests/kernels/test_attention_statistics.py", "tests/kernels/test_attention_listener.py"
 VIT = "tests/model/test_vit.py"
@@ -552,6 +552,34 @@ MUTANTS = [
         "b_ptr=bias if need_y else None,",
         "b_ptr=None,",
         (f"{LN}::test_backward_gives_y_again",),
+    ),
+    Mutant(
+        "recompute: y again without its bias",
+        "kernels/recompute.py",
+        "    args = None, None, None, None, weight, bias,",
+        "    args = None, None, None, None, weight, None,",
+        (f"{RECOMPUTE}::test_gradients",),
+    ),
+    Mutant(
+        "recompute: what was changed in place since is not noticed",
+        "kernels/recompute.py",
+        " or versions != _versions(y, source) else source",
+        " else source",
+        (f"{RECOMPUTE}::test_changed_in_place",),
+    ),
+    Mutant(
+        "linear: y is saved although it can be computed again",
+        "kernels/linear.py",
+        'path == "cublas" and has_source(x)',
+        'path == "cublas" and False',
+        ("tests/benchmarks/test_bench_memory.py::test_saved_by_a_block_by_hand",),
+    ),
+    Mutant(
+        "model: the forward keeps what every block returned",
+        "vit/model.py",
+        "((_, y),) = collections.deque(blocks, maxlen=1)",
+        "*_, (_, y) = blocks",
+        ("tests/benchmarks/test_bench_memory.py::test_peak_beside_eager",),
     ),
     Mutant(
         "layer_norm: a kernel for each number of rows that 16 divides",

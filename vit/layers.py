@@ -107,7 +107,7 @@ class LayerNorm(nn.LayerNorm):
         self.impl = config.impl
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.layer_norm(x, self.weight, self.bias, self.eps, impl=self.impl)
+        return kernels.layer_norm(x, self.weight, self.bias, self.eps, recompute=lendable(self), impl=self.impl)
 
 
 def add_norm(
@@ -124,8 +124,8 @@ def add_norm(
     factors = [part for part in (layer_scale, drop_path) if part is not None]
     if lendable(norm) and all(map(plain, factors)):
         gamma = None if layer_scale is None else layer_scale.gamma
-        options = {"gamma": gamma, "row_scale": drop_path.scale(x, seed), "impl": impl} | dropout
-        return kernels.residual_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, **options)
+        options = {"gamma": gamma, "row_scale": drop_path.scale(x, seed), "recompute": True, "impl": impl}
+        return kernels.residual_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, **options | dropout)
     if dropout:
         branch = kernels.dropout(branch, *dropout.values(), impl=impl)
     branch = branch if layer_scale is None else layer_scale(branch)
@@ -179,7 +179,8 @@ class Attention(nn.Module):
         (q_weight, kv_weight), (q_bias, kv_bias) = (
             (None, None) if p is None else (p[:width], p[width:]) for p in (self.qkv.weight, bias)
         )
-        q = kernels.linear(x[:, 0], q_weight, q_bias, impl=self.impl).unflatten(1, (1, self.num_heads, -1))
+        row = x[:, 0].contiguous()  # a view would keep all of x for the backward
+        q = kernels.linear(row, q_weight, q_bias, impl=self.impl).unflatten(1, (1, self.num_heads, -1))
         kv = kernels.linear(x, kv_weight, kv_bias, impl=self.impl).unflatten(2, (2, self.num_heads, -1))
         k, v = kv.unbind(2)
         q, k = (q, k) if self.q_norm is None else (self.q_norm(q), self.k_norm(k))

@@ -5,6 +5,7 @@ Shapes: B images, R prefix tokens, N tokens in total, D = embed_dim.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -105,7 +106,8 @@ class VisionTransformer(nn.Module):
         """
         seed, arguments = self._seed(image, dropout_seed), (image, bool_masked_pos, interpolate_pos_encoding)
         if self._reads_first_token_alone():
-            *_, (_, y) = self._run(self._embed(*arguments, seed), self.config.depth, seed, first=True)  # [B, 1, D]
+            blocks = self._run(self._embed(*arguments, seed), self.config.depth, seed, first=True)
+            ((_, y),) = collections.deque(blocks, maxlen=1)  # [B, 1, D]; keeps no other block's
         else:
             y = self.forward_features(*arguments, dropout_seed=seed)  # [B, N, D]
         return self.forward_head(y, dropout_seed=seed)  # [B, num_classes]

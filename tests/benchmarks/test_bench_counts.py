@@ -54,9 +54,9 @@ def total(launches, field, phase=None):
 OURS = {
     "fwd": 4 + 4 + 2 + 4 + 5 + 5 + 4,  # qkv, attention, proj, add + norm, fc1 with GELU, fc2, add + norm
     "kept": 4,  # pre-activations
-    # fc2: dgrad with dGELU and fc1's bias, wgrad, bias. fc1: dgrad, wgrad. Then norm, proj, attention with delta, qkv
-    # and norm.
-    "bwd": 13 + 5 + 1 + 5 + 5 + 4 + 2 + 2 + 1 + 7 + 2 + 4 + 4 + 3 + 4,
+    # fc2: dgrad with dGELU and fc1's bias, wgrad, bias. fc1: dgrad, its input again, wgrad. Then norm, proj, attention
+    # with delta, qkv with its input again and norm.
+    "bwd": 13 + 5 + 1 + 5 + 2 + 5 + 4 + 2 + 2 + 1 + 7 + 2 + 4 + 2 + 4 + 3 + 4,
     "per query": 6,  # fp32 statistics of attention's backward
     "partials": 2,  # fp32 sums for fc1's bias, per tile of 128 rows
     "tokens": 1,  # written by the stem

@@ -333,11 +333,12 @@ def test_lse_of_any_scale(call, scale, device):
 
 @pytest.mark.parametrize("op", sorted({op for op, *_ in ALL.values()}))
 def test_the_reference_takes_the_same_arguments(op):
-    """They have the same order, kinds and defaults. Only ``impl`` is missing.
+    """They have the same order, kinds and defaults. Only ``impl`` is missing, and what says what to save.
 
     attention_statistics also takes what the forward saved, and its reference some of the queries.
     """
-    own, its = (["saved", "impl"], ["first_query"]) if op == "attention_statistics" else (["impl"], [])
+    own = {"attention_statistics": ["saved"], "layer_norm": ["recompute"], "residual_layer_norm": ["recompute"]}
+    own, its = [*own.get(op, []), "impl"], ["first_query"] if op == "attention_statistics" else []
     ours = list(inspect.signature(getattr(kernels, op)).parameters.values())
     theirs = inspect.signature(getattr(reference, op)).parameters
     assert [p.name for p in ours if p not in theirs.values()] == own

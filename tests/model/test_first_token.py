@@ -62,6 +62,23 @@ def test_kernels_of_one_row(device):
     assert_same(found, want, 2e-5)
 
 
+def test_one_row_does_not_save_all_rows(device):
+    """Of the norm's output, which linear layers read whole and in one row, autograd saves that row."""
+    model, image = make(impl="fused", depth=1)
+    model, saved, rows = model.to(device), set(), []
+
+    def keep(t):
+        saved.add(t.untyped_storage()._cdata)
+        return t
+
+    attn = model.blocks[0].attn
+    first = attn.first
+    attn.first = lambda y: rows.append(y) or first(y)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        model(image[:2].to(device))
+    assert rows[0].shape == (2, TOKENS, 32) and rows[0].untyped_storage()._cdata not in saved
+
+
 def test_recomputation_gives_the_same_bits():
     model, image = make()
     want = outputs_and_gradients(model, model, image)

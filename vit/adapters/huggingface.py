@@ -172,7 +172,8 @@ def layer(row: Row, base: type, impl: str):
         drop = getattr(self, row.dropout) if row.dropout else lambda branch: branch
         scales = [getattr(self, name) for name in row.layer_scales] or [None, None]
         drop_path = getattr(self, row.drop_path) if row.drop_path else None
-        y = parts.layer_norm(getattr(self, row.norm1), x, impl)
+        # Three projections that read one y would compute it three times.
+        y = parts.layer_norm(getattr(self, row.norm1), x, impl, recompute=len(row.qkv) == 1)
         branch = row.attend(getattr(self, row.attention), y, *args, **kwargs)
         branch = drop(branch[0] if isinstance(branch, tuple) else branch)
         x, y = parts.add_norm(x, branch, getattr(self, row.norm2), impl, scales[0], drop_path)

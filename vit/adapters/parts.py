@@ -24,11 +24,11 @@ def is_layer_norm(module: nn.Module) -> bool:
     return known and len(module.normalized_shape) == 1 and plain(module)
 
 
-def layer_norm(module: nn.Module, x: Tensor, impl: str) -> Tensor:
+def layer_norm(module: nn.Module, x: Tensor, impl: str, recompute: bool = True) -> Tensor:
     """``module(x)``. Under autocast the result has autocast's dtype, to which the next matrix product would cast it."""
     if not is_layer_norm(module) or not _fit(x, x, module.weight, module.bias):
         return module(x)
-    return kernels.layer_norm(x, module.weight, module.bias, module.eps, impl=impl)
+    return kernels.layer_norm(x, module.weight, module.bias, module.eps, recompute=recompute, impl=impl)
 
 
 def add_norm(
@@ -52,7 +52,7 @@ def add_norm(
             dtype = branch.dtype if gamma is None else torch.promote_types(branch.dtype, gamma.dtype)
             row_scale = drop_path(branch.new_ones(len(branch), *[1] * (branch.dim() - 1), dtype=dtype)).flatten()
     if norm is not None and is_layer_norm(norm) and _fit(x, branch, norm.weight, norm.bias, gamma):
-        options = {"gamma": gamma, "row_scale": row_scale, "impl": impl}
+        options = {"gamma": gamma, "row_scale": row_scale, "recompute": True, "impl": impl}
         return kernels.residual_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, **options)
     if gamma is not None:
         branch = branch * gamma
