@@ -48,8 +48,8 @@ STRANGERS = [
     (
         "tools: signed bias looks at the error's sign, not towards or away from zero",
         "vit/testing/policy.py",
-        "signed + (error * sign).sum().item())",
-        "signed + error.sum().item())",
+        "error.abs().max().square(), (error * sign).sum()",
+        "error.abs().max().square(), error.sum()",
         "tests/commands/test_commands.py::test_signed_bias_is_towards_or_away_from_zero",
     ),
     (
