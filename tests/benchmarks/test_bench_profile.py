@@ -48,5 +48,5 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert main() == 0
     said = capsys.readouterr().out
     assert "on this CPU (no GPU here: operators of PyTorch)" in said
-    assert "matrix products" in said and "aten::addmm" in said and "aten::view" not in said  # only the longest three
+    assert "matrix products" in said and sum("::" in line for line in said.splitlines()) == 3  # the longest
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
