@@ -120,7 +120,7 @@ def _fwd_step(
     l_i = l_i * alpha + tl.sum(p, axis=1)
     if drop is not None:
         seed, OFFSET, rows = drop
-        p *= tile.dropout_scale(seed, OFFSET, rows[:, None], (start_n + offs_n)[None, :], P).to(p.dtype)
+        p *= tile.dropout_scale(seed, OFFSET, rows, start_n, WIDTH, P).to(p.dtype)
     return m_new, l_i, dot_into_parts(p, v, scale_parts(acc, alpha[:, None]), PRECISION)
 
 
@@ -170,9 +170,10 @@ def _attention_bwd_kernel(
 
     if pid_m < tiles_k:
         if dk_ptr is not None:
-            offs_n = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+            start_n = pid_m * BLOCK_M
+            offs_n = start_n + tl.arange(0, BLOCK_M)
             dk, dv = _dk_dv(
-                q_do_rows, kv_rows, stats, seed_ptr, offs_n, head * NQ, OFFSET, NQ, NK,
+                q_do_rows, kv_rows, stats, seed_ptr, start_n, offs_n, head * NQ, OFFSET, NQ, NK,
                 SCALE, P, PARTS, ALIGN, PRECISION, ACC, BLOCK_M, BLOCK_N, WALK_Q,
             )  # fmt: skip
             store_parts(head_rows(dk_ptr, stride_dk, b, h, ALIGN), dk, offs_n, NK, PARTS, ALIGN)
@@ -196,14 +197,14 @@ def _attention_bwd_kernel(
 
 @triton.jit
 def _dk_dv(
-    q_do_rows, kv_rows, stat_ptrs, seed_ptr, offs_n, first_row, OFFSET, NQ, NK,
+    q_do_rows, kv_rows, stat_ptrs, seed_ptr, start_n, offs_n, first_row, OFFSET, NQ, NK,
     SCALE: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of the keys offs_n, over all queries. Rows beyond the last key may hold inf."""
     k = load_parts(kv_rows[0], offs_n, NK, PARTS, ALIGN)
     v = load_parts(kv_rows[1], offs_n, NK, PARTS, ALIGN)
-    drop = (tl.load(seed_ptr), OFFSET, first_row, offs_n) if seed_ptr is not None else None
+    drop = (tl.load(seed_ptr), OFFSET, first_row, start_n) if seed_ptr is not None else None
     state = zero_parts(BLOCK_M, PARTS, ACC), zero_parts(BLOCK_M, PARTS, ACC)
     end = loop_end(NQ, BLOCK_N, WALK)
     for start_m in range(0, end, BLOCK_N):
@@ -240,9 +241,9 @@ def _dk_dv_step(
     dp = dot_parts(v, do, PRECISION, ACC)
     kept = p
     if drop is not None:
-        seed, OFFSET, first_row, offs_n = drop
+        seed, OFFSET, first_row, start_n = drop
         rows = first_row + start_m + offs_m
-        drop_scale = tile.dropout_scale(seed, OFFSET, rows[None, :], offs_n[:, None], P).to(ACC)
+        drop_scale = tile.dropout_scale(seed, OFFSET, rows, start_n, k[0].shape[0], P).to(ACC).T
         kept *= drop_scale
         dp *= drop_scale
     ds = p * (dp - stats[1])  # delta
@@ -288,7 +289,7 @@ def _dq_step(
     dp = dot_parts(do, v, PRECISION, ACC)
     if drop is not None:
         seed, OFFSET, rows = drop
-        dp *= tile.dropout_scale(seed, OFFSET, rows[:, None], (start_n + offs_n)[None, :], P).to(ACC)
+        dp *= tile.dropout_scale(seed, OFFSET, rows, start_n, WIDTH, P).to(ACC)
     ds = p * (dp - stats[1])  # delta
     return dot_into_parts(ds, k, dq, PRECISION)
 

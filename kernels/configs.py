@@ -47,7 +47,7 @@ def layer_norm(arch: int, width: int, backward: bool = False, crowded: bool = Fa
     A thread of the backward has at most 8 columns up to a width of 4,096, because it keeps parameters and sums of each.
     ``crowded`` halves the rows, for a backward that needs more registers an element.
     """
-    block_d = next_power_of_2(width)
+    block_d = max(next_power_of_2(width), 16)
     num_warps = min(max(block_d // (256 if backward else 512), 4), 16)
     return Config(
         block_m=2 if arch == 0 else max(1, (2048 if crowded else 4096) // block_d), block_n=block_d, num_warps=num_warps
@@ -63,7 +63,7 @@ def elementwise(arch: int, width: int) -> Config:
     """Tiles of a pass that only reads and writes."""
     if arch == 0:
         return Config(block_m=4, block_n=32)
-    block_n = min(next_power_of_2(width), 1024)
+    block_n = min(max(next_power_of_2(width), 16), 1024)
     return Config(block_m=max(1, 2048 // block_n), block_n=block_n)
 
 
@@ -83,18 +83,24 @@ def has_tma(arch: int) -> bool:
     return arch == 0 or arch >= 90
 
 
-def gemm(arch: int, dtype: torch.dtype, precision: str) -> Config:
-    """Tile of the GEMM, whatever its epilogue."""
+def gemm(arch: int, dtype: torch.dtype, precision: str, drops: bool = False) -> Config:
+    """Tile of the GEMM, whatever its epilogue.
+
+    With ``drops``, dropout follows GELU: smaller pieces leave registers for a second program.
+    """
     if arch == 0:
         return Config(block_m=32, block_n=64, block_k=32, group_m=2)
     if dtype is torch.float32 and precision == "ieee":  # no tensor cores: each thread multiplies for its own elements
         return Config(block_m=128, block_n=64, block_k=16, group_m=8, num_warps=8, num_stages=3)
     if dtype is torch.float32:
         return Config(block_m=128, block_n=128, block_k=32, group_m=8, num_warps=8, num_stages=3)
+    split = 4 if drops else 2
     if arch < 90:
-        return Config(block_m=128, block_n=128, block_k=32, group_m=8, num_warps=8, num_stages=4)
+        return Config(block_m=128, block_n=128, block_k=32, group_m=8, num_warps=8, num_stages=4, split=split)
     pingpong = False  # True only after `make gpu STAGE=pingpong` has passed and `make tune OP=gemm` prefers it
-    return Config(block_m=128, block_n=128, block_k=64, group_m=8, num_warps=8, num_stages=3, pingpong=pingpong)
+    return Config(
+        block_m=128, block_n=128, block_k=64, group_m=8, num_warps=8, num_stages=3, split=split, pingpong=pingpong
+    )
 
 
 def gemm_pingpong(aux: bool, preact: bool) -> Config:
@@ -116,31 +122,31 @@ def walk(n: int, config: Config) -> tuple[str, int]:
 
 
 def attention_fwd(arch: int, n: int, head_dim: int, dtype: torch.dtype, dropout: bool = False) -> Config:
-    """Tile of block_m queries against block_n keys at a time; n is the number of keys.
-
-    ``dropout`` draws a random number for each element of the tile, which takes registers.
-    """
+    """Tile of block_m queries against block_n keys at a time; n is the number of keys."""
     if arch == 0:
         return Config(block_m=32, block_n=32)
     if dtype is torch.float32:
         return Config(block_m=32, block_n=16, num_warps=4 if dropout else 8, num_stages=2, tail=False)
-    if dropout or (arch < 90 and head_dim > 112):
-        wide = arch < 90 and head_dim > 96  # accumulators in registers, and none to spare for more columns of keys
-        return Config(block_m=64, block_n=32 if wide else 64, num_stages=2, tail=False)
+    if arch < 90 and head_dim > (96 if dropout else 112):  # accumulators in registers, and none to spare for a tail
+        return Config(block_m=64, block_n=32, num_stages=2, tail=False)
     if arch >= 100 and head_dim > 48:  # with 32 columns ptxas aims at 80 registers here, and spills
         return Config(block_m=64, block_n=64, num_stages=2)
     return Config(block_m=64, block_n=32, num_stages=3)  # few registers: four or five programs an SM of sm_90
 
 
 def attention_bwd(arch: int, n: int, head_dim: int, dtype: torch.dtype, dropout: bool = False) -> Config:
-    """A program owns block_m keys (or queries) and walks the queries (or keys) block_n at a time; n is the longer."""
+    """A program owns block_m keys (or queries) and walks the queries (or keys) block_n at a time; n is the longer.
+
+    ``dropout`` draws random numbers for the whole tile, which takes registers.
+    """
     if arch == 0:
         return Config(block_m=32, block_n=32)
     if dtype is torch.float32:
         blocks = (32, 32) if head_dim > 112 else (64, 16) if arch >= 90 and not dropout else (32, 16)
         return Config(*blocks, num_warps=8, num_stages=2, tail=False)
     if dropout or (arch < 90 and head_dim > 80):
-        return Config(block_m=64, block_n=16, num_stages=2, tail=False)
+        few = dropout and arch < 90 and head_dim > 96  # else it spills
+        return Config(block_m=32 if few else 64, block_n=16, num_stages=2, tail=False)
     if arch >= 100:
         return Config(block_m=64, block_n=32, num_stages=3 if head_dim <= 80 else 2)
     return Config(block_m=64, block_n=32, num_stages=3, tail=head_dim <= 112)

@@ -29,11 +29,12 @@ def _dropout_kernel(
     pid = tl.program_id(0).to(tl.int64)
     tiles_d = tl.cdiv(D, BLOCK_D)
     offs_m = pid // tiles_d * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_d = (pid % tiles_d).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
+    start_d = (pid % tiles_d).to(tl.int32) * BLOCK_D
+    offs_d = start_d + tl.arange(0, BLOCK_D)
     mask = (offs_m < M)[:, None] & (offs_d < D)[None, :]
 
     x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_d[None, :], mask=mask, other=0.0).to(ACC)
-    y = x * tile.dropout_scale(tl.load(seed_ptr), OFFSET, offs_m[:, None], offs_d[None, :], P).to(ACC)
+    y = x * tile.dropout_scale(tl.load(seed_ptr), OFFSET, offs_m, start_d, BLOCK_D, P).to(ACC)
     tl.store(y_ptr + offs_m[:, None] * D + offs_d[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 

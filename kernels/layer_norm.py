@@ -97,7 +97,7 @@ def _layer_norm_fwd_kernel(
         if branch_bias_ptr is not None:
             branch += _load_row(branch_bias_ptr, offs_d, mask_d, ACC)
         if seed_ptr is not None:
-            branch *= tile.dropout_scale(tl.load(seed_ptr), OFFSET, offs_m[:, None], offs_d[None, :], P).to(ACC)
+            branch *= tile.dropout_scale(tl.load(seed_ptr), OFFSET, offs_m, 0, BLOCK_D, P).to(ACC)
         if gamma_ptr is not None:
             branch *= _load_row(gamma_ptr, offs_d, mask_d, ACC)
         if row_scale_ptr is not None:
@@ -172,7 +172,7 @@ def _layer_norm_bwd_kernel(
         if row_scale_ptr is not None:
             ds *= row_scale.to(ACC)
         if seed_ptr is not None:
-            ds *= tile.dropout_scale(tl.load(seed_ptr), OFFSET, offs_m[:, None], offs_d[None, :], P).to(ACC)
+            ds *= tile.dropout_scale(tl.load(seed_ptr), OFFSET, offs_m, 0, BLOCK_D, P).to(ACC)
         if dgamma_ptr is not None:
             branch = branch.to(ACC)
             if branch_bias_ptr is not None:

@@ -85,10 +85,11 @@ def _gemm_kernel(
     if SPLIT == 4:
         pieces = _halves(pieces[0]) + _halves(pieces[1])
     for i in tl.static_range(SPLIT):
-        offs_n = start_n + i * (BLOCK_N // SPLIT) + tl.arange(0, BLOCK_N // SPLIT)
+        start_piece = start_n + i * (BLOCK_N // SPLIT)
+        offs_n = start_piece + tl.arange(0, BLOCK_N // SPLIT)
         if sum_ptr is None:
             _epilogue(
-                pieces[i], start_m, tl.arange(0, BLOCK_M), offs_n,
+                pieces[i], start_m, start_piece, tl.arange(0, BLOCK_M), offs_n,
                 bias_ptr, preact_ptr, seed_ptr, out_ptr, aux_ptr, M, N, OFFSET, ACTIVATION, P, CHEAP,
             )  # fmt: skip
         else:
@@ -99,7 +100,7 @@ def _gemm_kernel(
             sums = ()
             for j in tl.static_range(2):
                 half = _epilogue(
-                    halves[j].reshape(BLOCK_M // 2, BLOCK_N // SPLIT), start_m, offs_m + 8 * j, offs_n,
+                    halves[j].reshape(BLOCK_M // 2, BLOCK_N // SPLIT), start_m, start_piece, offs_m + 8 * j, offs_n,
                     bias_ptr, preact_ptr, seed_ptr, out_ptr, aux_ptr, M, N, OFFSET, ACTIVATION, P, CHEAP,
                 )  # fmt: skip
                 sums += (tl.sum(half.reshape(2, BLOCK_M // 4, BLOCK_N // SPLIT), axis=0),)
@@ -114,12 +115,12 @@ def _halves(x):
 
 @triton.jit
 def _epilogue(
-    acc, start_m, offs_m, offs_n,
+    acc, start_m, start_n, offs_m, offs_n,
     bias_ptr, preact_ptr, seed_ptr, out_ptr, aux_ptr,
     M, N, OFFSET,
     ACTIVATION: tl.constexpr, P: tl.constexpr, CHEAP: tl.constexpr,
 ):  # fmt: skip
-    """Bias, activation and dropout for the rows start_m + offs_m and the columns offs_n, and the stores.
+    """Bias, activation and dropout for the rows start_m + offs_m and the columns offs_n from start_n, and the stores.
 
     CHEAP: GELU uses an approximation of erf, see `tile.gelu_and_grad`. None: only for results of 16 bits.
     """
@@ -140,9 +141,8 @@ def _epilogue(
             aux = acc
             acc, _ = tile.gelu_and_grad(acc, ACTIVATION, NO_ERF)
         if seed_ptr is not None:
-            drop_scale = tile.dropout_scale(
-                tl.load(seed_ptr), OFFSET, (start_m + offs_m).to(tl.int64)[:, None], offs_n[None, :], P
-            ).to(acc.dtype)
+            rows = (start_m + offs_m).to(tl.int64)
+            drop_scale = tile.dropout_scale(tl.load(seed_ptr), OFFSET, rows, start_n, acc.shape[1], P).to(acc.dtype)
             acc *= drop_scale
             if preact_ptr is not None:
                 aux *= drop_scale
@@ -169,7 +169,10 @@ def _activation_kernel(
     offs = offs_m[:, None] * N + offs_n[None, :]
 
     x = tl.load(x_ptr + start_m.to(tl.int64) * N + offs, mask=mask, other=0.0).to(ACC)
-    _epilogue(x, start_m, offs_m, offs_n, None, preact_ptr, seed_ptr, out_ptr, None, M, N, OFFSET, ACTIVATION, P, None)
+    _epilogue(
+        x, start_m, start_n, offs_m, offs_n,
+        None, preact_ptr, seed_ptr, out_ptr, None, M, N, OFFSET, ACTIVATION, P, None,
+    )  # fmt: skip
 
 
 def _operand(x: Tensor) -> Tensor:
@@ -212,7 +215,7 @@ def gemm(
     M, K = a.shape[::-1] if trans_a else a.shape
     N = b.shape[0] if trans_b else b.shape[1]
     arch, precision = runtime.arch(a.device), runtime.precision(a.dtype)
-    config = configs.gemm(arch, a.dtype, precision)
+    config = configs.gemm(arch, a.dtype, precision, seed is not None and preact is None)
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
     if max(M + block_m, K + block_k, N * block_m + block_n) >= 2**31:
         raise ValueError(f"a product of [{M}, {K}] and [{K}, {N}] has a side too long for 32-bit tile coordinates")

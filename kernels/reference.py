@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def philox(seed: Tensor, counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int]) -> Tensor:
-    """The first word of Philox-4x32-10 (Salmon et al., SC 2011) in int64 arithmetic.
+def philox(seed: Tensor, counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int]) -> tuple[Tensor, ...]:
+    """The four words of Philox-4x32-10 (Salmon et al., SC 2011) in int64 arithmetic.
 
     seed: int64 of one element, the key. counter: four words of 32 bits as int64, broadcast against each other.
     """
@@ -33,18 +33,29 @@ def philox(seed: Tensor, counter: tuple[Tensor | int, Tensor | int, Tensor | int
         (h0, l0), (h1, l1) = multiply(0xD2511F53, c0), multiply(0xCD9E8D57, c2)
         c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
         k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
-    return c0
+    return c0, c1, c2, c3
+
+
+def dropout_words(seed: Tensor, offset: int, rows: Tensor, width: int) -> Tensor:
+    """The random numbers of dropout below 2³² for some rows of a matrix of this width, [rows, width].
+
+    A function of (seed, offset, row, column) alone: that of column c is word c % 2 + 2 · (c // 8 % 2) of `philox` with
+    the counter (4 · (c // 16) + c // 2 % 4, low and high half of row, offset).
+    """
+    rows, fours = rows[:, None], torch.arange(4 * -(-width // 16), device=seed.device)[None, :]
+    words = torch.stack(philox(seed.reshape(()), (fours, rows & 0xFFFFFFFF, rows >> 32, offset)))
+    words = words.unflatten(0, (2, 2)).unflatten(3, (-1, 4))  # [c // 8 % 2, c % 2, row, c // 16, c // 2 % 4]
+    return words.permute(2, 3, 0, 4, 1).flatten(1)[:, :width]
 
 
 def dropout_scale(seed: Tensor, offset: int, shape: torch.Size, p: float) -> Tensor:
     """What dropout multiplies each element of a tensor by, 1/(1 − p) or 0 (fp64): rows are all dimensions but the last.
 
-    A function of (seed, offset, row, column) alone, see `vit.kernels.tile.dropout_scale`.
+    It is 0 where the random number of `dropout_words` is below p · 2³².
     """
-    rows = torch.arange(math.prod(shape[:-1]), device=seed.device)[:, None]
-    columns = torch.arange(shape[-1], device=seed.device)[None, :]
-    word = philox(seed.reshape(()), (columns, rows & 0xFFFFFFFF, rows >> 32, offset))
-    return (word >= int(p * 2**32)).to(torch.float64).reshape(shape) / (1.0 - p)
+    rows = torch.arange(math.prod(shape[:-1]), device=seed.device)
+    words = dropout_words(seed, offset, rows, shape[-1]).reshape(shape)
+    return (words >= int(p * 2**32)).to(torch.float64) / (1.0 - p)
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None = None, offset: int = 0) -> Tensor:

@@ -99,16 +99,26 @@ def gelu_and_grad(x, ACTIVATION: tl.constexpr, CHEAP: tl.constexpr):
 
 
 @triton.jit
-def dropout_scale(seed, offset, row, column, P: tl.constexpr):
-    """The factor of dropout for each element: 1/(1 − P) with probability 1 − P, else 0.
+def dropout_scale(seed, offset, row, first_column, COLUMNS: tl.constexpr, P: tl.constexpr):
+    """The factor of dropout for each element of a tile: 1/(1 − P) with probability 1 − P, else 0. [rows, COLUMNS]
 
-    Its random number is the first word of Philox-4x32-10 (Salmon et al., 2011) with the key ``seed`` and the counter
-    (column, low and high half of row, offset). It depends on nothing else, so the backward, a recomputed forward and
-    every tiling draw the same number.
+    Philox-4x32-10 (Salmon et al., 2011) with the key ``seed`` and the counter (g, low and high half of row, offset)
+    gives the random numbers of four columns c, c + 1, c + 8 and c + 9: the g-th such four from the left, with four of
+    them in 16 columns. A thread has these four where a product leaves its result, so nothing moves there. A number
+    depends on nothing else, so the backward, a recomputed forward and every tiling draw the same.
 
-    seed: int64 scalar. offset: which dropout of the network. row: int64, column: int32, broadcast against each other.
+    seed: int64 scalar. offset: which dropout of the network. row: int64 [rows]. first_column: int32, and, like COLUMNS,
+    a multiple of 16.
     """
-    column = column + tl.zeros_like(row).to(tl.int32)
-    word, _, _, _ = tl.philox(seed, column, row.to(tl.int32), (row >> 32).to(tl.int32), offset)
+    g = first_column // 4 + tl.arange(0, COLUMNS // 4)[None, :]
+    row = row[:, None]
+    w0, w1, w2, w3 = tl.philox(seed, g + 0 * row.to(tl.int32), row.to(tl.int32), (row >> 32).to(tl.int32), offset)
+    left, right = tl.join(_scale(w0, P), _scale(w2, P)), tl.join(_scale(w1, P), _scale(w3, P))
+    fours = tl.join(left, right).reshape(row.shape[0], COLUMNS // 16, 4, 2, 2)
+    return fours.permute(0, 1, 3, 2, 4).reshape(row.shape[0], COLUMNS)
+
+
+@triton.jit
+def _scale(word, P: tl.constexpr):
     THRESHOLD: tl.constexpr = int(P * 4294967296.0)  # compiled code has no round()
     return tl.where(word.to(tl.uint32, bitcast=True) >= THRESHOLD, 1.0 / (1.0 - P), 0.0)

@@ -206,7 +206,6 @@ CASES: dict[str, Case] = {
 # Key in the lock file -> the reason why this one may spill, be serialised or not use wgmma.
 EXCUSED = {
     "sm_90 fp32 attention_h _attention_fwd_kernel": "Triton 3.6.0 alone: 8 bytes, with IEEE fp32 and head_dim 80",
-    "sm_89 bf16 attention_big_g_dropout _attention_bwd_kernel": "Triton 3.6.0 alone: 8 bytes",
     "sm_100 bf16 attention_big_g _attention_bwd_kernel": "Triton 3.6.0 alone: 12 bytes",
     "sm_100 bf16 attention_128 _attention_delta_kernel": "Triton 3.6.0 alone: 32 bytes",
     "sm_100 bf16 residual_b_autocast _layer_norm_fwd_kernel no_grad": "Triton 3.6.0 alone: 8 bytes",

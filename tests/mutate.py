@@ -530,10 +530,10 @@ MUTANTS = [
         """        if branch_bias_ptr is not None:
             branch += _load_row(branch_bias_ptr, offs_d, mask_d, ACC)
         if seed_ptr is not None:
-            branch *= tile.dropout_scale(tl.load(seed_ptr), OFFSET, offs_m[:, None], offs_d[None, :], P).to(ACC)
+            branch *= tile.dropout_scale(tl.load(seed_ptr), OFFSET, offs_m, 0, BLOCK_D, P).to(ACC)
 """,
         """        if seed_ptr is not None:
-            branch *= tile.dropout_scale(tl.load(seed_ptr), OFFSET, offs_m[:, None], offs_d[None, :], P).to(ACC)
+            branch *= tile.dropout_scale(tl.load(seed_ptr), OFFSET, offs_m, 0, BLOCK_D, P).to(ACC)
         if branch_bias_ptr is not None:
             branch += _load_row(branch_bias_ptr, offs_d, mask_d, ACC)
 """,
@@ -840,6 +840,27 @@ def _layer_norm_bwd_kernel(""",
         "kernels/tile.py",
         "(row >> 32).to(tl.int32), offset)",
         "(row >> 32).to(tl.int32), offset * 0)",
+        ("tests/kernels/test_dropout.py::test_kernel_draws_the_mask_of_the_reference",),
+    ),
+    Mutant(
+        "dropout: the words of a counter go to four neighbours",
+        "kernels/tile.py",
+        "    return fours.permute(0, 1, 3, 2, 4).reshape(",
+        "    return fours.reshape(",
+        ("tests/kernels/test_dropout.py::test_kernel_draws_the_mask_of_the_reference",),
+    ),
+    Mutant(
+        "dropout: one word of a counter twice",
+        "kernels/tile.py",
+        "tl.join(_scale(w1, P), _scale(w3, P))",
+        "tl.join(_scale(w1, P), _scale(w2, P))",
+        ("tests/kernels/test_dropout.py::test_kernel_draws_the_mask_of_the_reference",),
+    ),
+    Mutant(
+        "dropout: every tile of columns draws the first one's numbers",
+        "kernels/dropout.py",
+        "offs_m, start_d, BLOCK_D, P",
+        "offs_m, 0, BLOCK_D, P",
         ("tests/kernels/test_dropout.py::test_kernel_draws_the_mask_of_the_reference",),
     ),
     Mutant(

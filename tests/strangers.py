@@ -321,8 +321,8 @@ STRANGERS = [
     (
         "kernels: gamma's gradient is taken before the row scale",
         "kernels/layer_norm.py",
-        "        if row_scale_ptr is not None:\n            ds *= row_scale.to(ACC)\n        if seed_ptr is not None:\n            ds *= tile.dropout_scale(tl.load(seed_ptr), OFFSET, offs_m[:, None], offs_d[None, :], P).to(ACC)\n        if dgamma_ptr is not None:\n            branch = branch.to(ACC)\n            if branch_bias_ptr is not None:\n                branch += branch_bias\n            dgamma += tl.sum(ds * branch, axis=0)\n",
-        "        if seed_ptr is not None:\n            ds *= tile.dropout_scale(tl.load(seed_ptr), OFFSET, offs_m[:, None], offs_d[None, :], P).to(ACC)\n        if dgamma_ptr is not None:\n            branch = branch.to(ACC)\n            if branch_bias_ptr is not None:\n                branch += branch_bias\n            dgamma += tl.sum(ds * branch, axis=0)\n        if row_scale_ptr is not None:\n            ds *= row_scale.to(ACC)\n",
+        "        if row_scale_ptr is not None:\n            ds *= row_scale.to(ACC)\n        if seed_ptr is not None:\n            ds *= tile.dropout_scale(tl.load(seed_ptr), OFFSET, offs_m, 0, BLOCK_D, P).to(ACC)\n        if dgamma_ptr is not None:\n            branch = branch.to(ACC)\n            if branch_bias_ptr is not None:\n                branch += branch_bias\n            dgamma += tl.sum(ds * branch, axis=0)\n",
+        "        if seed_ptr is not None:\n            ds *= tile.dropout_scale(tl.load(seed_ptr), OFFSET, offs_m, 0, BLOCK_D, P).to(ACC)\n        if dgamma_ptr is not None:\n            branch = branch.to(ACC)\n            if branch_bias_ptr is not None:\n                branch += branch_bias\n            dgamma += tl.sum(ds * branch, axis=0)\n        if row_scale_ptr is not None:\n            ds *= row_scale.to(ACC)\n",
         "tests/kernels/test_layer_norm.py::test_residual_layer_norm",
     ),
     (

@@ -225,10 +225,10 @@ def test_rows_beyond_32_bits(randn, drop, tmp_path):
     with last_programs_only(4):  # two tiles of keys, and two of queries
         _launch_bwd(*every[:5], m, log_l, *every[5:], None, scratch, scale, drop["seed"], p, drop["offset"])
 
-    rows = torch.arange((B - 1) * N, B * N)[:, None]
+    rows = torch.arange((B - 1) * N, B * N)
     assert rows.min() >= 2**32
-    word = reference.philox(drop["seed"][0], (torch.arange(N), rows & 0xFFFFFFFF, rows >> 32, drop["offset"]))
-    keep = torch.where(word >= int(p * 2**32), 1 / (1 - p), 0.0)
+    words = reference.dropout_words(drop["seed"], drop["offset"], rows, N)
+    keep = torch.where(words >= int(p * 2**32), 1 / (1 - p), 0.0)
 
     def eager(q, k, v):
         probs = (torch.einsum("bqhe,bkhe->bhqk", q, k) * scale).softmax(-1)

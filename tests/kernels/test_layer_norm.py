@@ -641,11 +641,11 @@ def test_dtypes_that_go_together(names, branch, other):
 
 @pytest.mark.parametrize("crowded", [False, True])
 def test_shipped_tiles_hold_a_whole_row(crowded):
-    """A program has 4,096 elements, or half as many if crowded, but at least one row, and 4 to 16 warps."""
+    """A program has 4,096 elements, or half as many if crowded, but at least one row of 16, and 4 to 16 warps."""
     budget = 2048 if crowded else 4096
     for arch in (80, 90, 100):
         for width in (1, 2, 3, 31, 32, 33, 192, 384, 512, 768, 1024, 1025, 2048, 2049, 4096, 8192, 8193, 65_536):
-            whole = next(2**i for i in range(17) if 2**i >= width)
+            whole = next(2**i for i in range(4, 17) if 2**i >= width)
             for backward, columns in ((False, 512), (True, 256)):  # per warp
                 config = configs.layer_norm(arch, width, backward, crowded)
                 assert config.block_n == whole and config.block_m == max(1, budget // whole), width

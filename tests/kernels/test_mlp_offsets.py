@@ -35,9 +35,8 @@ def matrices(count):
 
 
 def keep(seed):
-    rows, columns = torch.arange(FIRST, M)[:, None], torch.arange(N)[None, COLUMNS]
-    word = reference.philox(seed.reshape(()), (columns, rows, 0, 3))
-    return torch.where(word >= int(META["P"] * 2**32), 1 / (1 - META["P"]), 0.0)
+    words = reference.dropout_words(seed, 3, torch.arange(FIRST, M), N)[:, COLUMNS]
+    return torch.where(words >= int(META["P"] * 2**32), 1 / (1 - META["P"]), 0.0)
 
 
 @pytest.mark.interpreted
