@@ -27,9 +27,32 @@ def _gated() -> nn.Module:
     return model
 
 
-def _naflex() -> nn.Module:
-    small = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "pos_embed_grid_size": (3, 3)}
+def _naflex(**options) -> nn.Module:
+    small = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "pos_embed_grid_size": (3, 3)} | options
     return import_timm().models.naflexvit.NaFlexVit(import_timm().models.naflexvit.NaFlexVitCfg(**small), num_classes=5)
+
+
+def _blocks(cls: str, part: dict | None = None, **options) -> nn.Module:
+    block = getattr(import_timm().models.vision_transformer, cls)
+    return timm_model(block_fn=functools.partial(block, **part or {}), **options)
+
+
+def _parts(**parts: str) -> nn.Module:
+    return timm_model(**{name: getattr(import_timm().layers, cls) for name, cls in parts.items()})
+
+
+def _module(name: str):
+    import_timm()
+    return importlib.import_module(f"timm.models.{name}")
+
+
+def _of(module: str, model: str, **options) -> nn.Module:
+    small = {"img_size": 24, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    return getattr(_module(module), model)(**small | options)
+
+
+def _eva(**options) -> nn.Module:
+    return _of("eva", "Eva", **{"num_classes": 5, "use_rot_pos_emb": True, "head_init_scale": 1.0} | options)
 
 
 def _timm_name(name: str, **options) -> nn.Module:
@@ -83,6 +106,25 @@ MODELS = {
     "timm dynamic size": lambda: timm_model(dynamic_img_size=True),
     "timm relu": lambda: timm_model(act_layer="relu"),
     "timm NaFlex": _naflex,
+    "timm ResPost": lambda: _blocks("ResPostBlock", drop_path_rate=0.1),
+    "timm ParallelThings": lambda **options: _blocks("ParallelThingsBlock", init_values=0.5, **options),
+    "timm ParallelScaling": lambda **options: _blocks(
+        "ParallelScalingBlock", init_values=0.5, qk_norm=True, qkv_bias=False, **options
+    ),
+    "timm ParallelScaling, one output": lambda: _blocks("ParallelScalingBlock", {"fuse_out_proj": True}),
+    "timm EVA": lambda **options: _eva(qkv_fused=False, init_values=0.5, **options),
+    "timm EVA, post-norm": lambda: _eva(use_post_norm=True, use_rot_pos_emb=False, qkv_bias=False),
+    "timm EVA, mixed RoPE": lambda: _eva(rope_type="mixed", class_token=False, init_values=0.5),
+    "timm DINOv3": lambda: _eva(
+        rope_type="dinov3", rope_rotate_half=True, use_abs_pos_emb=False, num_reg_tokens=2, init_values=0.5
+    ),
+    "timm PE": lambda: _eva(
+        attn_type="rope", rope_grid_offset=1.0, rope_grid_indexing="xy", use_pre_transformer_norm=True
+    ),
+    "timm RoPE, grouped": lambda: _eva(
+        attn_type="rope", embed_dim=64, num_heads=4, num_kv_heads=2, qkv_fused=False, qk_norm=True
+    ),
+    "timm NaFlex RoPE": lambda: _naflex(rope_type="axial"),
     "torchvision": torchvision_model,
     "hf ViT": lambda: hf_model("ViTForImageClassification", "ViTConfig"),
     "hf ViTModel": lambda: hf_model("ViTModel", "ViTConfig", hidden_act="gelu_pytorch_tanh", qkv_bias=False),
@@ -90,6 +132,27 @@ MODELS = {
     "hf DeiT": lambda: hf_model("DeiTForImageClassification", "DeiTConfig"),
     "hf Dinov2": lambda: hf_model("Dinov2ForImageClassification", "Dinov2Config"),
     "hf Dinov2 registers": lambda: hf_model("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig"),
+}
+# Some parts of each block have no kernel.
+PARTIAL = {
+    "timm SwiGLU": lambda: _parts(mlp_layer="SwiGLU"),
+    "timm RMSNorm": lambda: _parts(norm_layer="RmsNorm"),
+    "timm AIMv2": lambda: _parts(norm_layer="RmsNorm", mlp_layer="SwiGLU"),
+    "timm diff": lambda: timm_model(attn_layer="diff"),
+    "timm EVA-02": lambda: _eva(swiglu_mlp=True, scale_mlp=True, qkv_fused=False, scale_attn_inner=True),
+    "timm EVA, packed SwiGLU": lambda: _eva(swiglu_mlp=True, init_values=0.5, attn_only_layer_scale=True),
+    "timm RMSNorm of heads": lambda: _eva(attn_type="rope", qk_norm=True, norm_layer=import_timm().layers.RmsNorm),
+    "timm BEiT": lambda: _of("beit", "Beit", init_values=0.5, use_rel_pos_bias=True),
+    "timm BEiT, one bias": lambda: _of("beit", "Beit", use_shared_rel_pos_bias=True),
+    "timm RelPos": lambda: _of("vision_transformer_relpos", "VisionTransformerRelPos", init_values=0.5),
+    "timm RelPos, post-norm": lambda: _of(
+        "vision_transformer_relpos",
+        "VisionTransformerRelPos",
+        block_fn=_module("vision_transformer_relpos").ResPostRelPosBlock,
+    ),
+    "timm DeepSeek": lambda: _of("deepseek_vit", "DeepseekVitEncoder", global_pool="avg"),
+    "hf DINOv3 SwiGLU": lambda: hf_model("DINOv3ViTModel", "DINOv3ViTConfig", use_gated_mlp=True, hidden_act="silu"),
+    "hf Dinov2 SwiGLU": lambda: hf_model("Dinov2Model", "Dinov2Config", use_swiglu_ffn=True),
 }
 _VIDEO = {"num_frames": 2, "tubelet_size": 2}
 _MAE = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
@@ -109,6 +172,7 @@ TOWERS = {
     "hf Pixio": ("PixioModel", "PixioConfig"),
     "hf TIPSv2": ("Tipsv2VisionModel", "Tipsv2VisionConfig"),
     "hf RADIO": ("RadioModel", "RadioConfig", {"max_img_size": 24, "mlp_ratio": 2.0}),
+    "hf DINOv3": ("DINOv3ViTModel", "DINOv3ViTConfig", {"num_register_tokens": 2, "proj_bias": True}),
     "hf CLIP": ("CLIPVisionModelWithProjection", "CLIPVisionConfig"),
     "hf MetaCLIP 2": ("MetaClip2VisionModel", "MetaClip2VisionConfig"),
     "hf AltCLIP": ("AltCLIPVisionModel", "AltCLIPVisionConfig"),
@@ -149,7 +213,7 @@ REAL = {
 def build(name: str, *, train: bool = False, eager: bool = False) -> nn.Module:
     """A model in eval() unless ``train``. With ``eager`` the library's attention does not use SDPA."""
     torch.manual_seed(0)
-    model = (MODELS | REAL | TOWERS)[name]()
+    model = (MODELS | REAL | TOWERS | PARTIAL)[name]()
     randomise(model)
     for module in model.modules():
         if eager and hasattr(module, "fused_attn"):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import torch
 from torch import Tensor, nn
 
+from vit.adapters import left_alone
+from vit.adapters.fused import is_fused
 from vit.kernels import runtime
 from vit.plain import global_hooks
 from vit.unchanged import unchanged
@@ -36,7 +39,8 @@ def explain(model: nn.Module, *args: Tensor, **kwargs) -> Explanation:
     """Runs one forward of ``model`` without gradients and reports the path of each op, with the reason.
 
     The model, its buffers and the random states stay unchanged. Only one thread at a time may call it. With global
-    module hooks, PyTorch must call each module, so fewer ops are fused. The last entry then names the hooks.
+    module hooks, PyTorch must call each module, so fewer ops are fused. The last entry then names the hooks. In an
+    accelerated model, a module that `vit.accelerate` left as it is has the path "called".
 
     Args:
         model: any module.
@@ -53,7 +57,15 @@ def explain(model: nn.Module, *args: Tensor, **kwargs) -> Explanation:
         key = (c.op, c.path, c.reason, c.dtype)
         counts[key] = counts.get(key, 0) + 1
     rows = [OpPath(op, path, reason, calls, dtype) for (op, path, reason, dtype), calls in counts.items()]
+    if rows and any(map(is_fused, model.modules())):
+        left = Counter((_part(name), f"{cls}: {why}") for name, (cls, why) in left_alone(model).items())
+        rows += [OpPath(part, "called", reason, n, rows[0].dtype) for (part, reason), n in left.items()]
     if rows and (hooks := global_hooks()):
         reason = f"a global module hook ({', '.join(hooks)}) makes every module be called by itself"
         rows.append(OpPath("modules", "called", reason, len(hooks), rows[0].dtype))
     return Explanation(rows)
+
+
+def _part(name: str) -> str:
+    """The last word of a module's name: "mlp" of "blocks.0.mlp", "blocks" of "blocks.0"."""
+    return next((word for word in reversed(name.split(".")) if not word.isdigit()), name)

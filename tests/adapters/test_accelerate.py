@@ -45,7 +45,7 @@ def assert_parity(name: str, original: nn.Module, accelerated: nn.Module, device
     check_draws(zip(*found.values(), strict=True))
 
 
-@pytest.mark.parametrize("name", [*zoo.MODELS, *zoo.TOWERS])
+@pytest.mark.parametrize("name", zoo.MODELS)
 def test_cpu_path_fp32(name):
     """As many draws as `vit.testing.parity.enough_draws` wants: timm's own attention is the same operator now."""
     original = zoo.build(name)
@@ -58,13 +58,26 @@ def test_cpu_path_fp32_of_real_names(name):
     assert_parity(name, original, vit.accelerate(copy.deepcopy(original)), "cpu", draws=8)
 
 
-@pytest.mark.parametrize("name", [*zoo.MODELS, *zoo.TOWERS])
+@pytest.mark.parametrize("name", [*zoo.TOWERS, *zoo.PARTIAL])
+def test_cpu_path_fp32_of_more_classes(name):
+    original = zoo.build(name)
+    assert_parity(name, original, vit.accelerate(copy.deepcopy(original)), "cpu", draws=32)
+
+
+@pytest.mark.parametrize("name", [*zoo.MODELS, *zoo.TOWERS, *zoo.PARTIAL])
 def test_cpu_path_bf16(name):
     original = zoo.build(name, eager=True).bfloat16()
     assert_parity(name, original, vit.accelerate(copy.deepcopy(original)), "cpu")
 
 
-@pytest.mark.parametrize("name", ["timm DINOv2", "timm qk_norm", "timm avg", "torchvision", "hf ViT", "hf Dinov2"])
+AUTOCAST = [
+    "timm DINOv2", "timm qk_norm", "timm avg", "timm ResPost", "timm ParallelThings", "timm ParallelScaling",
+    "timm DINOv3", "timm EVA", "timm EVA-02", "torchvision", "hf ViT", "hf Dinov2", "hf DINOv3", "hf BLIP", "hf YOLOS",
+    "hf SigLIP",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AUTOCAST)
 def test_cpu_path_under_autocast(name):
     original = zoo.build(name, eager=True)
     assert_parity(name, original, vit.accelerate(copy.deepcopy(original)), "cpu", autocast=True)
@@ -117,7 +130,8 @@ def test_a_scale_of_the_logits_that_somebody_set(name):
 
 KERNELS = [
     "timm",
-    "timm DINOv2", "timm CLIP", "timm SigLIP", "timm qk_norm", "timm gated", "torchvision", "hf ViT", "hf Dinov2"
+    "timm DINOv2", "timm CLIP", "timm SigLIP", "timm qk_norm", "timm gated", "torchvision", "hf ViT", "hf Dinov2",
+    "timm RoPE, grouped", "hf YOLOS", "hf SigLIP",
 ]  # fmt: skip
 
 
@@ -156,7 +170,7 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor],
         assert error <= limit * scale, f"{name}: {error:.2e} of {scale:.2e}"  # fails for NaN, too
 
 
-@pytest.mark.parametrize("name", [*zoo.MODELS, *zoo.TOWERS])
+@pytest.mark.parametrize("name", [*zoo.MODELS, *zoo.TOWERS, *zoo.PARTIAL])
 def test_state_dict_and_parameters_stay_and_restore_gives_the_original_bits(name):
     model = zoo.build(name)
     before, parameters = copy.deepcopy(model.state_dict()), dict(model.named_parameters())
@@ -198,6 +212,14 @@ def test_each_feature_alone(name, feature):
     inside["norm"] = {"layer_norm", "residual_layer_norm"}
     assert inside.pop(feature) & {choice.op for choice in choices}
     assert not set().union(*inside.values()) & {choice.op for choice in choices}
+
+
+def test_a_block_that_is_one_part_is_fused_only_with_its_attention():
+    original, image = zoo.build("timm ParallelScaling"), zoo.images("timm ParallelScaling")
+    model = vit.accelerate(copy.deepcopy(original), attention=False)
+    assert "blocks.0" not in fused_modules(model) and "blocks.0.in_norm" in fused_modules(model)
+    assert_close(zoo.results("", model, image), zoo.results("", original, image))
+    assert "blocks.0" in fused_modules(vit.accelerate(model))
 
 
 @pytest.mark.parametrize("name", LIBRARIES)

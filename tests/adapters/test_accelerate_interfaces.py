@@ -16,7 +16,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import vit
-from vit.adapters import part_of
+from vit.adapters import part_of, parts
 from vit.kernels.runtime import record_choices
 
 pytestmark = pytest.mark.peers
@@ -176,6 +176,31 @@ def test_timm_interface():
     assert_close(zoo.results("", model, large), zoo.results("", original, large))
 
 
+TAKES_ROPE = {
+    "timm ResPost": False, "timm ParallelThings": False, "timm ParallelScaling": False, "timm DINOv3": True,
+    "timm EVA, post-norm": True, "timm PE": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TAKES_ROPE)
+def test_calls_of_blocks_with_masks_and_positions(name):
+    """By place and by keyword. What a block does not take is an error."""
+    model, original = pair(lambda: zoo.MODELS[name](), train=False)
+    generator, tokens = torch.Generator().manual_seed(0), 12 if name == "timm DINOv3" else 10
+    x, mask = torch.randn(2, tokens, 32, generator=generator), torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    rope = [torch.randn(9, 32, generator=generator)] if TAKES_ROPE[name] else []
+    calls = [((), {}), ((*rope, mask), {}), (rope, {"attn_mask": mask}), (rope, {"is_causal": True}), (rope, {})]
+    for args, kwargs in calls:
+        ours, theirs = (of.blocks[0](x, *args, **kwargs) for of in (model, original))
+        assert_close({"x": ours}, {"x": theirs})
+    assert not torch.allclose(original.blocks[0](x, *rope), original.blocks[0](x, *rope, mask), rtol=1e-3)
+    for of in (model, original):
+        with pytest.raises(TypeError):
+            of.blocks[0](x, masks=mask)
+        with pytest.raises(TypeError):
+            of.blocks[0](x, *rope, mask, False, None)
+
+
 def test_images_that_the_convolution_crops_or_refuses():
     """A convolution ignores partial patches, takes one image without a batch, and refuses less than a patch."""
     model, original = pair(lambda: zoo.timm_model(), train=False)
@@ -265,12 +290,6 @@ def test_compiles_once_for_all_batch_sizes(name):
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
-def _naflex_rope() -> nn.Module:
-    naflex = import_timm().models.naflexvit
-    small = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "rope_type": "axial"}
-    return naflex.NaFlexVit(naflex.NaFlexVitCfg(**small), num_classes=5)
-
-
 def _with(**parts: str) -> nn.Module:
     return zoo.timm_model(**{key: getattr(import_timm().layers, cls) for key, cls in parts.items()})
 
@@ -291,22 +310,13 @@ def _timm_block(cls: str) -> nn.Module:
 
 
 REFUSED = {
-    "SwiGLU": (
-        lambda: _with(mlp_layer="SwiGLU"),
-        r"Block \(blocks.0 and 1 more\): its mlp is timm.layers.mlp.SwiGLU",
+    "parallel": (
+        lambda: _timm_block("DiffParallelScalingBlock"),
+        r"DiffParallelScalingBlock \(blocks.0 and 1 more\): an unknown class",
     ),
-    "GluMlp": (lambda: _with(mlp_layer="GluMlp"), r"blocks.0 and 1 more\): its mlp is timm.layers.mlp.GluMlp"),
-    "RMSNorm": (
-        lambda: _with(norm_layer="RmsNorm"),
-        r"blocks.0 and 1 more\): its norm1 is timm.layers.norm.RmsNorm",
-    ),
-    "rope": (_naflex_rope, r"EvaBlock \(blocks.0 and 1 more\): an unknown class"),
-    "diff": (lambda: zoo.timm_model(attn_layer="diff"), r"blocks.0 and 1 more\): its attn is timm.*DiffAttention"),
-    "parallel": (lambda: _timm_block("ParallelScalingBlock"), "has no block that the fused ops can run"),
-    "post-norm": (lambda: _timm_block("ResPostBlock"), r"ResPostBlock \(blocks.0 and 1 more\): an unknown class"),
-    "eva": (
-        lambda: import_timm().create_model("eva02_tiny_patch14_224", depth=1, img_size=28, embed_dim=48, num_heads=3),
-        r"EvaBlock \(blocks.0\): an unknown class",
+    "no known part": (
+        lambda: _with(norm_layer="RmsNorm", mlp_layer="SwiGLU", attn_layer="DiffAttention"),
+        r"Block \(blocks.0 and 1 more\): none of its parts has a kernel",
     ),
     "swin": (
         lambda: import_timm().create_model(
@@ -315,10 +325,6 @@ REFUSED = {
         "SwinTransformerBlock .*: an unknown class",
     ),
     "resnet": (lambda: import_timm().create_model("resnet10t"), "no attention block was found"),
-    "hf SwiGLU": (
-        lambda: zoo.hf_model("Dinov2Model", "Dinov2Config", use_swiglu_ffn=True),
-        r"Dinov2Layer \(encoder.layer.0 and 1 more\): its mlp is .*Dinov2SwiGLUFFN",
-    ),
     "hf FLAVA": (lambda: zoo.hf_model("FlavaImageModel", "FlavaImageConfig"), "FlavaLayer .*: an unknown class"),
     "hf experts": (
         lambda: zoo.TOWERS["hf ViTPose"](num_experts=2, part_features=8),
@@ -367,15 +373,16 @@ def test_our_own_model_needs_none_of_it():
 def test_blocks_of_other_kinds_stay_beside_known_ones():
     original = zoo.timm_model()
     layers = import_timm().layers
-    original.blocks[1].mlp = layers.SwiGLU(32, 64)
+    original.blocks[1].add_module("adapter", layers.SwiGLU(32, 64))
     randomise(original)
     model = copy.deepcopy(original.eval())
     with pytest.warns(UserWarning) as caught:
         vit.accelerate(model)
-    message = "accelerate: these stay as they are: timm.models.vision_transformer.Block (blocks.1): its mlp is "
+    message = "accelerate: these stay as they are: timm.models.vision_transformer.Block (blocks.1): its adapter is "
     assert [str(w.message) for w in caught] == [message + "timm.layers.mlp.SwiGLU"]
     assert not fused_modules(model.blocks[1]) and fused_modules(model.blocks[0])
-    assert_close(zoo.results("", model, zoo.images("")), zoo.results("", original, zoo.images("")))
+    used = {k: v for k, v in zoo.results("", original, zoo.images("")).items() if "adapter" not in k}
+    assert_close(zoo.results("", model, zoo.images("")), used)
 
 
 @pytest.mark.parametrize("why", ["an unknown part", "a forward of its own"])
@@ -384,8 +391,7 @@ def test_what_lies_deep_inside_a_block_that_stays_stays(why):
     layers = import_timm().layers
     original = zoo.timm_model(qk_norm=True, scale_mlp_norm=True, scale_attn_norm=True, init_values=0.5)
     if why == "an unknown part":
-        original.blocks[1].drop_path2 = layers.SqueezeExcite(32)
-        original.blocks[1].drop_path2.forward = lambda x: x
+        original.blocks[1].drop_path3 = layers.SqueezeExcite(32)
     else:
         original.blocks[1].forward = functools.partial(type(original.blocks[1]).forward, original.blocks[1])
     randomise(original)
@@ -539,13 +545,14 @@ def test_padded_images_take_the_librarys_attention_and_the_rest_is_fused():
     assert not ops["attention"] and ops["residual_layer_norm"] == 2 == ops["mlp"] - 1
 
 
-def test_the_one_warning_groups_blocks_by_class_and_reason_and_points_at_the_caller():
+def test_the_one_warning_groups_modules_by_class_and_reason_and_points_at_the_caller():
     layers = import_timm().layers
     model = zoo.timm_model(depth=6)
     model.blocks[1].mlp = layers.SwiGLU(32, 64)
     model.blocks[2].norm2 = layers.RmsNorm(32)
     model.blocks[3].mlp = layers.SwiGLU(32, 64)
     model.blocks[4].mlp = layers.SwiGLU(32, 64)
+    model.blocks[4].drop_path3 = nn.Tanh()
     model.blocks[5].attn.extra = nn.Linear(3, 3)  # an extra child of a part is no reason
     wrapped = nn.ModuleDict({"inner": model, "encoder": nn.TransformerEncoderLayer(32, 2)})
     with pytest.warns(UserWarning) as caught:
@@ -553,59 +560,83 @@ def test_the_one_warning_groups_blocks_by_class_and_reason_and_points_at_the_cal
     block = "timm.models.vision_transformer.Block"
     assert [str(w.message) for w in caught] == [
         "accelerate: these stay as they are: "
-        f"{block} (inner.blocks.1 and 2 more): its mlp is timm.layers.mlp.SwiGLU; "
-        f"{block} (inner.blocks.2): its norm2 is timm.layers.norm.RmsNorm; "
+        "timm.layers.mlp.SwiGLU (inner.blocks.1.mlp and 1 more): no kernel computes it; "
+        "timm.layers.norm.RmsNorm (inner.blocks.2.norm2): no kernel computes it; "
+        f"{block} (inner.blocks.4): its drop_path3 is torch.nn.modules.activation.Tanh; "
         "torch.nn.modules.transformer.TransformerEncoderLayer (encoder): an unknown class"
     ]
     assert caught[0].filename == __file__
-    assert {name.split(".")[2] for name in fused_modules(wrapped) if "blocks." in name} == {"0", "5"}
+    assert {name.split(".")[2] for name in fused_modules(wrapped) if "blocks." in name} == {*"01235"}
 
 
-WRONG_PARTS = {
-    "norm1 over two dimensions": (
-        lambda block: setattr(block, "norm1", nn.LayerNorm((10, 32))),
-        "its norm1 cannot run: it normalises over more than the last dimension",
-    ),
-    "norm2 over two dimensions": (
-        lambda block: setattr(block, "norm2", nn.LayerNorm((10, 32))),
-        "its norm2 cannot run: it normalises over more than the last dimension",
-    ),
-    "mlp of convolutions": (
-        lambda block: setattr(block, "mlp", import_timm().layers.Mlp(32, 64, use_conv=True)),
-        "its mlp cannot run: it is made of convolutions",
-    ),
-    "an unknown drop path": (lambda block: setattr(block, "drop_path2", nn.Tanh()), "its drop_path2 is .*Tanh"),
-    "an unknown LayerScale": (lambda block: setattr(block, "ls1", nn.ReLU()), "its ls1 is .*ReLU"),
-    "a further child": (lambda block: block.add_module("adapter", nn.Linear(32, 32)), "its adapter is .*Linear"),
-    "an attention as mlp": (
-        lambda block: setattr(block, "mlp", copy.deepcopy(block.attn)),
-        "its mlp is timm.layers.attention",
-    ),
-    "an mlp as attention": (
-        lambda block: setattr(block, "attn", copy.deepcopy(block.mlp)),
-        "its attn is timm.layers.mlp.Mlp",
-    ),
-    "a linear as norm": (lambda block: setattr(block, "norm1", nn.Linear(32, 32)), "its norm1 is .*Linear"),
+NO_KERNEL = "no kernel computes it"
+CALLED_PARTS = {
+    "norm1": (lambda: nn.LayerNorm((10, 32)), "it normalises over more than the last dimension"),
+    "norm2": (lambda: nn.LayerNorm((10, 32)), "it normalises over more than the last dimension"),
+    "norm2 of one number": (lambda: nn.Linear(32, 32), NO_KERNEL),
+    "mlp": (lambda: import_timm().layers.SwiGLU(32, 64), NO_KERNEL),
+    "mlp that is an attention": (lambda: import_timm().layers.Attention(32, 2), NO_KERNEL),
+    "attn": (lambda: import_timm().models.vision_transformer.DiffAttention(32, 2), NO_KERNEL),
+    "attn.q_norm": (lambda: import_timm().layers.RmsNorm(16), NO_KERNEL),
+    "mlp.norm": (lambda: import_timm().layers.RmsNorm(128), NO_KERNEL),
+    "drop_path2": (nn.Tanh, NO_KERNEL),
+    "ls1": (nn.ReLU, NO_KERNEL),
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG_PARTS)
-def test_a_block_with_a_part_that_the_ops_do_not_have(wrong):
-    """Here the last block; none of its modules is touched."""
-    change, reason = WRONG_PARTS[wrong]
-    model = zoo.timm_model(depth=3, init_values=0.5)
-    change(model.blocks[2])
-    with pytest.warns(UserWarning, match=rf"^accelerate: these stay as they are: \S*Block \(blocks\.2\): {reason}"):
+@pytest.mark.parametrize("what", CALLED_PARTS)
+def test_a_part_without_a_kernel_is_called_and_the_rest_of_the_block_is_fused(what):
+    """Here in the last block. The warning and `vit.explain` name it."""
+    make, reason = CALLED_PARTS[what]
+    part = what.partition(" ")[0]
+    original = zoo.timm_model(depth=3, init_values=0.5)
+    original.blocks[2].set_submodule(part, make())
+    randomise(original.eval())
+    model, cls = copy.deepcopy(original), parts.path_of(type(original.blocks[2].get_submodule(part)))
+    with pytest.warns(UserWarning) as caught:
+        vit.accelerate(model)
+    assert [str(w.message) for w in caught] == [
+        f"accelerate: these stay as they are: {cls} (blocks.2.{part}): {reason}"
+    ]
+    names = set(fused_modules(model.blocks[2]))
+    assert names >= {"", "attn", "norm1", "norm2", "mlp"} - {part} and not fused_modules(
+        model.blocks[2].get_submodule(part)
+    )
+    rows = [(row.op, row.calls, row.reason) for row in vit.explain(model, zoo.images("")) if row.path == "called"]
+    assert rows == [(part.rpartition(".")[2], 1, f"{cls}: {reason}")]
+    assert_close(zoo.results("", model, zoo.images("")), zoo.results("", original, zoo.images("")))
+    again = [type(module) for module in model.modules()]
+    with pytest.warns(UserWarning, match=reason):
+        vit.accelerate(model)
+    assert [type(module) for module in model.modules()] == again
+
+
+def test_a_block_with_a_further_child_is_not_touched():
+    model = zoo.timm_model(depth=3)
+    model.blocks[2].add_module("adapter", nn.Linear(32, 32))
+    message = r"^accelerate: these stay as they are: \S*Block \(blocks\.2\): its adapter is .*Linear$"
+    with pytest.warns(UserWarning, match=message):
         vit.accelerate(model)
     assert not fused_modules(model.blocks[2]) and len(fused_modules(model.blocks[0])) == 5
+    (row,) = (row for row in vit.explain(model, zoo.images("")) if row.path == "called")
+    assert (row.op, row.calls) == ("blocks", 1) and row.reason.endswith("its adapter is torch.nn.modules.linear.Linear")
 
 
-def test_an_mlp_of_torchvision_with_other_layers():
-    model = zoo.torchvision_model()
-    model.encoder.layers[1].mlp.append(nn.Tanh())
-    with pytest.warns(UserWarning, match="its mlp cannot run: it has 6 layers, not fc1, GELU, dropout, fc2, dropout"):
+def test_mlps_of_other_layers():
+    """timm's of convolutions, and torchvision's with one more layer."""
+    model = zoo.timm_model()
+    model.blocks[1].mlp = import_timm().layers.Mlp(32, 64, use_conv=True)
+    with pytest.warns(UserWarning, match=r"Mlp \(blocks.1.mlp\): it is made of convolutions$"):
         vit.accelerate(model)
-    assert not fused_modules(model.encoder.layers[1])
+    assert not fused_modules(model.blocks[1].mlp) and "" in fused_modules(model.blocks[1])
+    original = zoo.torchvision_model()
+    original.encoder.layers[1].mlp.append(nn.Tanh())
+    randomise(original)
+    model = copy.deepcopy(original)
+    with pytest.warns(UserWarning, match="it has 6 layers, not fc1, GELU, dropout, fc2, dropout"):
+        vit.accelerate(model)
+    assert not fused_modules(model.encoder.layers[1].mlp) and "" in fused_modules(model.encoder.layers[1])
+    assert_close(zoo.results("", model, zoo.images("")), zoo.results("", original, zoo.images("")))
 
 
 def test_all_models_inside_a_module_are_accelerated():
@@ -641,7 +672,7 @@ def test_the_last_call_decides_on_impl_and_features(impl):
     assert all(row.reason.startswith({"auto": "auto:", "reference": "asked for"}[impl]) for row in rows)
 
 
-@pytest.mark.parametrize("name", [*zoo.MODELS, *zoo.TOWERS])
+@pytest.mark.parametrize("name", [*zoo.MODELS, *zoo.TOWERS, *zoo.PARTIAL])
 def test_every_op_of_a_model_gets_the_impl(name):
     """Every op runs on the requested path; one that ignored it would run as with "auto"."""
     model = vit.accelerate(zoo.build(name), impl="reference")
@@ -659,9 +690,9 @@ def test_a_refusal_leaves_an_accelerated_model_accelerated():
         vit.accelerate(model, impl="cuda")
     assert [type(module) for module in model.modules()] == before
     for block in model.blocks:
-        block.drop_path1 = nn.Tanh()
+        block.drop_path3 = nn.Tanh()
     changed = [type(module) for module in model.modules()]
-    with pytest.raises(ValueError, match=r"VisionTransformer has no block .*\(blocks\.0 and 1 more\): its drop_path1"):
+    with pytest.raises(ValueError, match=r"VisionTransformer has no block .*\(blocks\.0 and 1 more\): its drop_path3"):
         vit.accelerate(model)
     assert [type(module) for module in model.modules()] == changed
 

@@ -42,6 +42,20 @@ PARTS = {
     "hf Dinov2": [
         "dinov2.encoder.layer.0.norm2", "dinov2.encoder.layer.0.layer_scale1", "dinov2.encoder.layer.0.drop_path",
     ],
+    "timm ResPost": ["blocks.0.norm1", "blocks.0.attn", "blocks.1.drop_path2", "blocks.1.norm2"],
+    "timm ParallelThings": [
+        "blocks.0.attns.0", "blocks.1.attns.0", "blocks.0.attns.0.norm", "blocks.0.attns.1.norm",
+        "blocks.0.attns.0.attn", "blocks.1.attns.0.ls", "blocks.1.ffns.0", "blocks.1.ffns.0.norm",
+        "blocks.1.ffns.1.mlp",
+    ],
+    "timm ParallelScaling": [
+        "blocks.0.in_norm", "blocks.1.in_norm", "blocks.0.in_proj", "blocks.0.q_norm", "blocks.1.mlp_act",
+        "blocks.0.mlp_drop", "blocks.0.attn_out_proj", "blocks.0.mlp_out_proj", "blocks.0.ls", "blocks.1.drop_path",
+    ],
+    "timm DINOv3": ["blocks.0", "blocks.0.attn", "blocks.0.attn.proj", "blocks.0.norm2", "blocks.1.mlp"],
+    "timm PE": ["blocks.0.attn.qkv", "blocks.1.norm1"],
+    "timm RoPE, grouped": ["blocks.0.attn.k_proj", "blocks.0.attn.k_norm"],
+    "hf DINOv3": ["model.layer.0.attention", "model.layer.0.attention.k_proj", "model.layer.0.mlp.act_fn"],
     "hf CLIP": [
         "vision_model.encoder.layers.1", "vision_model.encoder.layers.0.layer_norm1",
         "vision_model.encoder.layers.0.self_attn", "vision_model.encoder.layers.0.self_attn.out_proj",
@@ -341,6 +355,9 @@ DROP_PATHS = {
 }
 DROPOUTS = {
     "timm attn_drop": lambda: zoo.timm_model(attn_drop_rate=0.4),
+    "timm ParallelThings": lambda: zoo.MODELS["timm ParallelThings"](attn_drop_rate=0.4, drop_path_rate=0.4),
+    "timm ParallelScaling": lambda: zoo.MODELS["timm ParallelScaling"](attn_drop_rate=0.4, proj_drop_rate=0.2),
+    "timm EVA": lambda: zoo.MODELS["timm EVA"](attn_drop_rate=0.4),
     "timm attn_drop, qk_norm": lambda: zoo.timm_model(attn_drop_rate=0.4, qk_norm=True),
     "timm proj_drop": lambda: zoo.timm_model(proj_drop_rate=0.4, pos_drop_rate=0.2),
     "torchvision attention_dropout": lambda: zoo.torchvision_model(attention_dropout=0.4),

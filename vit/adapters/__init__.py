@@ -56,8 +56,8 @@ def accelerate(
         patch_embed: use the op for the patch projection.
 
     Returns:
-        ``model`` itself. Blocks of an unknown class or with unknown parts (SwiGLU, RoPE) do not change. One UserWarning
-        names them.
+        ``model`` itself. Blocks of an unknown class do not change. Parts of a block that have no kernel (SwiGLU,
+        RMSNorm) are called, and the rest of it is fused. One UserWarning names both, and `vit.explain` lists them.
 
     Raises:
         ValueError: the model has no block to accelerate (the message says what was found), the model is a
@@ -73,37 +73,15 @@ def accelerate(
     features = {"attention": attention, "mlp": mlp, "norm": norm, "patch_embed": patch_embed}
     wanted = {name for name, on in features.items() if on}
 
-    chosen, left, found = {}, {}, False
-    projections = set(_patch_projections(model))
-    for name, module in _outside_of(model, left):
-        part, reason = part_of(class_of(module)), None
-        if _is_text_model(module):
-            reason = "a text model"
-        elif part is None:
-            reason = "an unknown class" if _looks_like_a_block(module) else None
-        elif part.kind == "row" or (part.kind == "patch_embed" and module not in projections):
-            continue
-        elif replaced(module) or patched(type(module)):
-            reason = "its forward was replaced"
-        elif part.kind == "block":
-            reason = part.refuse(module) or _unknown_part(module)
-            found |= reason is None
-        if reason is not None:
-            left[module] = (name, reason)
-        elif part is not None and not part.refuse(module):
-            chosen[module] = part
-    if not found:
+    chosen, left = _survey(model)
+    if not any(part.kind == "block" for part in chosen.values()):
         raise ValueError(f"accelerate: {type(model).__name__} has no block that the fused ops can run: {_why(left)}")
-    for module in model.modules():
-        row = class_of(module) is nn.Sequential and not replaced(module)
-        if row and any(block in chosen and chosen[block].kind == "block" for block in module):
-            chosen[module] = part_of(nn.Sequential)
     if left:
         warnings.warn(f"accelerate: these stay as they are: {_why(left)}", UserWarning, stacklevel=2)
     restore(model)
     remember(*map(type, model.modules()))
     for module, part in chosen.items():
-        if ("norm" if part.kind in ("block", "row") else part.kind) in wanted:
+        if {"norm" if part.kind in ("block", "row") else part.kind, *part.needs} <= wanted:
             module.__class__ = fused_class(type(module), part.make, impl)
     return model
 
@@ -114,6 +92,41 @@ def restore(model: nn.Module) -> nn.Module:
         if type(module) is not library_class(type(module)):
             module.__class__ = library_class(type(module))
     return model
+
+
+def left_alone(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """What `accelerate` leaves to the library in this model: the class and the reason, by the module's name."""
+    return {name: (parts.path_of(class_of(module)), reason) for module, (name, reason) in _survey(model)[1].items()}
+
+
+def _survey(model: nn.Module) -> tuple[dict[nn.Module, Part], dict[nn.Module, tuple[str, str]]]:
+    """The modules to fuse, and the name of and the reason for each module that stays as it is."""
+    chosen, left = {}, {}
+    projections = set(_patch_projections(model))
+    for name, module in _outside_of(model, left):
+        part, reason = part_of(class_of(module)), None
+        if module in left:
+            continue
+        if _is_text_model(module):
+            reason = "a text model"
+        elif part is None:
+            reason = "an unknown class" if _looks_like_a_block(module) else None
+        elif part.kind == "row" or (part.kind == "patch_embed" and module not in projections):
+            continue
+        elif replaced(module) or patched(type(module)):
+            reason = "its forward was replaced"
+        elif part.kind == "block":
+            reason = part.refuse(module) or _unknown_part(module)
+        if reason is not None:
+            left[module] = (name, reason)
+        elif part is not None and not part.refuse(module):
+            chosen[module] = part
+            left |= {getattr(module, child): (f"{name}.{child}", why) for child, why in _called_parts(module)}
+    for module in model.modules():
+        row = class_of(module) is nn.Sequential and not replaced(module)
+        if row and any(block in chosen and chosen[block].kind == "block" for block in module):
+            chosen[module] = part_of(nn.Sequential)
+    return chosen, left
 
 
 def _outside_of(model: nn.Module, left: dict[nn.Module, tuple[str, str]]) -> Iterator[tuple[str, nn.Module]]:
@@ -141,22 +154,35 @@ def _patch_projections(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _unknown_part(block: nn.Module) -> str | None:
-    """The reason why the fused ops cannot compute this block, or None."""
-    path = parts.path_of(owner_of(type(block)))
-    library = next(library for library in _LIBRARIES if path in library.MODULES)
+    """The reason why the forward of this block is not that of its class, or why nothing of it is fused; or None."""
+    known = _children(block)
     for name, child in block.named_children():
-        child_path, want = parts.path_of(class_of(child)), library.CHILDREN.get(name)
-        if want is None:
-            if child_path not in _HELPERS:
-                return f"its {name} is {child_path}"
-            continue
-        inside = [part_of(class_of(module)) for module in child.modules()]  # a wrapper (PEFT) contains the known module
-        if not any(part is not None and part.kind == want for part in inside):
-            return f"its {name} is {child_path}"
-        if inside[0] is not None and (refusal := inside[0].refuse(child)):
-            return f"its {name} cannot run: {refusal}"
+        if name not in known and parts.path_of(class_of(child)) not in _HELPERS:
+            return f"its {name} is {parts.path_of(class_of(child))}"
+    kernels, called = ("norm", "attention", "mlp"), dict(_called_parts(block))
+    if not any(known.get(name) in kernels and name not in called for name, _ in block.named_children()):
+        return "none of its parts has a kernel"
     changed = (name for name, part in block.named_modules() if patched(type(part)))
     return next((f"the class of its {name} had its forward replaced" for name in changed), None)
+
+
+def _called_parts(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yields the parts of a block, attention or MLP that are called as they are, and the reason."""
+    for name, child in module.named_children():
+        want = _children(module).get(name)
+        if not want or parts.path_of(class_of(child)) in _HELPERS:
+            continue
+        inside = [part_of(class_of(part)) for part in child.modules()]  # a wrapper (PEFT) contains the known module
+        if not any(part is not None and part.kind == want for part in inside):
+            yield name, "no kernel computes it"
+        elif inside[0] is not None and (refusal := inside[0].refuse(child)):
+            yield name, refusal
+
+
+def _children(module: nn.Module) -> dict[str, str]:
+    """The names of a module's parts and the kind of `Part` that each may be, "" for one that is called."""
+    path = parts.path_of(owner_of(type(module)))
+    return next((library.CHILDREN for library in _LIBRARIES if path in library.MODULES), {})
 
 
 def _is_text_model(module: nn.Module) -> bool:

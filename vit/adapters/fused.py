@@ -25,6 +25,7 @@ class Part(NamedTuple):
     kind: str  # "block", "attention", "mlp", "norm", "patch_embed" or "row"
     make: Callable[[type, str], Callable]  # (library's class, impl) -> forward
     refuse: Callable[[nn.Module], str | None] = lambda module: None  # the reason why the ops cannot compute it
+    needs: tuple[str, ...] = ()  # further features of `accelerate` that the forward uses
 
 
 @functools.cache
@@ -39,6 +40,7 @@ def fused_class(base: type, make: Callable[[type, str], Callable], impl: str) ->
         "_fused_base": base,
         "_fused_impl": impl,
         "_fused_step": getattr(fused, "step", None),  # see `generic.link`
+        "_fused_first_norm": getattr(fused, "first_norm", None),
     }
     cls = type(base.__name__, (base,), members)
     cls.forward = _forward(base, fused)  # not in members: transformers wraps the forward that a new subclass defines

@@ -141,8 +141,7 @@ def link(block: nn.Module) -> Link:
     step = type(block)._fused_step if is_fused(block) else None
     if step is None or hooked(block) or replaced(block):
         return called(block)
-    norm = block.ln_1 if hasattr(block, "ln_1") else block.norm1
-    return Link(functools.partial(step, block), norm)
+    return Link(functools.partial(step, block), type(block)._fused_first_norm(block))
 
 
 MODULES = {

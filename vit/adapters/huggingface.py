@@ -122,6 +122,17 @@ ROWS = {
     "radio.Radio": DINO._replace(
         takes=("attention_mask", "cu_seqlens", "kwargs"), patches=("PatchEmbeddings", "patch_projection")
     ),
+    "dinov3_vit.DINOv3ViT": DINO._replace(
+        attend=lambda attention, hidden_states, attention_mask=None, position_embeddings=None, **kwargs: attention(
+            hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **kwargs
+        ),
+        takes=("attention_mask", "position_embeddings", "kwargs"),
+        heads="num_heads",
+        attention_dropout="dropout",
+        rope="apply_rotary_pos_emb",
+        linears=("up_proj", "act_fn", "down_proj"),
+        patches=("Embeddings", "patch_embeddings"),
+    ),
     "clip.CLIP": CLIP,
     "metaclip_2.MetaClip2": CLIP,
     "altclip.AltCLIP": CLIP,
@@ -290,3 +301,4 @@ for _name, _row in ROWS.items():
     parts.LAYER_SCALES[_path + "LayerScale"] = "lambda1"
     parts.DROP_PATHS.add(_path + "DropPath")
     CHILDREN |= {_row.norm1: "norm", _row.attention: "attention", _row.norm2: "norm"} | dict.fromkeys(_row.mlp, "mlp")
+    CHILDREN |= dict.fromkeys((*_row.layer_scales, _row.drop_path), "scale")

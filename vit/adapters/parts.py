@@ -36,7 +36,7 @@ def add_norm(
     branch: Tensor,
     norm: nn.Module | None,
     impl: str,
-    layer_scale: nn.Module | None = None,
+    layer_scale: nn.Module | Tensor | None = None,
     drop_path: nn.Module | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """x + drop_path(layer_scale(branch)), and ``norm`` of that, or None without a norm."""
@@ -97,13 +97,18 @@ def attention_and_maps(q: Tensor, k: Tensor, v: Tensor, wanted: bool, **options:
     return kernels.attention(q, k, v, **options), maps
 
 
+def drops_in_ops(module: nn.Module | None) -> bool:
+    """Whether the ops can compute this dropout. Then `dropping` returns its arguments."""
+    return absent(module) or (
+        type(module) is nn.Dropout and plain(module) and not (module.training and module.p >= 1.0)
+    )
+
+
 def dropping(module: nn.Module | None, x: Tensor) -> dict[str, Any] | None:
     """The dropout arguments of an op for this module, or None if the module must be called."""
-    if absent(module):
-        return {}
-    if type(module) is not nn.Dropout or not plain(module):
+    if not drops_in_ops(module):
         return None
-    return draw(module.p if module.training else 0.0, x)
+    return {} if absent(module) else draw(module.p if module.training else 0.0, x)
 
 
 def draw(p: float, x: Tensor) -> dict[str, Any] | None:
@@ -113,7 +118,9 @@ def draw(p: float, x: Tensor) -> dict[str, Any] | None:
     return {"dropout_p": p, "seed": kernels.dropout_seed(x)} if p > 0.0 else {}
 
 
-def _layer_scale(module: nn.Module) -> Tensor | None:
+def _layer_scale(module: nn.Module | Tensor) -> Tensor | None:
+    if isinstance(module, Tensor):
+        return module
     name = LAYER_SCALES.get(path_of(type(module)))
     return None if name is None or not plain(module) else getattr(module, name)
 
