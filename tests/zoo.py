@@ -138,6 +138,7 @@ PARTIAL = {
     "timm SwiGLU": lambda: _parts(mlp_layer="SwiGLU"),
     "timm RMSNorm": lambda: _parts(norm_layer="RmsNorm"),
     "timm AIMv2": lambda: _parts(norm_layer="RmsNorm", mlp_layer="SwiGLU"),
+    "timm ParallelScaling RMSNorm": lambda: MODELS["timm ParallelScaling"](norm_layer=import_timm().layers.RmsNorm),
     "timm diff": lambda: timm_model(attn_layer="diff"),
     "timm EVA-02": lambda: _eva(swiglu_mlp=True, scale_mlp=True, qkv_fused=False, scale_attn_inner=True),
     "timm EVA, packed SwiGLU": lambda: _eva(swiglu_mlp=True, init_values=0.5, attn_only_layer_scale=True),

@@ -160,7 +160,8 @@ def _unknown_part(block: nn.Module) -> str | None:
         if name not in known and parts.path_of(class_of(child)) not in _HELPERS:
             return f"its {name} is {parts.path_of(class_of(child))}"
     kernels, called = ("norm", "attention", "mlp"), dict(_called_parts(block))
-    if not any(known.get(name) in kernels and name not in called for name, _ in block.named_children()):
+    fused = any(known.get(name) in kernels and name not in called for name, _ in block.named_children())
+    if not (fused or part_of(class_of(block)).needs):  # a block that needs the attention op has its own attention
         return "none of its parts has a kernel"
     changed = (name for name, part in block.named_modules() if patched(type(part)))
     return next((f"the class of its {name} had its forward replaced" for name in changed), None)
