@@ -146,6 +146,16 @@ def test_kernels_fp32(name, device):
     assert {"attention_qkvpacked", "attention"} & ops and {choice.path for choice in choices} == {"triton"}
 
 
+@pytest.mark.parametrize(("name", "count"), {"timm": 4, "timm EVA": 2, "hf ViT": 2, "hf YOLOS": 2}.items())
+def test_norms_computed_again_in_the_backward(name, count, device):
+    """For a packed projection and the MLP of two blocks. Three projections would compute the same norm three times."""
+    model = vit.accelerate(zoo.build(name).to(device), impl="triton")
+    outputs = zoo.outputs(name, model, zoo.images(name).to(device))
+    with torch.profiler.profile() as profile:
+        sum(t.sum() for t in outputs.values()).backward()
+    assert sum(event.name == "vit::layer_norm_fwd" for event in profile.events()) == count
+
+
 LIBRARIES = ["timm DINOv2", "timm qk_norm", "torchvision", "hf ViT", "hf Dinov2"]
 
 

@@ -183,8 +183,7 @@ def layer(row: Row, base: type, impl: str):
         drop = getattr(self, row.dropout) if row.dropout else lambda branch: branch
         scales = [getattr(self, name) for name in row.layer_scales] or [None, None]
         drop_path = getattr(self, row.drop_path) if row.drop_path else None
-        # Three projections that read one y would compute it three times.
-        y = parts.layer_norm(getattr(self, row.norm1), x, impl, recompute=len(row.qkv) == 1)
+        y = parts.layer_norm(getattr(self, row.norm1), x, impl)
         branch = row.attend(getattr(self, row.attention), y, *args, **kwargs)
         branch = drop(branch[0] if isinstance(branch, tuple) else branch)
         x, y = parts.add_norm(x, branch, getattr(self, row.norm2), impl, scales[0], drop_path)
@@ -218,7 +217,8 @@ def attention(row: Row, base: type, impl: str):
         drop = None if special or (rotate is None) != (tables is None) else _dropping(self, row, hidden_states)
         if drop is None:
             return original(self, hidden_states, *args, **kwargs)
-        projected = [linear(getattr(self, name), hidden_states, impl) for name in row.qkv]
+        x = hidden_states if len(row.qkv) == 1 else parts.kept(hidden_states)
+        projected = [linear(getattr(self, name), x, impl) for name in row.qkv]
         heads, options = getattr(self, row.heads), {"scale": getattr(self, row.scale), "impl": impl} | drop
         wanted = given.get("output_attentions", getattr(self.config, "output_attentions", False)) or _recorded(self)
         if len(projected) == 1 and not wanted:

@@ -24,11 +24,16 @@ def is_layer_norm(module: nn.Module) -> bool:
     return known and len(module.normalized_shape) == 1 and plain(module)
 
 
-def layer_norm(module: nn.Module, x: Tensor, impl: str, recompute: bool = True) -> Tensor:
+def layer_norm(module: nn.Module, x: Tensor, impl: str) -> Tensor:
     """``module(x)``. Under autocast the result has autocast's dtype, to which the next matrix product would cast it."""
     if not is_layer_norm(module) or not _fit(x, x, module.weight, module.bias):
         return module(x)
-    return kernels.layer_norm(x, module.weight, module.bias, module.eps, recompute=recompute, impl=impl)
+    return kernels.layer_norm(x, module.weight, module.bias, module.eps, recompute=True, impl=impl)
+
+
+def kept(y: Tensor) -> Tensor:
+    """y for several projections. They save it, because each would compute it again (see `kernels.recompute`)."""
+    return y.view_as(y)
 
 
 def add_norm(

@@ -138,7 +138,7 @@ def attention(base: type, impl: str):
         """Queries, keys and values [B, N, HEADS, HEAD_DIM]. There may be fewer heads of keys and values."""
         if self.qkv is not None:
             return packed(self, x).unflatten(2, (3, self.num_heads, -1)).unbind(2)
-        counts = self.num_heads, *[getattr(self, "num_kv_heads", self.num_heads)] * 2
+        x, counts = parts.kept(x), (self.num_heads, *[getattr(self, "num_kv_heads", self.num_heads)] * 2)
         projections = self.q_proj, self.k_proj, self.v_proj
         return tuple(linear(p, x, impl).unflatten(2, (n, -1)) for p, n in zip(projections, counts, strict=True))
 
