@@ -69,12 +69,16 @@ def randn(device):
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; skipped without one")
     config.addinivalue_line("markers", "peers: compares with timm, transformers or torchvision; skipped without them")
+    config.addinivalue_line("markers", "ci: takes long; skipped without THOROUGH=1, which CI sets")
     config.addinivalue_line("markers", "interpreted: needs interpreted kernels (fp64); skipped on a GPU")
 
 
 def pytest_collection_modifyitems(config, items):
-    if not os.environ.get("THOROUGH"):  # CI sets it
+    if not os.environ.get("THOROUGH"):
         _leave_fp16_to_ci(config, items)
+        for item in items:
+            if "ci" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes long: THOROUGH=1 runs it, as CI does"))
     items.sort(key=lambda item: item.name != "test_every_kernel_compiles_as_locked")  # the longest one starts first
     missing = "interpreted" if torch.cuda.is_available() else "gpu"
     reason = {"interpreted": "fp64 kernels run interpreted only", "gpu": "needs an NVIDIA GPU"}[missing]

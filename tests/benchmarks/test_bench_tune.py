@@ -205,7 +205,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.skipif(not os.environ.get("THOROUGH"), reason="compiles for 15 seconds; THOROUGH=1 runs it")
+@pytest.mark.ci
 def test_command_without_a_gpu(tmp_path):
     """It prints a table, and drops what spills, does not compile or crashes the compiler."""
     if torch.cuda.is_available():

@@ -38,20 +38,19 @@ def records(path: Path) -> list[dict]:
 # ---- the rehearsal ---------------------------------------------------------------------------------------------------
 
 
-# All tests of the rehearsal run in one worker of xdist, so it runs once.
+# All tests of the rehearsal run in one worker of xdist, so it runs once. It takes four minutes.
 one_worker = pytest.mark.xdist_group("rehearsal")
 
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory):
-    if not os.environ.get("THOROUGH"):
-        pytest.skip("four minutes; THOROUGH=1 runs it, as CI does, and so does python -m benchmarks.gpu --rehearse")
     out = tmp_path_factory.mktemp("rehearsal")
     done = python("-m", "benchmarks.gpu", "--rehearse", "--out", str(out), "--budget", "1800")
     return out, done
 
 
 @one_worker
+@pytest.mark.ci
 @pytest.mark.parametrize("stage", STAGES)
 def test_rehearsal(rehearsal, stage):
     out, done = rehearsal
@@ -71,6 +70,7 @@ def test_rehearsal(rehearsal, stage):
 
 
 @one_worker
+@pytest.mark.ci
 def test_rehearsal_ends_well(rehearsal):
     assert rehearsal[1].returncode == 0 and f"{len(STAGES)} of {len(STAGES)} stages ok" in rehearsal[1].stdout
 
@@ -96,6 +96,7 @@ def test_stage_and_budget_choose(tmp_path):
     assert done.returncode == 2 and "no stage smoking" in done.stderr
 
 
+@pytest.mark.ci
 def test_a_stage_that_fails_is_recorded_and_does_not_stop_the_next(tmp_path):
     (tmp_path / "stages.py").write_text("""
 import os, signal, time

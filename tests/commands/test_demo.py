@@ -18,6 +18,7 @@ OPS = ("patch_embed", "layer_norm", "linear", "attention_qkvpacked", "residual_l
 TINY = ViTConfig(img_size=32, patch_size=16, num_classes=10, embed_dim=32, depth=1, num_heads=2, reg_tokens=1)
 
 
+@pytest.mark.ci
 def test_demo(tmp_path):
     command = [sys.executable, "-m", "vit", "demo", "--out", "cat.png"]
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

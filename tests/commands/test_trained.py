@@ -1,7 +1,6 @@
 """The weights that ship: their model card is true, and the demo's part with them can fail."""
 
 import gzip
-import os
 import re
 from importlib import resources
 from pathlib import Path
@@ -46,7 +45,7 @@ def test_the_committed_images_have_the_accuracy_of_the_card():
     assert abs(found - float(told[1])) <= 0.2
 
 
-@pytest.mark.skipif(not os.environ.get("THOROUGH"), reason="20 seconds; THOROUGH=1 runs it")
+@pytest.mark.ci
 @pytest.mark.skipif(not FULL.exists(), reason="Fashion-MNIST is not installed: apt install dataset-fashion-mnist")
 def test_all_test_images_have_the_accuracy_of_the_card():
     def read(name, offset):

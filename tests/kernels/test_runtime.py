@@ -421,6 +421,7 @@ assert codes == [0] + [2] * 6 + [0 if torch.cuda.is_available() else 2], codes
 """
 
 
+@pytest.mark.ci
 def test_warmup(tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", WARMUP, str(tmp_path)], env=env, capture_output=True, text=True)
@@ -453,6 +454,7 @@ print(sorted(found.items()))
 """
 
 
+@pytest.mark.ci
 def test_kernels_have_one_cache_key_whatever_runs_first():
     """Otherwise a process that calls the ops in another order compiles again what `vit warmup` compiled."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -63,7 +63,11 @@ TRAINING = {"attn_drop_rate": 0.2, "proj_drop_rate": 0.1, "patch_drop_rate": 0.2
 
 
 # With dropout through the kernels only: the reference's many small integer operations take a minute to trace.
-@pytest.mark.parametrize(("impl", "rates"), [("auto", {}), ("triton", TRAINING)], ids=["auto", "kernels, dropout"])
+@pytest.mark.parametrize(
+    ("impl", "rates"),
+    [("auto", {}), pytest.param("triton", TRAINING, marks=pytest.mark.ci)],
+    ids=["auto", "kernels, dropout"],
+)
 def test_one_compilation_serves_every_batch(impl, rates, device):
     model = vit.VisionTransformer(dataclasses.replace(SMALL, depth=1, impl=impl, **rates), 0)
     model = model.to(device if impl == "triton" else "cpu")

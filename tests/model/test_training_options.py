@@ -175,7 +175,7 @@ def test_one_seed_for_a_forward(monkeypatch):
     assert torch.equal(model.forward_head(features, dropout_seed=drawn[0]), out) and len(drawn) == 1
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["reference", pytest.param("triton", marks=pytest.mark.ci)])
 def test_checkpointing_and_compilation_drop_the_same(impl, device):
     config = dataclasses.replace(SMALL, depth=2, impl=impl, patch_drop_rate=0.3, **RATES)
     model = vit.VisionTransformer(config, 0).to(device if impl == "triton" else "cpu")

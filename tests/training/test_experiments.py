@@ -229,6 +229,7 @@ def test_transfer_report(source, tmp_path, capsys):
     assert "was made with impl auto, not reference; choose another -o" in capsys.readouterr().err
 
 
+@pytest.mark.ci
 def test_killed_experiment_continues(source, tmp_path):
     args, finished = ["pooling", source, "--lrs", "1e-3", "2e-3", "4e-3", *SHORT[:-2]], {}
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.xdist_group("runs")
+pytestmark = [pytest.mark.ci, pytest.mark.xdist_group("runs")]
 
 
 @pytest.fixture(scope="module")
