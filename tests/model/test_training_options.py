@@ -137,7 +137,10 @@ def test_fast_model_drops_where_the_reference_does(options):
     assert_like_reference(dataclasses.replace(SMALL, **MODELS[options]), "cpu")
 
 
-@pytest.mark.parametrize("options", ["all", "avg pool", "qk_norm"])
+CI = pytest.mark.ci
+
+
+@pytest.mark.parametrize("options", ["all", pytest.param("avg pool", marks=CI), pytest.param("qk_norm", marks=CI)])
 def test_kernels_drop_where_the_reference_does(options, device):
     assert_like_reference(dataclasses.replace(SMALL, depth=2, impl="triton", **MODELS[options]), device)
 
@@ -175,7 +178,7 @@ def test_one_seed_for_a_forward(monkeypatch):
     assert torch.equal(model.forward_head(features, dropout_seed=drawn[0]), out) and len(drawn) == 1
 
 
-@pytest.mark.parametrize("impl", ["reference", pytest.param("triton", marks=pytest.mark.ci)])
+@pytest.mark.parametrize("impl", ["reference", pytest.param("triton", marks=CI)])
 def test_checkpointing_and_compilation_drop_the_same(impl, device):
     config = dataclasses.replace(SMALL, depth=2, impl=impl, patch_drop_rate=0.3, **RATES)
     model = vit.VisionTransformer(config, 0).to(device if impl == "triton" else "cpu")
