@@ -2,7 +2,8 @@
 
 "reference" is `vit.reference`, the plain torch.nn model, with the same kernels as timm in eager mode. "compile" and
 "compile-max" compile it. "…-cudnn" uses cuDNN's attention, which PyTorch may not choose. "accelerated" is timm's model
-after `vit.accelerate`. The gate checks the logits of two images and gradients of the first and last parameters.
+after `vit.accelerate`, and "accelerated-hf" transformers'. The gate checks the logits of two images and gradients of
+the first and last parameters.
 """
 
 from __future__ import annotations
@@ -135,6 +136,7 @@ MODELS = {
     "timm": _timm,
     "hf": _HuggingFace,
     "accelerated": _accelerated,
+    "accelerated-hf": lambda s, params: vit.accelerate(_HuggingFace(s, params)),
     "compile": functools.partial(_compiled, _reference, "default"),
     "compile-cudnn": functools.partial(_compiled, _cudnn, "default"),
     "compile-max": functools.partial(_compiled, _reference, "max-autotune"),

@@ -29,7 +29,7 @@ from vit.commands.parity import CannotStart
 from vit.kernels.dry_run import dry_run
 
 LABEL = "counted, not measured"
-PROVIDERS = ("ours", "reference", "timm", "hf", "accelerated")
+PROVIDERS = ("ours", "reference", "timm", "hf", "accelerated", "accelerated-hf")
 MIB = 2**20
 Factory = Callable[[int], tuple[nn.Module, Tensor]]  # batch -> the model and its images, on device "meta"
 

@@ -25,9 +25,9 @@ COLOURS = {
     "hf": "#41b6c4", "compile": "#253494", "compile-max": "#081d58", "cublas": "#76b900", "sdpa-flash": "#54278f",
     "sdpa-cudnn": "#8856a7", "sdpa-efficient": "#bc9fd6", "liger": "#d9a400", "flash-attn": "#006d2c",
     "xformers": "#66c2a4", "accelerated": "#f4a582", "reference-cudnn": "#bdbdbd", "compile-cudnn": "#4a6fb5",
-    "compile-max-cudnn": "#3f51b5",
+    "compile-max-cudnn": "#3f51b5", "accelerated-hf": "#fddbc7",
 }  # fmt: skip
-MARKERS = dict(zip(COLOURS, "oD1+xsv^d<>pPX*H234", strict=True))
+MARKERS = dict(zip(COLOURS, "oD1+xsv^d<>pPX*H2348", strict=True))
 OP_COLOURS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#1f78b4", "#66a61e", "#e6ab02", "#a6761d", "#444444")
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
 

@@ -67,8 +67,8 @@ class Record:
 
     @property
     def ours(self) -> bool:
-        """Whether our kernels ran. ``accelerated`` is another library's model with them."""
-        return self.point.provider in ("ours", "triton", "graph", "accelerated")
+        """Whether our kernels ran. ``accelerated…`` is another library's model with them."""
+        return self.point.provider in ("ours", "triton", "graph", "accelerated", "accelerated-hf")
 
     @property
     def missing(self) -> str | None:

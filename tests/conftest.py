@@ -118,6 +118,10 @@ def pytest_terminal_summary(terminalreporter):
     caught = [r.passed for r in reports if "test_mutants.py::test_caught" in r.nodeid]
     if caught:
         write(f"seeded bugs: {sum(caught)} of {len(caught)} caught")
+    for report in reports:
+        for table in [value for name, value in report.user_properties if name == "table"]:
+            write("")
+            write(table)
 
 
 @pytest.fixture(autouse=True)

@@ -27,6 +27,12 @@ def _gated() -> nn.Module:
     return model
 
 
+def _pooling(**options) -> nn.Module:
+    model = timm_model(global_pool="map")
+    model.attn_pool = import_timm().layers.AttentionPoolLatent(32, num_heads=2, **options)
+    return model
+
+
 def _naflex(**options) -> nn.Module:
     small = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "pos_embed_grid_size": (3, 3)} | options
     return import_timm().models.naflexvit.NaFlexVit(import_timm().models.naflexvit.NaFlexVitCfg(**small), num_classes=5)
@@ -99,6 +105,16 @@ MODELS = {
     "timm DINOv2": lambda: timm_model(init_values=0.5, reg_tokens=2, no_embed_class=True),
     "timm CLIP": lambda: _quick_gelu(pre_norm=True, norm_layer=nn.LayerNorm),
     "timm SigLIP": lambda: timm_model(class_token=False, global_pool="map", act_layer="gelu_tanh"),
+    "timm MAP": lambda: _pooling(
+        latent_len=3,
+        latent_dim=24,
+        pool_type="avg",
+        qk_norm=True,
+        pos_embed="abs",
+        feat_size=9,
+        norm_layer=nn.LayerNorm,
+    ),
+    "timm MAP, bare": lambda: _pooling(out_features=0, q_proj=False, pool_type=""),
     "timm avg": lambda: timm_model(global_pool="avg", fc_norm=True, qkv_bias=False),
     "timm qk_norm": lambda: timm_model(qk_norm=True),
     "timm scale_norm": lambda: timm_model(scale_attn_norm=True, scale_mlp_norm=True),

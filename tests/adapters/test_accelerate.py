@@ -102,6 +102,15 @@ FUSED = {
         "linear": 4,
         "mlp": 2,
     },
+    "timm SigLIP": {  # with three layers, a norm, an attention and an MLP in its pooling
+        "patch_embed": 1,
+        "layer_norm": 3,
+        "residual_layer_norm": 3,
+        "attention_qkvpacked": 2,
+        "attention": 1,
+        "linear": 7,
+        "mlp": 3,
+    },
     "hf ViT": {"patch_embed": 1, "layer_norm": 3, "residual_layer_norm": 2, "attention": 2, "linear": 8, "mlp": 2},
 }
 
@@ -112,6 +121,40 @@ def test_what_is_fused(name):
     with vit.kernels.runtime.record_choices() as choices:
         zoo.outputs(name, model, zoo.images(name))
     assert Counter(choice.op for choice in choices) == FUSED[name]
+
+
+def many_images(name: str) -> torch.Tensor:
+    return torch.cat([zoo.images(name, seed=seed) for seed in range(100 // len(zoo.images(name)))])
+
+
+@pytest.mark.parametrize("name", ["hf ViT", "hf ViTModel", "hf DINOv3", "hf YOLOS", "hf Dinov2", "hf SigLIP"])
+def test_many_tokens_have_one_product_for_queries_keys_and_values(name):
+    original = zoo.build(name)
+    model, image = vit.accelerate(copy.deepcopy(original)), many_images(name)
+    layers = []
+    for call in (zoo.images(name), image):
+        with vit.kernels.runtime.record_choices() as choices:
+            zoo.outputs(name, model, call)
+        layers.append(sum(choice.op == "linear" for choice in choices))
+    assert layers[0] - layers[1] == 2 * 2  # in two blocks
+    assert_close(zoo.results(name, model, image), zoo.results(name, original, image))
+
+
+def test_many_tokens_and_attention_maps():
+    original, image = zoo.build("hf ViT", eager=True), many_images("hf ViT")
+    model = vit.accelerate(copy.deepcopy(original))
+    ours, theirs = (of(image, output_attentions=True).attentions for of in (model, original))
+    assert_close(dict(enumerate(ours)), dict(enumerate(theirs)))
+
+
+@pytest.mark.parametrize("layer", ["query", "key", "value"])
+def test_many_tokens_and_a_layer_that_is_called(layer):
+    """With a hook on one of three layers, all three are called."""
+    model, image, seen = vit.accelerate(zoo.build("hf YOLOS")), many_images("hf YOLOS"), []
+    called = next(module for name, module in model.named_modules() if name.endswith(f"attention.{layer}"))
+    called.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)))
+    zoo.outputs("hf YOLOS", model, image)
+    assert len(seen) == 1 and seen[0][0] == len(image)
 
 
 @pytest.mark.parametrize("name", ["timm", "timm qk_norm", "hf ViT"])

@@ -17,6 +17,7 @@ from benchmarks import (
     bench_patch_embed,
     bench_vit,
     devices,
+    memory,
     trace,
 )
 from benchmarks.harness import Ceilings
@@ -387,3 +388,19 @@ def test_a_launch_names_its_shapes_grid_and_phase():
     assert first.grid and first.args["M"] == 24 and first.options["num_warps"] >= 1
     (eager,) = trace.trace(lambda x: torch.nn.functional.gelu(x), meta(4, 6, 64))
     assert (eager.name, eager.grid, eager.kernel, eager.args, eager.shapes) == ("gelu", None, None, None, ((4, 6, 64),))
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(("train", "more"), [(False, 1.035), (True, 1.028)])
+def test_accelerated_models_move_as_many_bytes(train, more):
+    """Ours with all tokens in the last block, timm's, and Hugging Face's: the figures in `vit.adapters.huggingface`."""
+    import peers
+
+    peers.import_timm()
+    peers.import_transformers()
+    made = {name: memory.factory(name, B16)(256) for name in ("accelerated", "accelerated-hf")}
+    with torch.device("meta"):
+        made["ours"] = AllTokens(B16.config).to(torch.bfloat16), made["accelerated"][1]
+    found = {name: total(trace.trace(*both, train=train, arch=90), "bytes") for name, both in made.items()}
+    assert 1 < found["accelerated"] / found["ours"] < 1.03
+    assert found["accelerated-hf"] / found["accelerated"] == pytest.approx(more, abs=5e-4)

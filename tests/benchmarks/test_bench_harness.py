@@ -189,10 +189,10 @@ def test_the_gate_looks_at_samples_alone():
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("name", ["timm", "hf", "accelerated"])
+@pytest.mark.parametrize("name", ["timm", "hf", "accelerated", "accelerated-hf"])
 def test_models_of_other_libraries_pass_the_gate(name):
     """They have our weights, in their names and layout."""
-    peers.import_transformers() if name == "hf" else peers.import_timm()
+    peers.import_transformers() if "hf" in name else peers.import_timm()
     bench = bench_vit.BENCHES[0]
     tensors = tensors_of(bench, SMALL, torch.float32, CPU)
     error, wrong = Gate(bench, SMALL, tensors).error(bench.run(name, SMALL, tensors))

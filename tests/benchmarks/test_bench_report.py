@@ -365,7 +365,7 @@ def cells(of):
     return [cell.strip() for cell in row.strip("|").split("|")]
 
 
-@pytest.mark.parametrize("provider", ["triton", "graph", "accelerated"])
+@pytest.mark.parametrize("provider", ["triton", "graph", "accelerated", "accelerated-hf"])
 def test_our_kernels_in_another_form_are_no_peer(provider):
     """Such a provider is neither the fastest peer nor the one with the least memory."""
     of = recorded(

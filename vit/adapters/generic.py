@@ -5,7 +5,6 @@ Each function returns the ``forward`` of one class. ``refuse_…`` returns the r
 
 from __future__ import annotations
 
-import contextlib
 import functools
 
 import torch
@@ -15,7 +14,6 @@ import vit.kernels as kernels
 from vit.adapters import parts
 from vit.adapters.fused import Part, is_fused
 from vit.chain import Link, called, chain
-from vit.kernels import runtime
 from vit.kernels.autocast import autocast_dtype
 from vit.plain import class_of, hooked, is_linear, linear, plain, replaced
 
@@ -107,7 +105,7 @@ def multihead_attention(base: type, impl: str):
 def cross_attention(module: nn.MultiheadAttention, query: Tensor, x: Tensor, impl: str) -> Tensor | None:
     """The output of PyTorch's attention of query [B, M, D] to x [B, N, D], without the weights.
 
-    Returns None if the module must be called. An attention listener does not see it, because it is not a layer's.
+    Returns None if the module must be called.
     """
     usable = class_of(module) is nn.MultiheadAttention and module.batch_first and plain(module)
     usable = usable and refuse_multihead(module) is None
@@ -120,9 +118,7 @@ def cross_attention(module: nn.MultiheadAttention, query: Tensor, x: Tensor, imp
     )
     q = kernels.linear(query, q_weight, q_bias, impl=impl).unflatten(2, (module.num_heads, -1))
     k, v = kernels.linear(x, kv_weight, kv_bias, impl=impl).unflatten(2, (2, module.num_heads, -1)).unbind(2)
-    listens = runtime.attention_listener() is not None
-    with runtime.listen_to_attention(None) if listens else contextlib.nullcontext():
-        return linear(module.out_proj, kernels.attention(q, k, v, impl=impl, **drop), impl)
+    return linear(module.out_proj, parts.pooled(q, k, v, impl=impl, **drop), impl)
 
 
 def row(base: type, impl: str):

@@ -184,6 +184,24 @@ def _head_norm(norm: nn.Module, t: Tensor, impl: str) -> Tensor:
     return parts.layer_norm(norm, t, impl) if parts.is_layer_norm(norm) else norm(t.transpose(1, 2)).transpose(1, 2)
 
 
+def pooling(base: type, impl: str):
+    """``AttentionPoolLatent`` (MAP): learned queries, then an MLP with a residual."""
+    original = base.forward
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        if attn_mask is not None:
+            return original(self, x, attn_mask)
+        x = x if self.pos_embed is None else x + self.pos_embed.unsqueeze(0).to(x.dtype)
+        q = linear(self.q, self.latent.expand(len(x), -1, -1), impl).unflatten(2, (self.num_heads, -1))
+        k, v = linear(self.kv, x, impl).unflatten(2, (2, self.num_heads, -1)).unbind(2)
+        q, k = _head_norm(self.q_norm, q, impl), _head_norm(self.k_norm, k, impl)
+        x = self.proj_drop(linear(self.proj, parts.pooled(q, k, v, scale=self.scale, impl=impl), impl))
+        x = x if self.mlp is None else x + self.mlp(parts.layer_norm(self.norm, x, impl))
+        return x[:, 0] if self.pool == "token" else x.mean(1) if self.pool == "avg" else x
+
+    return forward
+
+
 def refuse_mlp(module: nn.Module) -> str | None:
     linear = isinstance(module.fc1, nn.Module) and not isinstance(module.fc1, nn.Conv2d)
     return None if linear else "it is made of convolutions"
@@ -214,6 +232,7 @@ MODULES = {
     "timm.layers.attention.AttentionRope": Part("attention", attention),
     "timm.models.eva.EvaAttention": Part("attention", attention),
     "timm.models.vision_transformer.Attention": Part("attention", attention),  # older versions
+    "timm.layers.attention_pool.AttentionPoolLatent": Part("attention", pooling),
     "timm.layers.mlp.Mlp": Part("mlp", mlp, refuse_mlp),
 }
 # The parts of blocks, attentions and MLPs, and the kind of `Part` that each may be. "": it is called or read if plain.
