@@ -38,7 +38,7 @@ def _naflex(**options) -> nn.Module:
     return import_timm().models.naflexvit.NaFlexVit(import_timm().models.naflexvit.NaFlexVitCfg(**small), num_classes=5)
 
 
-def _blocks(cls: str, part: dict | None = None, **options) -> nn.Module:
+def blocks(cls: str, part: dict | None = None, **options) -> nn.Module:
     block = getattr(import_timm().models.vision_transformer, cls)
     return timm_model(block_fn=functools.partial(block, **part or {}), **options)
 
@@ -122,12 +122,12 @@ MODELS = {
     "timm dynamic size": lambda: timm_model(dynamic_img_size=True),
     "timm relu": lambda: timm_model(act_layer="relu"),
     "timm NaFlex": _naflex,
-    "timm ResPost": lambda: _blocks("ResPostBlock", drop_path_rate=0.1),
-    "timm ParallelThings": lambda **options: _blocks("ParallelThingsBlock", init_values=0.5, **options),
-    "timm ParallelScaling": lambda **options: _blocks(
+    "timm ResPost": lambda: blocks("ResPostBlock", drop_path_rate=0.1),
+    "timm ParallelThings": lambda **options: blocks("ParallelThingsBlock", init_values=0.5, **options),
+    "timm ParallelScaling": lambda **options: blocks(
         "ParallelScalingBlock", init_values=0.5, qk_norm=True, qkv_bias=False, **options
     ),
-    "timm ParallelScaling, one output": lambda: _blocks("ParallelScalingBlock", {"fuse_out_proj": True}),
+    "timm ParallelScaling, one output": lambda: blocks("ParallelScalingBlock", {"fuse_out_proj": True}),
     "timm EVA": lambda **options: _eva(qkv_fused=False, init_values=0.5, **options),
     "timm EVA, post-norm": lambda: _eva(use_post_norm=True, use_rot_pos_emb=False, qkv_bias=False),
     "timm EVA, mixed RoPE": lambda: _eva(rope_type="mixed", class_token=False, init_values=0.5),

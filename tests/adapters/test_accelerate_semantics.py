@@ -351,6 +351,10 @@ def _with_dropout_between_its_paths() -> nn.Module:
 DROP_PATHS = {
     "timm": lambda: zoo.timm_model(drop_path_rate=0.5, depth=3),
     "timm LayerScale": _with_dropout_between_its_paths,
+    "timm ResPost": lambda: zoo.blocks("ResPostBlock", drop_path_rate=0.5, depth=3),
+    "timm ParallelThings": lambda: zoo.blocks("ParallelThingsBlock", drop_path_rate=0.5, depth=3),
+    "timm ParallelScaling": lambda: zoo.blocks("ParallelScalingBlock", drop_path_rate=0.5, depth=3),
+    "timm EVA": lambda: zoo.MODELS["timm EVA"](drop_path_rate=0.5, depth=3),
     "hf": lambda: zoo.hf_model("Dinov2ForImageClassification", "Dinov2Config", drop_path_rate=0.5),
 }
 DROPOUTS = {
