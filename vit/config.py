@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 _CHOICES = {
-    "global_pool": ("token", "avg", ""),
+    "global_pool": ("token", "avg", "map", ""),
     "act_layer": ("gelu", "gelu_tanh", "quick_gelu"),
     "interpolation": ("bicubic_offset", "bicubic", "bicubic_antialias"),
     "weight_init": ("", "zeros", "jax", "jax_nlhb"),
@@ -35,7 +35,9 @@ class ViTConfig:
     patch_size: int | tuple[int, int] = 16  # pixels, likewise; must divide img_size
     in_chans: int = 3
     num_classes: int = 1000  # 0: no head
-    global_pool: str = "token"  # "token" (class token), "avg" (mean of the patches) or "" (all tokens)
+    # "token" (class token), "avg" (mean of the patches), "map" (a learned query attends to the patches, and an MLP
+    # follows: SigLIP) or "" (all tokens)
+    global_pool: str = "token"
     embed_dim: int = 768
     depth: int = 12
     num_heads: int = 12
@@ -93,7 +95,7 @@ class ViTConfig:
             raise ValueError(f"mlp_ratio={self.mlp_ratio} of embed_dim={self.embed_dim} is no hidden unit; raise it")
         self._check_size()
         if self.global_pool == "token" and not self.class_token:
-            raise ValueError('global_pool="token" needs class_token=True; use global_pool="avg" without one')
+            raise ValueError('global_pool="token" needs class_token=True; use global_pool="avg" or "map" without one')
 
     def _check_size(self) -> None:
         """Raises ValueError if the parameters would exceed any memory."""
@@ -312,6 +314,7 @@ def _variant(size: str, patch: int, img: int, **fields: Any) -> dict[str, Any]:
 
 
 _CLIP = dict(pre_norm=True, norm_eps=1e-5)
+_MAP = dict(class_token=False, global_pool="map")
 _GAP = dict(class_token=False, global_pool="avg", fc_norm=False)
 VARIANTS: dict[str, dict[str, Any]] = {
     f"vit_{size}_patch{patch}_{img}": _variant(size, patch, img)
@@ -320,6 +323,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     for img in (224, 384)
     if img % patch == 0
 } | {
+    "vit_base_patch16_siglip_224": _variant("base", 16, 224, **_MAP),
+    "vit_base_patch16_siglip_384": _variant("base", 16, 384, **_MAP),
+    "vit_large_patch16_siglip_384": _variant("large", 16, 384, **_MAP),
+    "vit_so400m_patch14_siglip_224": _variant("so400m", 14, 224, **_MAP),
+    "vit_so400m_patch16_siglip_384": _variant("so400m", 16, 384, **_MAP, act_layer="gelu_tanh"),
     "vit_so400m_patch14_siglip_gap_224": _variant("so400m", 14, 224, **_GAP),
     "vit_so400m_patch16_siglip_gap_384": _variant("so400m", 16, 384, **_GAP),
     "vit_base_patch16_clip_224": _variant("base", 16, 224, **_CLIP),

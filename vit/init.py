@@ -16,6 +16,8 @@ def init_weights(model: nn.Module, seed: int | None = None) -> None:
     projection as in PyTorch's convolution; LayerNorm weight 1; LayerScale γ ``init_values``; mask token and other
     biases 0.
 
+    The query of attention pooling is normal, std 1/√D, in every mode.
+
     ``"zeros"``: as ``""``, but class token, register tokens and ``pos_embed`` 0.
 
     ``"jax"``: as ``""``, but the patch projection and ``pre_logits`` LeCun's truncated normal with bias 0, the head 0,
@@ -50,6 +52,8 @@ def init_weights(model: nn.Module, seed: int | None = None) -> None:
             nn.init.zeros_(value)
         elif leaf in ("cls_token", "reg_token"):
             nn.init.normal_(value, std=1e-6, generator=generator)
+        elif leaf == "latent":
+            nn.init.normal_(value, std=config.embed_dim**-0.5, generator=generator)
         elif leaf == "gamma":
             nn.init.constant_(value, config.init_values)
         elif leaf == "weight" and value.ndim == 1:

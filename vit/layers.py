@@ -6,6 +6,7 @@ Every module passes ``config.impl`` to its ops. Calls are as in timm: ``block(x)
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -224,6 +225,31 @@ class Mlp(nn.Module):
         if "dropout_p" in options:
             hidden = kernels.dropout(hidden, self.drop_rate, seed, self.offset, impl=self.impl)
         return linear(self.fc2, hidden, self.impl)
+
+
+class AttentionPool(nn.Module):
+    """One learned query attends to the patches, and an MLP with a residual follows (Zhai et al., 2022): "map" pooling.
+
+    As in timm, the projections have biases whatever ``qkv_bias`` is, and there is no dropout.
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.impl, dim = config.impl, config.embed_dim
+        self.num_heads = config.num_heads
+        self.latent = nn.Parameter(torch.empty(1, 1, dim))
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.norm = LayerNorm(config)
+        self.mlp = Mlp(dataclasses.replace(config, proj_drop_rate=0.0, act_drop_rate=0.0), 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Patches [B, N, D] -> [B, D]."""
+        q = linear(self.q, self.latent, self.impl).expand(len(x), -1, -1).unflatten(2, (self.num_heads, -1))
+        k, v = linear(self.kv, x, self.impl).unflatten(2, (2, self.num_heads, -1)).unbind(2)
+        x = linear(self.proj, kernels.attention(q, k, v, impl=self.impl), self.impl)  # [B, 1, D]
+        return (x + self.mlp(self.norm(x)))[:, 0]
 
 
 class Block(nn.Module):

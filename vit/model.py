@@ -20,6 +20,7 @@ from vit.init import init_weights
 from vit.layers import (
     HEAD,
     POS,
+    AttentionPool,
     Block,
     Blocks,
     Dropout,
@@ -70,6 +71,7 @@ class VisionTransformer(nn.Module):
             self.blocks = Blocks(*(Block(config, index) for index in range(config.depth)))
             before, after = (config.final_norm and config.use_fc_norm is pooled for pooled in (False, True))
             self.norm = LayerNorm(config) if before else nn.Identity()
+            self.attn_pool = AttentionPool(config) if config.global_pool == "map" else None
             self.fc_norm = LayerNorm(config) if after else nn.Identity()
             self.pre_logits = PreLogits(config) if config.representation_size else nn.Identity()
             self.head_drop = Dropout(config, config.drop_rate, HEAD)
@@ -135,6 +137,8 @@ class VisionTransformer(nn.Module):
             x = x[:, 0]  # [B, D]
         elif self.config.global_pool == "avg":
             x = x[:, self.config.num_prefix_tokens :].mean(dim=1)  # [B, D]
+        elif self.config.global_pool == "map":
+            x = self.attn_pool(x[:, self.config.num_prefix_tokens :])  # [B, D]
         x = self.head_drop(self.pre_logits(self.fc_norm(x)), self._seed(x, dropout_seed))
         return x if pre_logits else self.head(x)
 
@@ -343,12 +347,18 @@ class VisionTransformer(nn.Module):
         """Replaces the head by a zero-initialised one for fine-tuning (paper, 3.2). 0 classes: no head.
 
         This also removes the hidden layer of a pre-training head. ``global_pool``, unless None, replaces the pooling;
-        the norms do not move.
+        the norms do not move. Attention pooling ("map") can be removed, but not added.
+
+        Raises:
+            ValueError: the model has no attention pooling to read "map" with.
         """
+        if global_pool == "map" and self.attn_pool is None:
+            raise ValueError('global_pool="map" has weights, which the model does not have; make the model with it')
         changed = {"num_classes": num_classes, "representation_size": None}
         if global_pool is not None:
             changed |= {"global_pool": global_pool, "fc_norm": self.config.use_fc_norm}
         self.config = config = dataclasses.replace(self.config, **changed)
+        self.attn_pool = self.attn_pool if config.global_pool == "map" else None
         like = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
         self.pre_logits = nn.Identity().train(self.training)
         self.head = Linear(config, config.embed_dim, num_classes, **like) if num_classes else nn.Identity()

@@ -191,6 +191,26 @@ class PatchDrop(nn.Module):
         return torch.cat([prefix, patches[torch.arange(batch, device=x.device)[:, None], kept]], dim=1)
 
 
+class AttentionPool(nn.Module):
+    """A learned query attends to the patches, and an MLP with a residual follows: ``[B, N, D]`` -> ``[B, D]``."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        dim = config.embed_dim
+        self.num_heads = config.num_heads
+        self.latent = nn.Parameter(torch.empty(1, 1, dim))
+        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.mlp = Mlp(dataclasses.replace(config, proj_drop_rate=0.0, act_drop_rate=0.0), 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(self.latent[0, 0]).unflatten(0, (self.num_heads, -1))  # [HEADS, HEAD_DIM]
+        k, v = (t.unflatten(2, (self.num_heads, -1)) for t in self.kv(x).chunk(2, dim=2))  # [B, N, HEADS, HEAD_DIM]
+        probabilities = torch.softmax(torch.einsum("he,bnhe->bhn", q, k) / q.shape[-1] ** 0.5, dim=-1)
+        x = self.proj(torch.einsum("bhn,bnhe->bhe", probabilities, v).flatten(1))
+        return x + self.mlp(self.norm(x))
+
+
 class PreLogits(nn.Module):
     """The tanh hidden layer of a pre-training head."""
 
@@ -225,6 +245,7 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.Sequential(*[Block(config, index) for index in range(config.depth)])
         pooled_norm, final_norm = config.use_fc_norm, config.final_norm
         self.norm = nn.LayerNorm(dim, eps=config.norm_eps) if final_norm and not pooled_norm else nn.Identity()
+        self.attn_pool = AttentionPool(config) if config.global_pool == "map" else None
         self.fc_norm = nn.LayerNorm(dim, eps=config.norm_eps) if final_norm and pooled_norm else nn.Identity()
         hidden = config.representation_size
         self.pre_logits = PreLogits(dim, hidden) if hidden else nn.Identity()
@@ -279,6 +300,8 @@ class VisionTransformer(nn.Module):
             x = x[:, 0]
         elif self.config.global_pool == "avg":
             x = x[:, self.config.num_prefix_tokens :].mean(dim=1)
+        elif self.config.global_pool == "map":
+            x = self.attn_pool(x[:, self.config.num_prefix_tokens :])
         x = self.head_drop(self.pre_logits(self.fc_norm(x)))
         return x if pre_logits else self.head(x)
 

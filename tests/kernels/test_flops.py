@@ -227,6 +227,7 @@ CONFIGS = {
     "patch drop": {"patch_drop_rate": 0.4},
     "pre-training head": {"representation_size": 24},
     "all tokens": {"global_pool": ""},
+    "attention pool": {"global_pool": "map", "reg_tokens": 1},
 }
 
 
@@ -241,6 +242,9 @@ def by_hand(config, batch):
     wide = config.representation_size
     head = 2 * (D * wide + wide * config.num_classes if wide else D * config.num_classes)
     head *= N if config.global_pool == "" else 1
+    if config.global_pool == "map":  # one query, which does not depend on the image: its projection is counted once
+        kept = N - config.num_prefix_tokens
+        head += 4 * kept * D**2 + 4 * kept * D + 2 * D**2 + 4 * D * config.mlp_hidden_dim + 2 * D**2 / batch
     return batch * (embed + blocks + head), batch * embed
 
 

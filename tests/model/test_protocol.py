@@ -414,6 +414,21 @@ def test_a_new_head_pools_as_asked_and_moves_no_norm(change, fc_norm):
     assert model(image).shape == ((2, 7, 4) if new == "" else (2, 4))
 
 
+def test_attention_pooling_is_removed_but_not_added():
+    model, image = make(global_pool="map")
+    features, pool = model.forward_features(image), model.attn_pool
+    model.reset_classifier(4)
+    assert model.attn_pool is pool and torch.equal(model.forward_head(features, True), pool(features[:, 1:]))
+    model.reset_classifier(4, "avg")
+    assert (
+        model.attn_pool is None and vit.VisionTransformer(model.config).state_dict().keys() == model.state_dict().keys()
+    )
+    torch.testing.assert_close(model.forward_head(features, pre_logits=True), features[:, 1:].mean(1))
+    with pytest.raises(ValueError, match=r'global_pool="map" has weights, which the model does not have'):
+        model.reset_classifier(4, "map")
+    assert model.global_pool == "avg"
+
+
 @pytest.mark.parametrize("indices", [[0, 3], [0, -4], [1, 0, 7], 0, 4, -1])
 def test_pruning_that_is_refused_changes_nothing(indices):
     model, image = make()

@@ -22,6 +22,8 @@ CASES = {
     "token": {},
     "avg": dict(global_pool="avg"),
     "all tokens": dict(global_pool=""),
+    "map": dict(global_pool="map", class_token=False),
+    "map, fc_norm, class token": dict(global_pool="map", fc_norm=True, qkv_bias=False, qk_norm=True, reg_tokens=1),
     "all tokens, fc_norm": dict(global_pool="", fc_norm=True),
     "avg, norm before": dict(global_pool="avg", fc_norm=False),
     "token, fc_norm": dict(fc_norm=True),
@@ -463,7 +465,7 @@ def test_reset_classifier():
         (dict(mlp_ratio=0), "mlp_ratio=0 must be"),
         (dict(mlp_ratio=1e-4), "mlp_ratio=0.0001 of embed_dim=768 is no hidden unit"),
         (dict(init_values=-0.1), "init_values=-0.1 must be above 0 and below"),
-        (dict(global_pool="map"), r"global_pool='map' is unknown; use one of \('token', 'avg', ''\)"),
+        (dict(global_pool="max"), r"global_pool='max' is unknown; use one of \('token', 'avg', 'map', ''\)"),
         (dict(representation_size=0), "representation_size=0 must be an integer of at least 1"),
         (dict(patch_drop_rate=1.0), "patch_drop_rate=1.0 must be at least 0 and below 1"),
         (dict(patch_drop_rate=-0.1), "patch_drop_rate=-0.1 must be"),
@@ -471,7 +473,7 @@ def test_reset_classifier():
         (dict(act_layer="relu"), "act_layer='relu' is unknown"),
         (dict(interpolation="nearest"), "interpolation='nearest' is unknown"),
         (dict(impl="cuda"), "impl='cuda' is unknown"),
-        (dict(class_token=False), 'global_pool="token" needs class_token=True; use global_pool="avg"'),
+        (dict(class_token=False), 'global_pool="token" needs class_token=True; use global_pool="avg" or "map"'),
         (dict(impl="triton", num_heads=96), "num_heads=96 makes head_dim=8; the kernels take 16 to 128"),
         (dict(impl="triton", num_heads=4), "num_heads=4 makes head_dim=192"),
     ],
@@ -495,7 +497,7 @@ def test_config_properties():
 
 def test_named_variants():
     names = list_models()
-    assert len(names) == len(set(names)) == 75 and "vit_base_patch14_384" not in names
+    assert len(names) == len(set(names)) == 80 and "vit_base_patch14_384" not in names
     assert get_config("vit_base_patch16_224") == ViTConfig()
     head_dims = dict(tiny=64, base=64, so400m=72, huge=80, giant=88, gigantic=104, enormous=112)
     assert head_dims == {size: get_config(f"vit_{size}_patch14_224").head_dim for size in head_dims}
@@ -515,7 +517,7 @@ def test_named_variants():
 def test_named_variants_have_timms_shapes():
     timm = peers.import_timm()
     common = [name for name in list_models() if timm.is_model(name)]
-    assert len(common) >= 22, common
+    assert len(common) >= 27, common
     for name in common:
         with torch.device("meta"):  # 1000 classes: some of timm's configs have none
             ours, theirs = VisionTransformer(get_config(name)), timm.create_model(name, num_classes=1000)
@@ -542,7 +544,7 @@ def test_default_of_every_field():
 
 def test_every_word_that_a_field_takes():
     for field, words in {
-        "global_pool": ("token", "avg", ""),
+        "global_pool": ("token", "avg", "map", ""),
         "act_layer": ("gelu", "gelu_tanh", "quick_gelu"),
         "interpolation": ("bicubic_offset", "bicubic", "bicubic_antialias"),
         "weight_init": ("", "zeros", "jax", "jax_nlhb"),
@@ -741,7 +743,13 @@ def test_sizes_and_order_of_the_named_variants():
     ]
     clip = dict(pre_norm=True, norm_eps=1e-5)
     gap = dict(class_token=False, global_pool="avg", fc_norm=False)
+    pool = dict(class_token=False, global_pool="map")
     others = {
+        "vit_base_patch16_siglip_224": ("base", 16, 224, pool),
+        "vit_base_patch16_siglip_384": ("base", 16, 384, pool),
+        "vit_large_patch16_siglip_384": ("large", 16, 384, pool),
+        "vit_so400m_patch14_siglip_224": ("so400m", 14, 224, pool),
+        "vit_so400m_patch16_siglip_384": ("so400m", 16, 384, pool | dict(act_layer="gelu_tanh")),
         "vit_so400m_patch14_siglip_gap_224": ("so400m", 14, 224, gap),
         "vit_so400m_patch16_siglip_gap_384": ("so400m", 16, 384, gap),
         "vit_base_patch16_clip_224": ("base", 16, 224, clip),
@@ -764,4 +772,4 @@ def test_named_variants_are_not_changed_from_outside():
     list_models().clear()
     asked = {"depth": 1, "num_classes": 0}
     assert get_config("vit_base_patch16_224", **asked).num_classes == 0 and asked == {"depth": 1, "num_classes": 0}
-    assert len(list_models()) == 75 and get_config("vit_base_patch16_224") == ViTConfig()
+    assert len(list_models()) == 80 and get_config("vit_base_patch16_224") == ViTConfig()

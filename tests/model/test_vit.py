@@ -22,6 +22,8 @@ VARIANTS = {
     "avg pool, norm before": {"global_pool": "avg", "fc_norm": False},
     "token pool, fc_norm": {"fc_norm": True},
     "no pool": {"global_pool": ""},
+    "attention pool": {"global_pool": "map", "class_token": False},
+    "registers, attention pool, fc_norm": {"global_pool": "map", "reg_tokens": 2, "fc_norm": True},
     "no class token": {"class_token": False, "global_pool": "avg"},
     "registers": {"reg_tokens": 4},
     "registers, avg pool": {"reg_tokens": 4, "global_pool": "avg"},

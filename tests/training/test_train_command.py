@@ -69,7 +69,7 @@ REFUSED = {
     "accumulation": (["new", "-b", "8", "--grad-accum-steps", "99"], "99 is more than the 14 batches of an epoch;"),
     "field": (["new", "--set", "dept=2"], "ViTConfig has no field 'dept'; did you mean 'depth'"),
     "classes": (["new", "--set", "num_classes=5"], "--set num_classes: the data decides it; leave it out"),
-    "pool": (["new", "--set", "global_pool="], "--set global_pool: labels need token or avg"),
+    "pool": (["new", "--set", "global_pool="], "--set global_pool: labels need token, avg or map"),
     "masked": (["new", "--objective", "masked", "--set", "patch_drop_rate=.5"], "masked needs all patches; leave it"),
     "value": (["new", "--set", "depth"], "--set takes NAME=VALUE, got 'depth'"),
     "size": (["new", "--img-size", "30", "--set", "patch_size=4"], "height 30 is not a multiple of patch_size 4"),

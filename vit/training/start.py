@@ -39,7 +39,7 @@ def start(options: Options, data: Data, config: dict[str, Any] | None = None) ->
         if name in fields:
             raise TrainingError(f"--set {name}: the data decides it; leave it out")
     if options.objective == "labels" and fields.get("global_pool", "token") == "":
-        raise TrainingError("--set global_pool: labels need token or avg")
+        raise TrainingError("--set global_pool: labels need token, avg or map")
     if options.objective == "masked" and fields.get("patch_drop_rate"):
         raise TrainingError("--set patch_drop_rate: --objective masked needs all patches; leave it out")
     fields |= {"in_chans": data.channels}
