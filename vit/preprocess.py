@@ -119,12 +119,13 @@ class _Rule:
 # Sources of the constants:
 # - google: vit_jax/input_pipeline.py of google-research/vision_transformer; big_vision: its ViT configs. Both resize
 #   with TensorFlow, google without antialiasing. Here Pillow resizes, as for the models that transformers converted.
-# - hf: ViTImageProcessor of transformers 5.23.
+# - hf, hf_clip, hf_siglip: the image processors of transformers 5.23; hf_dinov2: that of facebook/dinov2-base.
 # - timm: the most common values in the default_cfgs of vision_transformer.py and deit.py of timm 1.0.31.
 # - torchvision: the transforms of the weights of torchvision 0.28.
 # - dinov2: dinov2/data/transforms.py.
 _UNCUT = {"crop_pct": 1.0}
 _SWAG = {"where": "torchvision, IMAGENET1K_SWAG", "crop_pct": 1.0, "resample": BICUBIC}
+_DINOV2 = _Rule("facebook/dinov2-base of transformers", 224 / 256, BICUBIC, IMAGENET_MEAN, IMAGENET_STD)
 SOURCES = {
     "google": _Rule("google-research/vision_transformer", None, BILINEAR, HALF, HALF),
     "big_vision": _Rule("google-research/big_vision", 224 / 256, Image.Resampling.BOX, HALF, HALF, _UNCUT),
@@ -135,6 +136,11 @@ SOURCES = {
     "timm-dinov2": _Rule("timm, vit_*_dinov2", 1.0, BICUBIC, IMAGENET_MEAN, IMAGENET_STD),
     "torchvision": _Rule("torchvision, IMAGENET1K_V1", 224 / 256, BILINEAR, IMAGENET_MEAN, IMAGENET_STD, _SWAG),
     "dinov2": _Rule("facebookresearch/dinov2", 224 / 256, BICUBIC, IMAGENET_MEAN, IMAGENET_STD),
+    "open_clip": _Rule("OpenCLIP", 1.0, BICUBIC, CLIP_MEAN, CLIP_STD),
+    "hf_clip": _Rule("CLIPImageProcessor of transformers", 1.0, BICUBIC, CLIP_MEAN, CLIP_STD),
+    "hf_siglip": _Rule("SiglipImageProcessor of transformers", None, BICUBIC, HALF, HALF),
+    "hf_dinov2": _DINOV2,
+    "hf_dinov2_reg": _DINOV2,
 }
 # The defaults of transformers' image processors.
 _BY_SIDE = {

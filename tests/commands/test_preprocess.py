@@ -281,16 +281,18 @@ def rgb(width: int, height: int) -> Image.Image:
 def test_every_source_at_sizes_that_are_not_square(source, size):
     """(height, width) -> the resize, the crop and the filter by hand; large variants need both sides of 384."""
     mean, std = {
-        "timm-clip": (preprocess.CLIP_MEAN, preprocess.CLIP_STD),
-        **dict.fromkeys(("google", "big_vision", "hf", "timm"), ((0.5,) * 3,) * 2),
+        **dict.fromkeys(("timm-clip", "hf_clip", "open_clip"), (preprocess.CLIP_MEAN, preprocess.CLIP_STD)),
+        **dict.fromkeys(("google", "big_vision", "hf", "hf_siglip", "timm"), ((0.5,) * 3,) * 2),
     }.get(source, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     large, longer = min(size) >= 384, max(size)
-    by_percent = {"big_vision": 87.5, "torchvision": 87.5, "dinov2": 87.5, "timm-dinov2": 100}.get(source, 90)
-    if large and source not in ("dinov2", "timm-dinov2"):
+    dinov2 = ("dinov2", "hf_dinov2", "hf_dinov2_reg")
+    by_percent = dict.fromkeys(("big_vision", "torchvision", *dinov2), 87.5).get(source, 90)
+    by_percent = 100 if source in ("timm-dinov2", "hf_clip", "open_clip") else by_percent
+    if large and source not in dinov2:
         by_percent = 100
     resample = {"google": 2, "hf": 2, "big_vision": 4, "torchvision": 3 if large else 2}.get(source, 3)
     found = preprocess.preprocessing(source, size)
-    whole = source in ("google", "hf")
+    whole = source in ("google", "hf", "hf_siglip")
     assert found.resize == (size if whole else int(longer * 100 / by_percent)) and type(found.resize) is not float
     assert found.crop == (None if whole else size)
     assert (found.resample, found.mean, found.std, found.scale) == (resample, mean, std, 1 / 255)

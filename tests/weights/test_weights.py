@@ -362,13 +362,6 @@ def test_16_bits_are_resized_in_32(dialect, dtype, tmp_path):
         assert torch.equal(got, want.to(dtype))
 
 
-def test_attention_pooling_is_refused(tmp_path):
-    params = flax_params(True, cls=False) | {"MAPHead_0/probe": np.zeros((1, 1, 32), np.float32)}
-    np.savez(tmp_path / "w.npz", **params)
-    with pytest.raises(vit.CheckpointError, match=r"attention"):
-        vit.load_pretrained(make(**GAP), tmp_path / "w.npz")
-
-
 # Numerics
 
 

@@ -576,11 +576,13 @@ def test_what_is_no_regular_file_in_a_folder(tmp_path):
 
 
 FAMILIES = {  # tensor names of the libraries; test_weights_peers.py has their real files
-    r"Dinov2 checkpoint of transformers, which .* not read yet; load it with transformers and call vit.accelerate": (
-        "embeddings.patch_embeddings.projection.weight", "encoder.layer.0.layer_scale1.lambda1"),
-    "a CLIP checkpoint of transformers": ("vision_model.embeddings.class_embedding",),
-    "a SigLIP checkpoint of transformers": ("vision_model.embeddings.patch_embedding.weight",),
-    "a CLIP of OpenAI or OpenCLIP": ("visual.class_embedding", "visual.conv1.weight"),
+    "a Dinov2 with SwiGLU of transformers": (
+        "embeddings.patch_embeddings.projection.weight", "encoder.layer.0.layer_scale1.lambda1",
+        "encoder.layer.0.mlp.weights_in.weight"),
+    "BLIP": ("vision_model.embeddings.patch_embedding.weight", "vision_model.encoder.layers.0.self_attn.qkv.weight"),
+    "OWL-ViT": ("vision_model.embeddings.patch_embedding.weight", "vision_model.pre_layernorm.weight"),
+    "a ResNet": ("visual.conv1.weight", "visual.layer1.0.conv1.weight"),
+    "CoCa": ("visual.conv1.weight", "visual.transformer.resblocks.0.ln_1.weight", "visual.attn_pool.query"),
     "BEiT": ("beit.embeddings.cls_token",),
     "BEiT.*": ("cls_token", "patch_embed.proj.weight", "pos_embed", "blocks.0.attn.q_bias"),
     "DeiT III or BEiT": ("cls_token", "patch_embed.proj.weight", "pos_embed", "blocks.0.gamma_1"),
@@ -589,7 +591,6 @@ FAMILIES = {  # tensor names of the libraries; test_weights_peers.py has their r
     "DINOv3 ": ("embeddings.patch_embeddings.weight", "layer.0.layer_scale1.lambda1"),
     "a model with SwiGLU": ("patch_embed.proj.weight", "blocks.0.mlp.w12.weight"),
     "a distilled DeiT": ("patch_embed.proj.weight", "blocks.0.norm1.weight", "dist_token"),
-    "pools by attention": ("patch_embed.proj.weight", "blocks.0.norm1.weight", "attn_pool.latent"),
 }  # fmt: skip
 
 
@@ -600,11 +601,12 @@ def test_models_that_no_dialect_holds(what, tmp_path):
         with pytest.raises(vit.CheckpointError, match=what.strip()) as caught:
             vit.load_pretrained(*target, tmp_path / "m.pt")
         assert "which load_pretrained does not read yet; load it with" in str(caught.value)
+        assert str(caught.value).endswith(" and call vit.accelerate")
 
 
 def test_model_type_of_a_folder(tmp_path):
     torch.save({"embeddings.x": torch.ones(1)}, tmp_path / "pytorch_model.bin")
-    for kind in ("swinv2", "dinov2", "siglip2"):
+    for kind in ("swinv2", "dinov3_vit", "siglip2"):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
         with pytest.raises(vit.CheckpointError, match=f"this is a {kind} checkpoint of transformers"):
             vit.load_pretrained(tmp_path)

@@ -21,6 +21,16 @@ KINDS = (".safetensors", ".pt", ".npz", "folder")
 PLAIN = {"qk_norm": False, "qkv_bias": True, "pre_norm": False, "init_values": None, "reg_tokens": 0, "fc_norm": None}
 PLAIN |= {"final_norm": True, "use_mask_token": False, "representation_size": None, "no_embed_class": False}
 
+FITS = {  # what a dialect needs, besides `PLAIN`
+    "dinov2": {"num_classes": 0, "init_values": 0.1},
+    "hf_dinov2": {"num_classes": 0, "init_values": 0.1},
+    "hf_dinov2_reg": {"num_classes": 0, "init_values": 0.1, "reg_tokens": 2, "no_embed_class": False},
+    "hf_clip": {"num_classes": 0, "pre_norm": True},
+    "open_clip": {"num_classes": 0, "pre_norm": True},
+    "hf_siglip": {"num_classes": 0, "class_token": False, "global_pool": "map", "no_embed_class": True},
+    "big_vision": {"class_token": False, "global_pool": "map", "no_embed_class": True},
+}
+
 
 def draw(rng: random.Random) -> vit.ViTConfig:
     """Any configuration; about half of them fit most dialects."""
@@ -32,7 +42,7 @@ def draw(rng: random.Random) -> vit.ViTConfig:
         patch_size=patch,
         in_chans=pick([1, 3, 4]),
         num_classes=classes,
-        global_pool=pick(["token", "avg", ""] if cls else ["avg", ""]),
+        global_pool=pick(["token", "avg", "map", ""] if cls else ["avg", "map", ""]),
         embed_dim=heads * pick([4, 6]),
         depth=rng.randint(1, 2),
         num_heads=heads,
@@ -79,14 +89,16 @@ def test_configurations_come_back(part, tmp_path):
     saved = dict.fromkeys(DIALECTS, 0)
     for seed in range(part, DRAWS, 4):
         rng = random.Random(seed)
-        config = draw(rng)
+        config, dialect = draw(rng), rng.choice([*DIALECTS, *["timm"] * 6])
+        if rng.random() < 0.5:
+            config = dataclasses.replace(config, **PLAIN | FITS.get(dialect, {}))
         model = vit.VisionTransformer(config, seed=0)
         randomise(model, seed)
         if config.reg_tokens == 0 and not config.no_embed_class and rng.random() < 0.5:
             with torch.no_grad():  # so that it fits big_vision
                 model.pos_embed[:, : config.num_prefix_tokens] = 0
         model.eval()
-        x, dialect = image(model, seed), rng.choice([*DIALECTS, "timm", "timm"])
+        x = image(model, seed)
         where = tmp_path / str(seed)
         where.mkdir()
         path = where / ("folder" if (kind := rng.choice(KINDS)) == "folder" else f"model{kind}")
@@ -117,7 +129,7 @@ def test_configurations_come_back(part, tmp_path):
 
             sizes = {field: getattr(config, field) for field in vit.weights.fit.NAMED}
             named = vit.load_pretrained("vit_tiny_patch16_224", path, **sizes)
-            extra = {"use_mask_token": named.config.use_mask_token} if dialect == "dinov2" else {}
+            extra = {"use_mask_token": named.config.use_mask_token} if "dinov2" in dialect else {}
             assert named.config == dataclasses.replace(config, **extra), f"seed {seed}"
             assert torch.equal(named.eval()(x), want), f"seed {seed}"
     assert saved["timm"] > DRAWS / 40 and sum(saved.values()) > DRAWS / 16  # of the quarter that is drawn here

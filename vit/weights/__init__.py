@@ -35,7 +35,7 @@ def load_pretrained(
     grid_size: tuple[int, int] | None = None,
     **overrides: Any,
 ) -> VisionTransformer:
-    """Loads a checkpoint of timm, Hugging Face, torchvision, DINOv2, google's vit_jax or big_vision.
+    """Loads a checkpoint of timm, Hugging Face, torchvision, DINOv2, OpenCLIP, google's vit_jax or big_vision.
 
         model = load_pretrained(path)  # creates the model from the checkpoint alone
         model = load_pretrained("vit_base_patch16_224", path)  # creates a named model
@@ -52,21 +52,27 @@ def load_pretrained(
 
     Numerics. The model takes over the numerics of the checkpoint's source:
 
-    - ``norm_eps``: for Hugging Face the value in config.json, else 1e-12. For the others 1e-6.
-    - ``act_layer``: for Hugging Face the value in config.json. For google and big_vision tanh GELU. Else erf GELU.
+    - ``norm_eps``: for Hugging Face the value in config.json, else 1e-12 for its ViT. For CLIP 1e-5. Else 1e-6.
+    - ``act_layer``: for Hugging Face the value in config.json. For google, big_vision and SigLIP tanh GELU. A CLIP
+      without config.json keeps that of the model; without a model, it must be passed. Else erf GELU.
     - ``act_drop_rate``: 0 for Hugging Face, whose models have no dropout after the activation. Else None. The other
       dropout rates of an existing model do not change.
     - ``interpolation``: see below.
 
+    Hugging Face's Dinov2, CLIP and SigLIP. ``forward`` returns the pooled features: of CLIP with ``visual_projection``
+    the image embedding, whose projection is the head with a bias of zero. ``forward_features`` returns
+    ``last_hidden_state``, but CLIP's after ``post_layernorm``; `forward_intermediates` returns the tokens before it. A
+    classifier that reads other features is left out, with a warning.
+
     For timm, ``norm_eps`` and ``act_layer`` depend on the architecture. So named models, and existing models with
     ``pre_norm`` (CLIP), keep theirs. Other existing models get 1e-6 and erf GELU.
 
-    Position embedding. If the grids differ, it is resized as its source does on load: bicubic with antialias for timm,
-    bicubic for Hugging Face, bicubic with the offset of 0.1 for DINOv2, bicubic with aligned corners for torchvision,
-    bilinear with aligned corners for google and big_vision. ``forward`` has no aligned corners, so torchvision,
-    google and big_vision set ``interpolation`` to ``"bicubic"``. If the checkpoint's grid is unknown, it is taken as in
-    timm: the usual grid of the model's name, else a square, else the model's own grid. If this is ambiguous, it raises
-    and asks for ``grid_size``.
+    Position embedding. If the grids differ, it is resized as its source does on load: bicubic with antialias for timm
+    and Hugging Face's Dinov2 with registers, bicubic for Hugging Face and OpenCLIP, bicubic with the offset of 0.1 for
+    DINOv2, bicubic with aligned corners for torchvision, bilinear with aligned corners for google and big_vision.
+    ``forward`` has no aligned corners, so torchvision, google and big_vision set ``interpolation`` to ``"bicubic"``. If
+    the checkpoint's grid is unknown, it is taken as in timm: the usual grid of the model's name, else a square, else
+    the model's own grid. If this is ambiguous, it raises and asks for ``grid_size``.
 
     Args:
         model_or_path: a `vit.VisionTransformer` or a name for `vit.create_model`; without ``path``, the checkpoint.
@@ -80,7 +86,8 @@ def load_pretrained(
             model's, the head is replaced as in ``reset_classifier``.
         in_chans: channels of a named model. A checkpoint with other channels is adapted as in timm.
         dialect: "timm", "hf", "hf_memory" (the names of transformers 5 in memory), "torchvision", "torchvision_old",
-            "google", "big_vision" or "dinov2". None detects it from the names of the tensors.
+            "google", "big_vision", "dinov2", "hf_dinov2", "hf_dinov2_reg" (with registers), "hf_clip", "hf_siglip" or
+            "open_clip". None detects it from the names of the tensors.
         grid_size: (rows, columns) of the patches in the checkpoint's position embedding, if nothing else gives it.
         **overrides: fields of `ViTConfig`, which override the source. For an existing model only norm_eps, act_layer,
             interpolation and act_drop_rate can change. For a new model also device and dtype.
@@ -211,4 +218,7 @@ def _set_numerics(model: VisionTransformer, config: ViTConfig) -> None:
         if isinstance(module, LayerNorm):
             module.eps = config.norm_eps
         elif isinstance(module, Mlp):
-            module.activation, module.drop_rate = config.act_layer, config.hidden_drop_rate
+            module.activation = config.act_layer
+    for module in model.blocks.modules():
+        if isinstance(module, Mlp):  # attention pooling has no dropout
+            module.drop_rate = config.hidden_drop_rate

@@ -31,16 +31,26 @@ def _heads(x: Tensor, heads: int, axis: int) -> Tensor:
 
 SAME = Layout(lambda t, h: t[0], lambda t, h: [t])
 ROW = Layout(lambda t, h: t[0][:, None], lambda t, h: [t[:, 0]])  # [1, D]
+VECTOR = Layout(lambda t, h: t[0][None, None], lambda t, h: [t[0, 0]])  # [D]
+MATRIX = Layout(lambda t, h: t[0][None], lambda t, h: [t[0]])  # [N, D]
 KERNEL = Layout(lambda t, h: t[0].mT, lambda t, h: [t.mT])  # [in, out]
 HWIO = Layout(lambda t, h: t[0].permute(3, 2, 0, 1), lambda t, h: [t.permute(2, 3, 1, 0)])
-JOINED = Layout(lambda t, h: torch.stack(t).flatten(0, 1), lambda t, h: list(t.chunk(3)))  # q, k and v
-Q_KERNEL = Layout(  # [D, HEADS, HEAD_DIM] each of q, k and v
-    lambda t, h: torch.stack([_heads(x, h, 1).flatten(1).mT for x in t]).flatten(0, 1),
-    lambda t, h: [x.mT.unflatten(1, (h, -1)) for x in t.chunk(3)],
+JOINED, KV = (  # q, k and v; k and v
+    Layout(lambda t, h: torch.stack(t).flatten(0, 1), lambda t, h, n=n: list(t.chunk(n))) for n in (3, 2)
 )
-Q_BIAS = Layout(  # [HEADS, HEAD_DIM] each
-    lambda t, h: torch.stack([_heads(x, h, 0).flatten() for x in t]).flatten(),
-    lambda t, h: [x.unflatten(0, (h, -1)) for x in t.chunk(3)],
+QKV_KERNEL, KV_KERNEL, Q_KERNEL = (  # [D, HEADS, HEAD_DIM] each of q, k and v; of k and v; of q
+    Layout(
+        lambda t, h: torch.stack([_heads(x, h, 1).flatten(1).mT for x in t]).flatten(0, 1),
+        lambda t, h, n=n: [x.mT.unflatten(1, (h, -1)) for x in t.chunk(n)],
+    )
+    for n in (3, 2, 1)
+)
+QKV_BIAS, KV_BIAS, Q_BIAS = (  # [HEADS, HEAD_DIM] each
+    Layout(
+        lambda t, h: torch.stack([_heads(x, h, 0).flatten() for x in t]).flatten(),
+        lambda t, h, n=n: [x.unflatten(0, (h, -1)) for x in t.chunk(n)],
+    )
+    for n in (3, 2, 1)
 )
 OUT_KERNEL = Layout(  # [HEADS, HEAD_DIM, D]
     lambda t, h: _heads(t[0], h, 0).flatten(0, 1).mT,
@@ -50,17 +60,22 @@ OUT_KERNEL = Layout(  # [HEADS, HEAD_DIM, D]
 # The tensors of a module: (suffix of their name, suffix of ours, layout).
 TENSOR = (("", "", SAME),)
 TOKEN = (("", "", ROW),)
+EMBEDDING = (("", "", VECTOR),)
+TABLE = ((".weight", "", MATRIX),)
+PROJECTION = ((".weight", ".weight", SAME),)
 MODULE = ((".weight", ".weight", SAME), (".bias", ".bias", SAME))
 SPLIT = ((".weight", ".weight", JOINED), (".bias", ".bias", JOINED))
 PACKED = (("_weight", ".weight", SAME), ("_bias", ".bias", SAME))
 NORM = (("/scale", ".weight", SAME), ("/bias", ".bias", SAME))
 DENSE = (("/kernel", ".weight", KERNEL), ("/bias", ".bias", SAME))
 CONV = (("/kernel", ".weight", HWIO), ("/bias", ".bias", SAME))
-QKV = (("/kernel", ".weight", Q_KERNEL), ("/bias", ".bias", Q_BIAS))
+QKV = (("/kernel", ".weight", QKV_KERNEL), ("/bias", ".bias", QKV_BIAS))
 OUT = (("/kernel", ".weight", OUT_KERNEL), ("/bias", ".bias", SAME))
 
+POOL = tuple(f"attn_pool.{name}" for name in ("q", "kv", "proj", "norm", "mlp.fc1", "mlp.fc2"))
 TIMM = (
-    *((name, name, TENSOR) for name in ("cls_token", "reg_token", "mask_token", "pos_embed")),
+    *((name, name, TENSOR) for name in ("cls_token", "reg_token", "mask_token", "pos_embed", "attn_pool.latent")),
+    *((name, name, MODULE) for name in POOL),
     *((name, name, MODULE) for name in ("patch_embed.proj", "norm_pre", "norm", "fc_norm", "pre_logits.fc", "head")),
     *(
         (f"blocks.{{i}}.{name}", f"blocks.{{i}}.{name}", MODULE)
@@ -71,7 +86,7 @@ TIMM = (
 DINOV2 = (
     ("register_tokens", "reg_token", TENSOR),
     ("mask_token", "mask_token", TOKEN),
-    *(row for row in TIMM if not re.search(r"_token$|_norm|head|pre", row[0]) or row[0] == "cls_token"),
+    *(row for row in TIMM if not re.search(r"_token$|_norm|head|pre|pool", row[0]) or row[0] == "cls_token"),
 )
 
 
@@ -91,6 +106,67 @@ def _hf(layer: str, qkv: str, out: str, fc1: str, fc2: str) -> tuple:
         ("pooler.dense", "pre_logits.fc", MODULE),
         ("classifier", "head", MODULE),
     )
+
+
+HF_DINOV2 = (
+    ("embeddings.cls_token", "cls_token", TENSOR),
+    ("embeddings.register_tokens", "reg_token", TENSOR),
+    ("embeddings.mask_token", "mask_token", TOKEN),
+    ("embeddings.position_embeddings", "pos_embed", TENSOR),
+    ("embeddings.patch_embeddings.projection", "patch_embed.proj", MODULE),
+    ("encoder.layer.{i}.norm1", "blocks.{i}.norm1", MODULE),
+    ("encoder.layer.{i}.attention.attention.{query,key,value}", "blocks.{i}.attn.qkv", SPLIT),
+    ("encoder.layer.{i}.attention.output.dense", "blocks.{i}.attn.proj", MODULE),
+    ("encoder.layer.{i}.layer_scale1.lambda1", "blocks.{i}.ls1.gamma", TENSOR),
+    ("encoder.layer.{i}.norm2", "blocks.{i}.norm2", MODULE),
+    ("encoder.layer.{i}.mlp.fc1", "blocks.{i}.mlp.fc1", MODULE),
+    ("encoder.layer.{i}.mlp.fc2", "blocks.{i}.mlp.fc2", MODULE),
+    ("encoder.layer.{i}.layer_scale2.lambda1", "blocks.{i}.ls2.gamma", TENSOR),
+    ("layernorm", "norm", MODULE),
+)
+_HF_TOWER = (  # of CLIP and SigLIP
+    ("embeddings.patch_embedding", "patch_embed.proj", MODULE),
+    ("embeddings.position_embedding", "pos_embed", TABLE),
+    ("encoder.layers.{i}.layer_norm1", "blocks.{i}.norm1", MODULE),
+    ("encoder.layers.{i}.self_attn.{q_proj,k_proj,v_proj}", "blocks.{i}.attn.qkv", SPLIT),
+    ("encoder.layers.{i}.self_attn.out_proj", "blocks.{i}.attn.proj", MODULE),
+    ("encoder.layers.{i}.layer_norm2", "blocks.{i}.norm2", MODULE),
+    ("encoder.layers.{i}.mlp.fc1", "blocks.{i}.mlp.fc1", MODULE),
+    ("encoder.layers.{i}.mlp.fc2", "blocks.{i}.mlp.fc2", MODULE),
+    ("post_layernorm", "norm", MODULE),
+)
+HF_CLIP = (
+    ("embeddings.class_embedding", "cls_token", EMBEDDING),
+    ("pre_layrnorm", "norm_pre", MODULE),
+    *_HF_TOWER,
+    ("visual_projection", "head", PROJECTION),
+)
+HF_SIGLIP = (  # `plain` splits the packed projection of the head
+    *_HF_TOWER,
+    ("head.probe", "attn_pool.latent", TENSOR),
+    ("head.attention.q_proj", "attn_pool.q", MODULE),
+    ("head.attention.{k_proj,v_proj}", "attn_pool.kv", ((".weight", ".weight", KV), (".bias", ".bias", KV))),
+    ("head.attention.out_proj", "attn_pool.proj", MODULE),
+    ("head.layernorm", "attn_pool.norm", MODULE),
+    ("head.mlp.fc1", "attn_pool.mlp.fc1", MODULE),
+    ("head.mlp.fc2", "attn_pool.mlp.fc2", MODULE),
+)
+OPEN_CLIP = (
+    ("class_embedding", "cls_token", EMBEDDING),
+    ("positional_embedding", "pos_embed", (("", "", MATRIX),)),
+    ("conv1", "patch_embed.proj", MODULE),
+    ("ln_pre", "norm_pre", MODULE),
+    ("transformer.resblocks.{i}.ln_1", "blocks.{i}.norm1", MODULE),
+    ("transformer.resblocks.{i}.attn.in_proj", "blocks.{i}.attn.qkv", PACKED),
+    ("transformer.resblocks.{i}.attn.out_proj", "blocks.{i}.attn.proj", MODULE),
+    ("transformer.resblocks.{i}.ls_1.gamma", "blocks.{i}.ls1.gamma", TENSOR),
+    ("transformer.resblocks.{i}.ln_2", "blocks.{i}.norm2", MODULE),
+    ("transformer.resblocks.{i}.mlp.c_fc", "blocks.{i}.mlp.fc1", MODULE),
+    ("transformer.resblocks.{i}.mlp.c_proj", "blocks.{i}.mlp.fc2", MODULE),
+    ("transformer.resblocks.{i}.ls_2.gamma", "blocks.{i}.ls2.gamma", TENSOR),
+    ("ln_post", "norm", MODULE),
+    ("proj", "head", (("", ".weight", KERNEL),)),
+)
 
 
 def _torchvision(fc1: str, fc2: str) -> tuple:
@@ -130,6 +206,21 @@ def _flax(pos: str, attention: int, norm2: int, mlp: int) -> tuple:
     )
 
 
+_MAP_ATTENTION = "MAPHead_0/MultiHeadDotProductAttention_0"
+MAP_HEAD = (
+    ("MAPHead_0/probe", "attn_pool.latent", TENSOR),
+    (f"{_MAP_ATTENTION}/query", "attn_pool.q", (("/kernel", ".weight", Q_KERNEL), ("/bias", ".bias", Q_BIAS))),
+    (
+        f"{_MAP_ATTENTION}/{{key,value}}",
+        "attn_pool.kv",
+        (("/kernel", ".weight", KV_KERNEL), ("/bias", ".bias", KV_BIAS)),
+    ),
+    (f"{_MAP_ATTENTION}/out", "attn_pool.proj", OUT),
+    ("MAPHead_0/LayerNorm_0", "attn_pool.norm", NORM),
+    ("MAPHead_0/MlpBlock_0/Dense_0", "attn_pool.mlp.fc1", DENSE),
+    ("MAPHead_0/MlpBlock_0/Dense_1", "attn_pool.mlp.fc2", DENSE),
+)
+
 # Fields of `ViTConfig` that come from a checkpoint's library.
 NUMERICS = ("norm_eps", "act_layer", "interpolation", "act_drop_rate")
 
@@ -148,9 +239,14 @@ class Dialect(NamedTuple):
     ignored: str = "$^"  # regular expression of their tensors that our models never need
     mean: tuple[float, ...] | None = (0.5, 0.5, 0.5)  # of the images; None: depends on the model
     std: tuple[float, ...] | None = (0.5, 0.5, 0.5)
+    head_bias: bool = True  # False: the head is a projection without bias, so ours is zero
+    classifier: str | None = None  # what the library's classifier reads, if our head cannot
+    dropout: tuple[tuple[str, str], ...] = ()  # our rates, and the words of Hugging Face's config.json
+    prefix: str = ""  # of the ViT's names in a file
 
 
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+_CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 _HEAD = r"(pre_logits|head)\."
 _HF = {
     "optional": rf"{_HEAD}|mask_token|.*qkv\.bias",
@@ -158,14 +254,30 @@ _HF = {
     "norm_eps": 1e-12,
     "act_drop_rate": 0.0,
     "ignored": r"decoder\.",
+    "dropout": (
+        ("pos_drop_rate", "hidden_dropout_prob"),
+        ("proj_drop_rate", "hidden_dropout_prob"),
+        ("attn_drop_rate", "attention_probs_dropout_prob"),
+    ),
 }
+_HF_DINOV2 = {
+    "optional": r"reg_token|mask_token|.*qkv\.bias",
+    "act_drop_rate": 0.0,
+    "ignored": r"classifier\.",
+    "classifier": "the class token beside the mean of the patches",
+    "dropout": (
+        ("pos_drop_rate", "hidden_dropout_prob"),
+        ("attn_drop_rate", "attention_probs_dropout_prob"),
+        ("drop_path_rate", "drop_path_rate"),
+    ),
+} | _IMAGENET
 _TORCHVISION = {
     "optional": _HEAD,
     "interpolation": "bicubic",
     "resize": {"mode": "bicubic", "align_corners": True},
 } | _IMAGENET
 _FLAX = {
-    "optional": rf"{_HEAD}|cls_token",
+    "optional": rf"{_HEAD}|cls_token|attn_pool\.",
     "interpolation": "bicubic",
     "act_layer": "gelu_tanh",
     "resize": {"mode": "bilinear", "align_corners": True},
@@ -182,9 +294,26 @@ DIALECTS = {
     "torchvision": Dialect(_torchvision("0", "3"), **_TORCHVISION),
     "torchvision_old": Dialect(_torchvision("linear_1", "linear_2"), **_TORCHVISION),
     "google": Dialect(_flax("Transformer/posembed_input/pos_embedding", 1, 2, 3), **_FLAX),
-    "big_vision": Dialect(_flax("pos_embedding", 0, 1, 0), **_FLAX, prefix_rows="none class"),
+    "big_vision": Dialect(_flax("pos_embedding", 0, 1, 0) + MAP_HEAD, **_FLAX, prefix_rows="none class"),
     "dinov2": Dialect(
         DINOV2, r"reg_token|mask_token|.*gamma|.*qkv\.bias", "bicubic_offset", **_IMAGENET
+    ),
+    "hf_dinov2": Dialect(HF_DINOV2, interpolation="bicubic", **_HF_DINOV2),
+    "hf_dinov2_reg": Dialect(HF_DINOV2, interpolation="bicubic_antialias", **_HF_DINOV2),
+    "hf_clip": Dialect(
+        HF_CLIP, r"head\.|patch_embed\.proj\.bias", "bicubic", norm_eps=1e-5, act_layer="quick_gelu",
+        act_drop_rate=0.0, ignored=r"classifier\.|embeddings\.position_ids", **_CLIP, head_bias=False,
+        classifier="the mean of the patches", prefix="vision_model.",
+        dropout=(("attn_drop_rate", "attention_dropout"),),
+    ),
+    "hf_siglip": Dialect(
+        HF_SIGLIP, r"attn_pool\.", "bicubic", act_layer="gelu_tanh", act_drop_rate=0.0, prefix_rows="none",
+        ignored=r"classifier\.|embeddings\.position_ids", classifier="the mean of the patches", prefix="vision_model.",
+        dropout=(("attn_drop_rate", "attention_dropout"),),
+    ),
+    "open_clip": Dialect(
+        OPEN_CLIP, r"head\.|.*gamma|patch_embed\.proj\.bias", "bicubic", norm_eps=1e-5, **_CLIP, head_bias=False,
+        prefix="visual.",
     ),
 }  # fmt: skip
 
@@ -202,8 +331,17 @@ def expand(dialect: Dialect, depth: int) -> Iterator[tuple[list[str], str, Layou
 
 # The patch projection, which locates a ViT inside a larger model; and the prefixes of wrappers.
 _PATCHES = re.compile(
-    r"(|.*?\.)(?:patch_embed\.proj|(?:vit\.)?embeddings\.patch_embeddings\.projection|conv_proj)\.weight"
+    r"(|.*?\.)(?:patch_embed\.proj|conv_proj|visual\.conv1|(?:vit\.|dinov2\.|dinov2_with_registers\.|vision_model\.)?"
+    r"embeddings\.(?:patch_embeddings\.projection|patch_embedding))\.weight"
 )
+# What a library puts before the names of a ViT, and a regular expression of what it puts beside it.
+_TOWERS = {
+    "vit.": ".*",
+    "dinov2.": r"classifier\.",
+    "dinov2_with_registers.": r"classifier\.",
+    "vision_model.": r"visual_projection\.|classifier\.",
+    "visual.": "$^",
+}
 _INSIDE = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _COUNTERS = re.compile(r"(.*\.)?(n_averaged|num_batches_tracked)$")
 
@@ -234,10 +372,24 @@ def plain(tensors: Tensors) -> tuple[Tensors, list[str]]:
         for prefix in prefixes:
             outside = [name for name in tensors if not name.startswith(prefix)]
             tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-    if "vit.embeddings.patch_embeddings.projection.weight" in tensors:  # the classifier does not have this prefix
-        tensors = {name.removeprefix("vit."): t for name, t in tensors.items()}
+    for prefix, beside in _TOWERS.items():
+        if any(name.startswith(prefix) and _PATCHES.fullmatch(name) for name in tensors):
+            outside += [n for n in tensors if not n.startswith(prefix) and not re.match(beside, n)]
+            tensors = {n.removeprefix(prefix): t for n, t in tensors.items() if n not in outside}
     if any(re.match(r"blocks\.\d+\.\d+\.", name) for name in tensors):  # block_chunks > 0; the index is the second
         tensors = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): t for name, t in tensors.items()}
+    if "encoder.layer.0.layer_scale1.lambda1" in tensors:  # transformers 5 has other names in memory
+        for new, old in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")):
+            tensors = {n.replace(f".attention.{new}.", f".attention.attention.{old}."): t for n, t in tensors.items()}
+        tensors = {n.replace(".attention.o_proj.", ".attention.output.dense."): t for n, t in tensors.items()}
+    if "head.attention.in_proj_weight" in tensors:  # SigLIP of transformers
+        for leaf in ("weight", "bias"):
+            packed = tensors.pop(f"head.attention.in_proj_{leaf}", None)
+            parts = () if packed is None else zip("qkv", packed.chunk(3), strict=True)
+            tensors |= {f"head.attention.{part}_proj.{leaf}": tensor for part, tensor in parts}
+    if "decoder.decoder_embed.weight" in tensors:  # MAE of transformers
+        outside += [name for name in tensors if name.startswith("decoder.")]
+        tensors = {name: t for name, t in tensors.items() if not name.startswith("decoder.")}
     if "decoder_embed.weight" in tensors:  # MAE: its mask token has the decoder's width
         tensors = {name: t for name, t in tensors.items() if not name.startswith(("decoder_", "mask_token"))}
     return tensors, outside
@@ -253,7 +405,7 @@ def _unstack(tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
 
 
 # Models of no dialect: (regular expression of a tensor's name, model, advice).
-_ELSEWHERE = "load it with the library that it is from"
+_ELSEWHERE = "load it with the library that it is from and call vit.accelerate"
 _BY_TIMM = "load it with timm and call vit.accelerate"
 _BY_TRANSFORMERS = "load it with transformers and call vit.accelerate"
 _FAMILIES = (
@@ -262,19 +414,21 @@ _FAMILIES = (
         "DINOv3",
         _ELSEWHERE,
     ),
-    (r".*layer_scale1\.lambda1", "a Dinov2 checkpoint of transformers", _BY_TRANSFORMERS),
+    (r".*mlp\.(weights_in|gate_proj)\.weight", "a Dinov2 with SwiGLU of transformers", _BY_TRANSFORMERS),
     (r"(.*\.)?embeddings\.distillation_token", "a distilled DeiT of transformers", _BY_TRANSFORMERS),
-    (r".*vision_model\.embeddings\.class_embedding", "a CLIP checkpoint of transformers", _ELSEWHERE),
-    (r".*vision_model\.embeddings\.patch_embedding\..*", "a SigLIP checkpoint of transformers", _ELSEWHERE),
-    (r".*visual\.class_embedding", "a CLIP of OpenAI or OpenCLIP", _BY_TIMM),
+    (r"encoder\.layers\.0\.self_attn\.qkv\.weight", "BLIP", _BY_TRANSFORMERS),
+    (r"pre_layernorm\.weight", "OWL-ViT", _BY_TRANSFORMERS),
+    (r"layer1\.0\.conv1\.weight", "a ResNet", _ELSEWHERE),
+    (r"attn_pool\.(query|ln_q\.weight)", "CoCa", _ELSEWHERE),
     (r".*(beit|data2vec_vision)\..*|.*blocks\.0\.attn\.q_bias", "BEiT", _ELSEWHERE),
     (r".*blocks\.0\.gamma_1", "DeiT III or BEiT", _BY_TIMM),
     (r".*layers\.0\.blocks\.0\..*", "a Swin Transformer or another hierarchical model", _ELSEWHERE),
     (r".*blocks\.0\.mlp\.w12\.weight", "a model with SwiGLU, such as DINOv2 giant", _ELSEWHERE),
     (r"(.*\.)?(dist_token|head_dist\..*)", "a distilled DeiT", _BY_TIMM),
-    (r"(.*\.)?attn_pool\..*", "a model that pools by attention (SigLIP)", _BY_TIMM),
 )
-_TYPES = ("vit", "vit_mae", "vit_msn", "")  # model types of transformers with the dialect's names
+# Model types of transformers with the names of a dialect.
+_TYPES = ("vit", "vit_mae", "vit_msn", "dinov2", "dinov2_with_registers", "clip", "clip_vision_model")
+_TYPES += ("siglip", "siglip_vision_model", "")
 
 
 def family(tensors: Tensors, config: dict[str, Any]) -> str | None:
@@ -287,12 +441,21 @@ def family(tensors: Tensors, config: dict[str, Any]) -> str | None:
             return f"this is {what}, which load_pretrained does not read yet; {advice}"
     kind = config.get("model_type", "")
     if kind not in _TYPES:
-        return f"this is a {kind} checkpoint of transformers, which load_pretrained does not read yet; {_ELSEWHERE}"
+        what = f"a {kind} checkpoint of transformers"
+        return f"this is {what}, which load_pretrained does not read yet; {_BY_TRANSFORMERS}"
     return None
 
 
 def detect(tensors: Tensors) -> str | None:
     """The dialect of tensors from `plain`, or None."""
+    if "embeddings.patch_embeddings.projection.weight" in tensors and has(tensors, "encoder.layer.0.layer_scale1."):
+        return "hf_dinov2_reg" if "embeddings.register_tokens" in tensors else "hf_dinov2"
+    if "embeddings.patch_embedding.weight" in tensors and has(tensors, "encoder.layers.0.self_attn.q_proj."):
+        if has(tensors, "pre_layrnorm."):
+            return "hf_clip"
+        return None if "embeddings.class_embedding" in tensors else "hf_siglip"
+    if "conv1.weight" in tensors and has(tensors, "transformer.resblocks.0."):
+        return "open_clip"
     if "embeddings.patch_embeddings.projection.weight" in tensors:
         return "hf" if has(tensors, "encoder.layer.0.") else "hf_memory"
     if "embedding/kernel" in tensors and has(tensors, "Transformer/"):
@@ -348,13 +511,19 @@ def write(name: str, ours: Tensors, depth: int, heads: int) -> Tensors:
             theirs |= zip(names, layout.save(ours[own], heads), strict=True)
         elif not re.match(dialect.optional, own):
             raise ValueError(f"dialect {name!r} needs {own}, which the model does not have")
+    if not dialect.head_bias and "head.bias" in ours and not ours["head.bias"].count_nonzero():
+        left.discard("head.bias")
     if left:
         raise ValueError(f"dialect {name!r} has no place for {some(sorted(left))}; use dialect='timm'")
     if name == "big_vision":
         return {f"params/{key}": t for key, t in theirs.items()}
     if "classifier.weight" in theirs:
         return {key if key.startswith("classifier.") else f"vit.{key}": t for key, t in theirs.items()}
-    return theirs
+    if name == "hf_siglip" and "attn_pool.latent" in ours:
+        for leaf in ("weight", "bias"):
+            parts = [theirs.pop(f"head.attention.{part}_proj.{leaf}") for part in "qkv"]
+            theirs[f"head.attention.in_proj_{leaf}"] = torch.cat(parts)
+    return {f"{'' if key == 'visual_projection.weight' else dialect.prefix}{key}": t for key, t in theirs.items()}
 
 
 def some(names: list[str]) -> str:

@@ -95,12 +95,14 @@ def _translate(model: VisionTransformer, name: str) -> Tensors:
     if name == "timm":
         return write(name, ours, config.depth, config.num_heads)
     pool = "token" if config.class_token else "avg"
+    if name in ("big_vision", "hf_siglip") and config.global_pool == "map":
+        pool = "map"
     if config.num_classes and config.global_pool != pool:
         raise ValueError(f"dialect {name!r} pools {pool!r}, the model global_pool={config.global_pool!r}; use 'timm'")
     if name.startswith("hf") and config.num_classes and config.representation_size:
         raise ValueError(f"dialect {name!r} has no head with a hidden layer (representation_size); use 'timm'")
     ours["pos_embed"] = _pos_embed(ours["pos_embed"], config, name, dialect)
-    if name == "dinov2":
+    if "dinov2" in name:
         ours.setdefault("mask_token", torch.zeros_like(ours["pos_embed"][:, :1]))  # DINOv2's models always have one
     return write(name, ours, config.depth, config.num_heads)
 

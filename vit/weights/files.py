@@ -118,6 +118,7 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             note = json.loads((file.metadata() or {}).get(NOTE, "null"))
     elif path.suffix in PICKLES:
+        _refuse_torchscript(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # options of training scripts, plain data
             try:
                 content = torch.load(path, map_location="cpu", weights_only=True)
@@ -145,6 +146,16 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
             raise CheckpointError(path, f"{name} is not a plain tensor")
     return {name: tensor.detach() for name, tensor in content.items()}, _plain(note)
+
+
+def _refuse_torchscript(path: Path) -> None:
+    """Raises CheckpointError for an archive of TorchScript, such as OpenAI's CLIP: its code would be executed."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if any(name.endswith("/constants.pkl") for name in names):
+            fix = "if you trust it, save torch.jit.load(path).state_dict() and load that"
+            raise CheckpointError(path, f"is a TorchScript archive, which contains code and is not executed; {fix}")
 
 
 def _regular(path: Path) -> Path:

@@ -26,14 +26,18 @@ def recognise(checkpoint: Checkpoint, dialect: str | None) -> tuple[str, Tensors
     """
     tensors, outside = plain(checkpoint.tensors)
     name = dialect or detect(tensors)
-    kind = checkpoint.config if name is None or name.startswith("hf") else None
+    kind = checkpoint.config if name is None else described(name, checkpoint)
     if what := family(tensors, kind or {}):
         raise ValueError(f"no ViT in a known dialect; {what}" if name is None else what)
     if name is None:
         raise ValueError(f"no ViT in a known dialect; it has {some(list(tensors))}")
-    if has(tensors, "MAPHead_0/"):
-        raise ValueError("it pools by attention (MAPHead_0), which the model does not have")
     return name, tensors, outside
+
+
+def described(name: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    """transformers' config.json, of CLIP the part about images; empty if there is none or for another dialect."""
+    config = (checkpoint.config or {}) if name.startswith("hf") else {}
+    return part if isinstance(part := config.get("vision_config"), dict) else config
 
 
 @dataclasses.dataclass
@@ -102,15 +106,17 @@ def plan(
     for own_name, tensor in ours.items():
         if not tensor.is_floating_point():
             raise ValueError(f"{own_name} is {tensor.dtype}, not floating point")
+    if not table.head_bias and "head.weight" in ours:
+        ours["head.bias"] = ours["head.weight"].new_zeros(len(ours["head.weight"]))
     depth = depth_of(table, tensors)
     if depth != start.depth:
         raise ValueError(f"it has {depth} blocks, the model depth={start.depth}")
     if name.startswith("hf") and "head.weight" in ours:  # Hugging Face's classifier does not use the pooler
         ours = {own: tensor for own, tensor in ours.items() if not own.startswith("pre_logits.")}
     source = numerics(name, table, checkpoint, kind == "named" or "norm_pre.weight" in ours)
-    if name.startswith("hf") and checkpoint.config:
-        described = described_grid(checkpoint.config, start)
-        grid = grid or described
+    if said := described(name, checkpoint):
+        stated_grid = described_grid(said, start)
+        grid = grid or stated_grid
     if own is not None:
         check_own(own, start, ours, overrides, kind)
     found: dict[str, Any] = {}
@@ -128,6 +134,8 @@ def plan(
         found["no_embed_class"] = bool(asked.num_prefix_tokens) and layout()[0] != asked.num_prefix_tokens
     config = dataclasses.replace(start, **found | source | overrides)
     notes = list(fit_head(ours, config, asked="num_classes" in overrides))
+    if table.classifier and has(tensors, "classifier."):
+        notes.append(f"its classifier reads {table.classifier}, which our head does not: it is left out")
     if outside:
         notes.append(f"it holds more than a ViT: {some(outside)} are left out")
     if name == "timm" and kind == "live":
@@ -147,20 +155,20 @@ def plan(
     return Plan(config, table, ours, left, layout, resize, notes, cfg)
 
 
-def described_grid(described: dict[str, Any], config: ViTConfig) -> tuple[int, int]:
+def described_grid(said: dict[str, Any], config: ViTConfig) -> tuple[int, int]:
     """The patch grid from Hugging Face's config.json.
 
     Raises:
         ValueError: config.json has another number of heads than the model.
     """
-    heads = described.get("num_attention_heads", 12)
+    heads = said.get("num_attention_heads", 12)
     if heads != config.num_heads:
         raise ValueError(
             f"its config.json says num_attention_heads={heads}, the model has num_heads={config.num_heads}"
         )
     image, patch = (
-        tuple(size) if isinstance(size := described.get(word, default), list) else (size, size)
-        for word, default in (("image_size", 224), ("patch_size", 16))
+        tuple(size) if isinstance(size := said.get(word, default), (list, tuple)) else (size, size)
+        for word, default in (("image_size", 224), ("patch_size", config.patch_size))
     )
     return image[0] // patch[0], image[1] // patch[1]
 
@@ -190,20 +198,22 @@ def numerics(name: str, dialect: Dialect, checkpoint: Checkpoint, architecture_k
     found = {field: getattr(dialect, field) for field in NUMERICS}
     if name == "timm" and architecture_known:
         found = {"interpolation": dialect.interpolation}
-    config = checkpoint.config or {}
-    if name.startswith("hf") and config:
-        act = config.get("hidden_act", "gelu")
-        if act not in HF_ACTIVATIONS:
+    said = described(name, checkpoint)
+    if "clip" in name and not said:
+        del found["act_layer"]  # OpenAI's have another than OpenCLIP's
+    if said:
+        act = said.get("hidden_act")
+        if act not in (None, *HF_ACTIVATIONS):
             raise ValueError(f"hidden_act={act!r} is not one of {', '.join(HF_ACTIVATIONS)}")
-        found |= {"norm_eps": config.get("layer_norm_eps", 1e-12), "act_layer": HF_ACTIVATIONS[act]}
+        found |= {"norm_eps": said.get("layer_norm_eps", dialect.norm_eps)}
+        found |= {} if act is None else {"act_layer": HF_ACTIVATIONS[act]}
     return found | {field: checkpoint.note[field] for field in NUMERICS if field in checkpoint.note}
 
 
 def dropout(name: str, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The dropout rates from Hugging Face's config.json."""
-    said = (checkpoint.config or {}) if name.startswith("hf") else {}
-    words = {"pos_drop_rate": "hidden", "proj_drop_rate": "hidden", "attn_drop_rate": "attention_probs"}
-    return {field: said[f"{word}_dropout_prob"] for field, word in words.items() if f"{word}_dropout_prob" in said}
+    """The dropout rates from Hugging Face's config.json. Its Dinov2 has the same stochastic depth in every block."""
+    said = described(name, checkpoint)
+    return {field: said[word] for field, word in DIALECTS[name].dropout if word in said}
 
 
 def parts(ours: Tensors, variant: ViTConfig) -> dict[str, Any]:
@@ -222,7 +232,9 @@ def parts(ours: Tensors, variant: ViTConfig) -> dict[str, Any]:
         "num_classes": classes(ours),
         "in_chans": ours["patch_embed.proj.weight"].shape[1],
     }
-    if "fc_norm.weight" in ours or (cls is None and variant.global_pool == "token"):
+    if "attn_pool.latent" in ours:
+        fields["global_pool"] = "map"
+    elif "fc_norm.weight" in ours or (cls is None and variant.global_pool == "token"):
         fields["global_pool"] = "avg"
     if fields["num_classes"] and hidden is not None:
         fields["representation_size"] = hidden.shape[0]
@@ -245,7 +257,7 @@ def check_own(own: ViTConfig, start: ViTConfig, ours: Tensors, overrides: dict[s
     if kind == "told" and own.num_classes != classes(ours):
         raise ValueError(f"it says num_classes={own.num_classes}, but has a head of {classes(ours)} classes")
     pools = {own.global_pool, start.global_pool}
-    if kind == "live" and pools == {"token", "avg"} and classes(ours) == start.num_classes > 0:
+    if kind == "live" and len(pools - {""}) == 2 and classes(ours) == start.num_classes > 0:
         fix = f"make the model with global_pool={own.global_pool!r}, or ask for a new head with another num_classes"
         raise ValueError(
             f"its head reads global_pool={own.global_pool!r}, not the model's {start.global_pool!r}; {fix}"

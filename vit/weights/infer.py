@@ -7,7 +7,7 @@ from typing import Any
 from vit.config import SIZES, ViTConfig, mlp_ratio
 from vit.weights.dialects import DIALECTS, depth_of, read
 from vit.weights.files import Checkpoint
-from vit.weights.fit import described_grid, parts, pos_layout, recognise
+from vit.weights.fit import described, described_grid, parts, pos_layout, recognise
 
 
 def infer(
@@ -30,7 +30,7 @@ def infer(
     """
     name, tensors, _outside = recognise(checkpoint, dialect)
     table, notes = DIALECTS[name], []
-    described = (checkpoint.config or {}) if name.startswith("hf") else {}
+    said = described(name, checkpoint)
     timm = (checkpoint.config or {}) if name == "timm" else {}
     queries = [t for key, t in tensors.items() if key.endswith("/query/bias")]
     ours, _left = read(table, tensors, queries[0].shape[0] if queries else 1)
@@ -40,13 +40,13 @@ def infer(
         hidden = fc1.shape[0]
     except (KeyError, ValueError):
         raise ValueError(f"in dialect {name!r} it has no patch projection, MLP or position embedding") from None
-    if "norm_pre.weight" in ours and "act_layer" not in asked:
+    if "norm_pre.weight" in ours and "act_layer" not in asked and not said:
         raise ValueError(
             "its tokens are normalised before the blocks (CLIP), and nothing tells with which GELU; name it or pass "
             "act_layer="
         )
     told = asked.get("num_heads") or timm.get("model_args", {}).get("num_heads")
-    heads = queries[0].shape[0] if queries else described.get("num_attention_heads", told)
+    heads = queries[0].shape[0] if queries else said.get("num_attention_heads", told)
     if heads is None:
         size, heads = next(((s, h) for s, (width, _, h, _) in SIZES.items() if width == dim), (None, None))
         if heads is None:
@@ -59,8 +59,8 @@ def infer(
     if "norm_pre.weight" in ours:
         fields["norm_eps"] = 1e-5  # as in all CLIP models
     one_patch = ViTConfig(**fields)
-    if described and grid is None:
-        grid = described_grid(described, one_patch)
+    if said and grid is None:
+        grid = described_grid(said, one_patch)
     own = ViTConfig(**fields | parts(ours, one_patch) | {"no_embed_class": asked.get("no_embed_class", False)})
     size = (timm.get("pretrained_cfg") or {}).get("input_size") or (0, 0, 0)
     native = (size[1] // patch[0], size[2] // patch[1])
