@@ -54,6 +54,7 @@ ATTENTION, PATCH = "tests/kernels/test_attention.py", "tests/kernels/test_patch_
 STATISTICS, LISTENER = "tests/kernels/test_attention_statistics.py", "tests/kernels/test_attention_listener.py"
 VIT = "tests/model/test_vit.py"
 WEIGHTS, FILES = "tests/weights/test_weights.py", "tests/weights/test_weights_files.py"
+TOWERS = "tests/weights/test_weights_towers.py"
 CONTRACT, RUNTIME = "tests/kernels/test_contract.py", "tests/kernels/test_runtime.py"
 PROTOCOL = "tests/model/test_protocol.py"
 INTERFACES = "tests/adapters/test_accelerate_interfaces.py"
@@ -1138,6 +1139,64 @@ def _layer_norm_bwd_kernel(""",
         "archive.comment = _to_comment(note)",
         "pass",
         ("tests/weights/test_weights_infer.py::test_every_field_comes_back",),
+    ),
+    Mutant(
+        "weights: a CLIP without config.json gets OpenAI's activation",
+        "vit/weights/fit.py",
+        """    if "clip" in name and not said:
+        del""",
+        """    if False:
+        del""",
+        (f"{TOWERS}::test_open_clip",),
+    ),
+    Mutant(
+        "weights: the words of CLIP's text model are read",
+        "vit/weights/fit.py",
+        'config.get("vision_config")',
+        'config.get("text_config")',
+        (f"{TOWERS}::test_the_tower_of_two",),
+    ),
+    Mutant(
+        "weights: Dinov2 with registers is resized without antialias",
+        "vit/weights/dialects.py",
+        'Dialect(HF_DINOV2, interpolation="bicubic_antialias", **_HF_DINOV2)',
+        'Dialect(HF_DINOV2, interpolation="bicubic", **_HF_DINOV2)',
+        (f"{TOWERS}::test_dinov2_at_another_size",),
+    ),
+    Mutant(
+        "weights: queries and keys of SigLIP's pooling are swapped",
+        "vit/weights/dialects.py",
+        'zip("qkv", packed.chunk(3), strict=True)',
+        'zip("kqv", packed.chunk(3), strict=True)',
+        (f"{TOWERS}::test_siglip",),
+    ),
+    Mutant(
+        "weights: a bias of the head is lost in a projection",
+        "vit/weights/dialects.py",
+        """and not ours["head.bias"].count_nonzero():""",
+        """and True:""",
+        (f"{TOWERS}::test_a_projection_has_no_place_for_a_bias",),
+    ),
+    Mutant(
+        "weights: TorchScript is left to torch.load",
+        "vit/weights/files.py",
+        'name.endswith("/constants.pkl")',
+        'name.endswith("/constants.txt")',
+        (f"{TOWERS}::test_torchscript_archives_are_not_executed",),
+    ),
+    Mutant(
+        "model: attention pooling reads the class token",
+        "vit/model.py",
+        "self.attn_pool(x[:, self.config.num_prefix_tokens :])",
+        "self.attn_pool(x)",
+        (f"{VIT}::test_cpu_path",),
+    ),
+    Mutant(
+        "model: attention pooling drops the residual of its MLP",
+        "vit/layers.py",
+        "return (x + self.mlp(self.norm(x)))[:, 0]",
+        "return self.mlp(self.norm(x))[:, 0]",
+        (f"{VIT}::test_cpu_path",),
     ),
     Mutant(
         "preprocess: a photo lies as it was stored",
