@@ -157,6 +157,10 @@ def test_clip(kind, fields, tmp_path):
         tokens_before_norm,
         x=torch.randn(1, 3, 56, 56),
     )
+    live = vit.VisionTransformer(ours.config, seed=1)
+    sizes = {"img_size": ours.config.img_size, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}
+    named = vit.load_pretrained("vit_base_patch16_clip_224", tmp_path, **sizes, mlp_ratio=2.0)
+    assert bits(vit.load_pretrained(live, tmp_path)) == bits(named) == bits(ours) and named.config == ours.config
     torch.save(theirs.state_dict(), tmp_path / "alone.pt")
     with pytest.raises(vit.CheckpointError, match="nothing tells with which GELU"):
         vit.load_pretrained(tmp_path / "alone.pt", num_heads=4)
@@ -167,6 +171,9 @@ def test_clip(kind, fields, tmp_path):
 def test_the_tower_of_two(config, tmp_path):
     theirs = built(f"{config}Model", config, hidden_act="gelu_new")
     theirs.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    positions = {f"{tower}_model.embeddings.position_ids": torch.arange(17)[None] for tower in ("text", "vision")}
+    torch.save(theirs.state_dict() | positions, tmp_path / "pytorch_model.bin")  # as older versions wrote
     with pytest.warns(UserWarning, match=r"it holds more than a ViT: logit_\w+, .*text_model.*left out"):
         ours = vit.load_pretrained(tmp_path).eval()
     assert ours.config.num_heads == 4 and ours.config.act_layer == "gelu_tanh"  # that of vision_config
