@@ -311,6 +311,21 @@ def test_siglip_of_timm(tmp_path):
         assert_same(ours, theirs, lambda m, x: m(x), x=torch.randn(2, 3, 32, 32))
 
 
+def test_another_pooling_leaves_attention_pooling_out(tmp_path):
+    model = make(global_pool="map", class_token=False)
+    torch.save(dict(model.state_dict()), tmp_path / "m.pt")
+    for pool in ("avg", ""):
+        fields = {"num_heads": 2, "global_pool": pool, "fc_norm": False}
+        with pytest.warns(
+            UserWarning, match="it pools by attention, the model with global_pool=.*that part is left out"
+        ):
+            ours = vit.load_pretrained(tmp_path / "m.pt", num_classes=0, **fields).eval()
+        assert ours.attn_pool is None
+        assert_same(ours, model.forward_features)
+        with pytest.raises(vit.CheckpointError, match=r"head reads attention pooling.*global_pool='map'"):
+            vit.load_pretrained(tmp_path / "m.pt", **fields)
+
+
 @pytest.mark.peers
 def test_map_head_of_big_vision(tmp_path):
     """timm reads the same file; its reader takes `params/`."""

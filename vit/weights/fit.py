@@ -232,7 +232,7 @@ def parts(ours: Tensors, variant: ViTConfig) -> dict[str, Any]:
         "num_classes": classes(ours),
         "in_chans": ours["patch_embed.proj.weight"].shape[1],
     }
-    if "attn_pool.latent" in ours:
+    if has(ours, "attn_pool."):
         fields["global_pool"] = "map"
     elif "fc_norm.weight" in ours or (cls is None and variant.global_pool == "token"):
         fields["global_pool"] = "avg"
@@ -379,10 +379,12 @@ def adapt_input(weight: Tensor, in_chans: int) -> Tensor:
 
 
 def fit_head(ours: Tensors, config: ViTConfig, asked: bool) -> Iterator[str]:
-    """Removes a head that does not fit. Yields a note unless ``asked``, that is, if the user chose ``num_classes``.
+    """Removes a head or attention pooling that does not fit, and yields notes.
+
+    There is none on the head if ``asked``, that is, if the user chose ``num_classes``.
 
     Raises:
-        ValueError: the head needs a hidden layer that the model does not have.
+        ValueError: the head needs a hidden layer or attention pooling that the model does not have.
     """
     if (own := classes(ours)) != config.num_classes:
         for name in ("head.weight", "head.bias"):
@@ -397,6 +399,14 @@ def fit_head(ours: Tensors, config: ViTConfig, asked: bool) -> Iterator[str]:
             fix = f"make the model with representation_size={width}, or ask for a new head with another num_classes"
             raise ValueError(f"its head reads a hidden layer that the model does not have; {fix}")
         for name in hidden:
+            del ours[name]
+    pool = [name for name in ours if name.startswith("attn_pool.")]
+    if pool and config.global_pool != "map":
+        if config.num_classes and "head.weight" in ours:
+            fix = "make the model with global_pool='map', or ask for a new head with another num_classes"
+            raise ValueError(f"its head reads attention pooling, which the model does not have; {fix}")
+        yield f"it pools by attention, the model with global_pool={config.global_pool!r}: that part is left out"
+        for name in pool:
             del ours[name]
 
 
