@@ -151,6 +151,11 @@ def listen_to_attention(call: AttentionListener | None) -> Iterator[None]:
         _listener.call = previous
 
 
+def unheard() -> contextlib.AbstractContextManager:
+    """A context without a listener, for attention that is not a layer's."""
+    return contextlib.nullcontext() if attention_listener() is None else listen_to_attention(None)
+
+
 def attention_listener() -> AttentionListener | None:
     """What listens in this thread. Not while a graph is traced, nor while a backward computes a forward again."""
     if torch.compiler.is_compiling() or _listener.call is None or torch._C._current_graph_task_id() != -1:

@@ -185,14 +185,11 @@ class Attention(nn.Module):
         kv = kernels.linear(x, kv_weight, kv_bias, impl=self.impl).unflatten(2, (2, self.num_heads, -1))
         k, v = kv.unbind(2)
         q, k = (q, k) if self.q_norm is None else (self.q_norm(q), self.k_norm(k))
-        listener = runtime.attention_listener()
-        if listener is None:
-            o = kernels.attention(q, k, v, impl=self.impl)
-        else:  # it wants the queries of all tokens
+        if (listener := runtime.attention_listener()) is not None:  # it wants the queries of all tokens
             with torch.no_grad():
                 listener(*self.heads(x.detach())[:2], q.shape[-1] ** -0.5, None)
-            with runtime.listen_to_attention(None):
-                o = kernels.attention(q, k, v, impl=self.impl)
+        with runtime.unheard():
+            o = kernels.attention(q, k, v, impl=self.impl)
         return linear(self.proj, o, self.impl)
 
     def project(self, x: Tensor) -> Tensor:
@@ -248,7 +245,9 @@ class AttentionPool(nn.Module):
         """Patches [B, N, D] -> [B, D]."""
         q = linear(self.q, self.latent, self.impl).expand(len(x), -1, -1).unflatten(2, (self.num_heads, -1))
         k, v = linear(self.kv, x, self.impl).unflatten(2, (2, self.num_heads, -1)).unbind(2)
-        x = linear(self.proj, kernels.attention(q, k, v, impl=self.impl), self.impl)  # [B, 1, D]
+        with runtime.unheard():
+            o = kernels.attention(q, k, v, impl=self.impl)
+        x = linear(self.proj, o, self.impl)  # [B, 1, D]
         return (x + self.mlp(self.norm(x)))[:, 0]
 
 

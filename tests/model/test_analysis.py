@@ -27,6 +27,7 @@ CONFIGS = {
     "dynamic": {"dynamic_img_size": True, "global_pool": "avg"},
     "patch of one pixel": {"patch_size": 1, "img_size": (3, 5)},
     "registers only": {"class_token": False, "reg_tokens": 2, "global_pool": ""},
+    "attention pooling": {"global_pool": "map"},
 }
 DROPS = {"attn_drop_rate": 0.2, "proj_drop_rate": 0.2, "drop_path_rate": 0.3}
 

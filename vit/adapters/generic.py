@@ -14,6 +14,7 @@ import vit.kernels as kernels
 from vit.adapters import parts
 from vit.adapters.fused import Part, is_fused
 from vit.chain import Link, called, chain
+from vit.kernels import runtime
 from vit.kernels.autocast import autocast_dtype
 from vit.plain import class_of, hooked, is_linear, linear, plain, replaced
 
@@ -118,7 +119,9 @@ def cross_attention(module: nn.MultiheadAttention, query: Tensor, x: Tensor, imp
     )
     q = kernels.linear(query, q_weight, q_bias, impl=impl).unflatten(2, (module.num_heads, -1))
     k, v = kernels.linear(x, kv_weight, kv_bias, impl=impl).unflatten(2, (2, module.num_heads, -1)).unbind(2)
-    return linear(module.out_proj, parts.pooled(q, k, v, impl=impl, **drop), impl)
+    with runtime.unheard():
+        o = kernels.attention(q, k, v, impl=impl, **drop)
+    return linear(module.out_proj, o, impl)
 
 
 def row(base: type, impl: str):

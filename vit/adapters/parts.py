@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -101,13 +100,6 @@ def attention_and_maps(q: Tensor, k: Tensor, v: Tensor, wanted: bool, **options:
             listener(q.detach(), k.detach(), options["scale"] or q.shape[-1] ** -0.5, None)
         return (maps @ v.transpose(1, 2)).transpose(1, 2).flatten(2), maps
     return kernels.attention(q, k, v, **options), maps
-
-
-def pooled(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """Attention of learned queries [B, M, HEADS, HEAD_DIM] -> [B, M, D]. A listener to the layers does not hear it."""
-    listens = runtime.attention_listener() is not None
-    with runtime.listen_to_attention(None) if listens else contextlib.nullcontext():
-        return kernels.attention(q, k, v, **options)
 
 
 def drops_in_ops(module: nn.Module | None) -> bool:

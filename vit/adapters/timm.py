@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import vit.kernels as kernels
 from vit.adapters import parts
 from vit.adapters.fused import Part
+from vit.kernels import runtime
 from vit.plain import absent, class_of, is_linear, linear, owner_of, plain
 
 _NO_MASK = {"attn_mask": None, "is_causal": False}  # the arguments of a call without a mask
@@ -195,7 +196,9 @@ def pooling(base: type, impl: str):
         q = linear(self.q, self.latent.expand(len(x), -1, -1), impl).unflatten(2, (self.num_heads, -1))
         k, v = linear(self.kv, x, impl).unflatten(2, (2, self.num_heads, -1)).unbind(2)
         q, k = _head_norm(self.q_norm, q, impl), _head_norm(self.k_norm, k, impl)
-        x = self.proj_drop(linear(self.proj, parts.pooled(q, k, v, scale=self.scale, impl=impl), impl))
+        with runtime.unheard():
+            o = kernels.attention(q, k, v, scale=self.scale, impl=impl)
+        x = self.proj_drop(linear(self.proj, o, impl))
         x = x if self.mlp is None else x + self.mlp(parts.layer_norm(self.norm, x, impl))
         return x[:, 0] if self.pool == "token" else x.mean(1) if self.pool == "avg" else x
 
