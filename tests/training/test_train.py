@@ -66,6 +66,8 @@ def test_steps_are_those_of_plain_pytorch(data):
     free = [n for n, p in named.items() if p.ndim == 1 or n in ("cls_token", "pos_embed")]
     groups = [{"params": [p for n, p in named.items() if (n in free) == is_free], "weight_decay": decay}
               for is_free, decay in ((True, 0.0), (False, 0.5))]  # fmt: skip
+    decays = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert {n: decays[id(p)] for n, p in trainer.model.named_parameters()} == {n: 0.5 * (n not in free) for n in named}
     adamw, losses = torch.optim.AdamW(groups, betas=(0.9, 0.999)), []
     even = trainer.batches.steps // 2 * 2  # the odd batch of an epoch is dropped
     batches = [batch for epoch in range(6) for batch in list(trainer.batches.epoch(epoch))[:even]]
@@ -106,6 +108,8 @@ def test_rates():
     assert rates((1, 0), (50, 0), (100, 0), **warm) == [2 * 2 / 8 * 199 / 200, 1.5, 1.0]
     assert rates((0, 0), (50, 0), (99, 0), sched="constant", steps=100) == [pytest.approx(0.4), 2.0, 2.0]  # 5 %
     assert rates((49, 0), (199, 0), sched="constant", epochs=10, warmup_epochs=2) == [1.0, 2.0]
+    assert rates((0, 0), sched="constant", steps=100, warmup_steps=0) == [2.0]
+    assert rates((0, 0), sched="constant", steps=100, warmup_epochs=0) == [2.0]
     found = rates((7, 0), (7, 1.5), (7, 30), (9, 60), (9, 99), sched="linear", max_minutes=1)
     assert found == pytest.approx([0.0, 0.975, 1.0, 0.0, 0.0])
 
@@ -202,6 +206,10 @@ def test_selected_weights_are_those_of_the_best_row(finished, data):
     with safe_open(folder / "best.safetensors", "pt") as file:
         for name, tensor in average.items():
             torch.testing.assert_close(file.get_tensor(name), tensor.float(), rtol=1e-4, atol=1e-6)
+    images, labels = (torch.cat(parts) for parts in zip(*trainer.val.epoch(0), strict=True))
+    with torch.no_grad():
+        logits = vit.load_pretrained(folder / "best.safetensors").eval()(images)
+    assert result.best["eval_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
 
 
 def test_summary_has_timms_columns(finished):
