@@ -119,7 +119,8 @@ class _Rule:
 # Sources of the constants:
 # - google: vit_jax/input_pipeline.py of google-research/vision_transformer; big_vision: its ViT configs. Both resize
 #   with TensorFlow, google without antialiasing. Here Pillow resizes, as for the models that transformers converted.
-# - hf, hf_clip, hf_siglip: the image processors of transformers 5.23; hf_dinov2: that of facebook/dinov2-base.
+# - hf, hf_clip, hf_siglip: the image processors of transformers 5.23; hf_deit,
+#   hf_dinov2: those of facebook/deit-base-distilled-patch16-224 and facebook/dinov2-base.
 # - timm: the most common values in the default_cfgs of vision_transformer.py and deit.py of timm 1.0.31.
 # - torchvision: the transforms of the weights of torchvision 0.28.
 # - dinov2: dinov2/data/transforms.py.
@@ -139,6 +140,7 @@ SOURCES = {
     "open_clip": _Rule("OpenCLIP", 1.0, BICUBIC, CLIP_MEAN, CLIP_STD),
     "hf_clip": _Rule("CLIPImageProcessor of transformers", 1.0, BICUBIC, CLIP_MEAN, CLIP_STD),
     "hf_siglip": _Rule("SiglipImageProcessor of transformers", None, BICUBIC, HALF, HALF),
+    "hf_deit": _Rule("DeiT of transformers", 224 / 256, BICUBIC, IMAGENET_MEAN, IMAGENET_STD),
     "hf_dinov2": _DINOV2,
     "hf_dinov2_reg": _DINOV2,
 }

@@ -285,10 +285,10 @@ def test_every_source_at_sizes_that_are_not_square(source, size):
         **dict.fromkeys(("google", "big_vision", "hf", "hf_siglip", "timm"), ((0.5,) * 3,) * 2),
     }.get(source, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     large, longer = min(size) >= 384, max(size)
-    dinov2 = ("dinov2", "hf_dinov2", "hf_dinov2_reg")
-    by_percent = dict.fromkeys(("big_vision", "torchvision", *dinov2), 87.5).get(source, 90)
+    cropped = ("dinov2", "hf_dinov2", "hf_dinov2_reg", "hf_deit")
+    by_percent = dict.fromkeys(("big_vision", "torchvision", *cropped), 87.5).get(source, 90)
     by_percent = 100 if source in ("timm-dinov2", "hf_clip", "open_clip") else by_percent
-    if large and source not in dinov2:
+    if large and source not in cropped:
         by_percent = 100
     resample = {"google": 2, "hf": 2, "big_vision": 4, "torchvision": 3 if large else 2}.get(source, 3)
     found = preprocess.preprocessing(source, size)

@@ -23,6 +23,7 @@ PLAIN |= {"final_norm": True, "use_mask_token": False, "representation_size": No
 
 FITS = {  # what a dialect needs, besides `PLAIN`
     "dinov2": {"num_classes": 0, "init_values": 0.1},
+    "hf_deit": {"reg_tokens": 1, "no_embed_class": False},
     "hf_dinov2": {"num_classes": 0, "init_values": 0.1},
     "hf_dinov2_reg": {"num_classes": 0, "init_values": 0.1, "reg_tokens": 2, "no_embed_class": False},
     "hf_clip": {"num_classes": 0, "pre_norm": True},

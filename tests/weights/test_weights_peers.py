@@ -226,8 +226,7 @@ def small_config(kind, **fields):
     ("kind", "config", "what"),
     [
         ("DINOv3ViTModel", "DINOv3ViT", "DINOv3"),
-        ("DeiTModel", "DeiT", "a distilled DeiT of transformers"),
-        ("DeiTForImageClassification", "DeiT", "a distilled DeiT of transformers"),
+        ("DeiTForImageClassificationWithTeacher", "DeiT", "a DeiT of transformers with two classifiers"),
         ("Siglip2VisionModel", "Siglip2Vision", "a siglip2_vision_model checkpoint of transformers"),
         ("BlipVisionModel", "BlipVision", "BLIP"),
         ("OwlViTVisionModel", "OwlViTVision", "OWL-ViT|a owlvit_vision_model"),

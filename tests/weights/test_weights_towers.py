@@ -89,6 +89,27 @@ def test_dinov2(kind, config, fields, tmp_path):
 
 
 @pytest.mark.peers
+@pytest.mark.parametrize("kind", ["DeiTModel", "DeiTForImageClassification", "DeiTForMaskedImageModeling"])
+def test_deit(kind, tmp_path):
+    """The distillation token is a register. The head reads the class token alone, as in transformers."""
+    theirs = built(kind, "DeiT", num_labels=5, encoder_stride=8, hidden_act="gelu_new", image_size=40)
+    theirs.save_pretrained(tmp_path / "folder")
+    torch.save(theirs.state_dict(), tmp_path / "memory.pt")
+    masked = kind == "DeiTForMaskedImageModeling"  # its decoder is left out
+    ours = vit.load_pretrained(tmp_path / "folder").eval() if masked else silently(tmp_path / "folder")
+    assert (ours.config.reg_tokens, ours.config.no_embed_class, ours.config.act_layer) == (1, False, "gelu_tanh")
+    encoder = theirs if kind == "DeiTModel" else theirs.deit
+    assert_same(ours, lambda x: encoder(x).last_hidden_state)
+    if "Classification" in kind:
+        assert ours.config.num_classes == 5
+        assert_same(ours, lambda x: theirs(x).logits, lambda m, x: m(x))
+    again = vit.load_pretrained(tmp_path / "memory.pt", num_heads=4, grid_size=(5, 5), act_layer="gelu_tanh")
+    assert bits(again) == bits(ours)
+    vit.save_pretrained(ours, tmp_path / "back.safetensors", "hf_deit")
+    assert bits(vit.load_pretrained(tmp_path / "back.safetensors", num_heads=4, grid_size=(5, 5))) == bits(ours)
+
+
+@pytest.mark.peers
 @pytest.mark.parametrize(("kind", "config"), DINOV2[:2])
 def test_dinov2_at_another_size(kind, config, tmp_path):
     """Dinov2 resizes its position embedding bicubically, and with antialias if it has registers."""

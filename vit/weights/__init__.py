@@ -86,8 +86,8 @@ def load_pretrained(
             model's, the head is replaced as in ``reset_classifier``.
         in_chans: channels of a named model. A checkpoint with other channels is adapted as in timm.
         dialect: "timm", "hf", "hf_memory" (the names of transformers 5 in memory), "torchvision", "torchvision_old",
-            "google", "big_vision", "dinov2", "hf_dinov2", "hf_dinov2_reg" (with registers), "hf_clip", "hf_siglip" or
-            "open_clip". None detects it from the names of the tensors.
+            "google", "big_vision", "dinov2", "hf_deit", "hf_dinov2", "hf_dinov2_reg" (with registers), "hf_clip",
+            "hf_siglip" or "open_clip". None detects it from the names of the tensors.
         grid_size: (rows, columns) of the patches in the checkpoint's position embedding, if nothing else gives it.
         **overrides: fields of `ViTConfig`, which override the source. For an existing model only norm_eps, act_layer,
             interpolation and act_drop_rate can change. For a new model also device and dtype.

@@ -108,6 +108,9 @@ def _hf(layer: str, qkv: str, out: str, fc1: str, fc2: str) -> tuple:
     )
 
 
+_ON_DISK = ("encoder.layer.{i}", "attention.{query,key,value}", "output.dense", "intermediate.dense", "output.dense")
+_IN_MEMORY = ("layers.{i}", "{q_proj,k_proj,v_proj}", "o_proj", "mlp.fc1", "mlp.fc2")
+HF_DEIT = (*_hf(*_ON_DISK), ("embeddings.distillation_token", "reg_token", TENSOR))  # it follows the class token
 HF_DINOV2 = (
     ("embeddings.cls_token", "cls_token", TENSOR),
     ("embeddings.register_tokens", "reg_token", TENSOR),
@@ -284,13 +287,9 @@ _FLAX = {
 }
 DIALECTS = {
     "timm": Dialect(TIMM, ".*", "bicubic_antialias", prefix_rows="all none", mean=None, std=None),
-    "hf": Dialect(
-        _hf(
-            "encoder.layer.{i}", "attention.{query,key,value}", "output.dense", "intermediate.dense", "output.dense"
-        ),
-        **_HF,
-    ),
-    "hf_memory": Dialect(_hf("layers.{i}", "{q_proj,k_proj,v_proj}", "o_proj", "mlp.fc1", "mlp.fc2"), **_HF),
+    "hf": Dialect(_hf(*_ON_DISK), **_HF),
+    "hf_memory": Dialect(_hf(*_IN_MEMORY), **_HF),
+    "hf_deit": Dialect(HF_DEIT, **_HF, **_IMAGENET, prefix_rows="all", prefix="deit."),
     "torchvision": Dialect(_torchvision("0", "3"), **_TORCHVISION),
     "torchvision_old": Dialect(_torchvision("linear_1", "linear_2"), **_TORCHVISION),
     "google": Dialect(_flax("Transformer/posembed_input/pos_embedding", 1, 2, 3), **_FLAX),
@@ -331,12 +330,13 @@ def expand(dialect: Dialect, depth: int) -> Iterator[tuple[list[str], str, Layou
 
 # The patch projection, which locates a ViT inside a larger model; and the prefixes of wrappers.
 _PATCHES = re.compile(
-    r"(|.*?\.)(?:patch_embed\.proj|conv_proj|visual\.conv1|(?:vit\.|dinov2\.|dinov2_with_registers\.|vision_model\.)?"
+    r"(|.*?\.)(?:patch_embed\.proj|conv_proj|visual\.conv1|(?:vit\.|deit\.|dinov2\.|dinov2_with_registers\.|vision_model\.)?"
     r"embeddings\.(?:patch_embeddings\.projection|patch_embedding))\.weight"
 )
 # What a library puts before the names of a ViT, and a regular expression of what it puts beside it.
 _TOWERS = {
     "vit.": ".*",
+    "deit.": ".*",
     "dinov2.": r"classifier\.",
     "dinov2_with_registers.": r"classifier\.",
     "vision_model.": r"visual_projection\.|classifier\.",
@@ -344,6 +344,14 @@ _TOWERS = {
 }
 _INSIDE = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _COUNTERS = re.compile(r"(.*\.)?(n_averaged|num_batches_tracked)$")
+
+
+_RENAMED = {
+    r"^layers\.": "encoder.layer.", r"attention\.q_proj\.": "attention.attention.query.",
+    r"attention\.k_proj\.": "attention.attention.key.", r"attention\.v_proj\.": "attention.attention.value.",
+    r"attention\.o_proj\.": "attention.output.dense.", r"mlp\.fc1\.": "intermediate.dense.",
+    r"mlp\.fc2\.": "output.dense.",
+}  # fmt: skip
 
 
 def plain(tensors: Tensors) -> tuple[Tensors, list[str]]:
@@ -378,7 +386,10 @@ def plain(tensors: Tensors) -> tuple[Tensors, list[str]]:
             tensors = {n.removeprefix(prefix): t for n, t in tensors.items() if n not in outside}
     if any(re.match(r"blocks\.\d+\.\d+\.", name) for name in tensors):  # block_chunks > 0; the index is the second
         tensors = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): t for name, t in tensors.items()}
-    if "encoder.layer.0.layer_scale1.lambda1" in tensors:  # transformers 5 has other names in memory
+    if "embeddings.distillation_token" in tensors:  # transformers 5 has other names in memory
+        for new, old in _RENAMED.items():
+            tensors = {re.sub(new, old, name): t for name, t in tensors.items()}
+    if "encoder.layer.0.layer_scale1.lambda1" in tensors:
         for new, old in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")):
             tensors = {n.replace(f".attention.{new}.", f".attention.attention.{old}."): t for n, t in tensors.items()}
         tensors = {n.replace(".attention.o_proj.", ".attention.output.dense."): t for n, t in tensors.items()}
@@ -415,7 +426,7 @@ _FAMILIES = (
         _ELSEWHERE,
     ),
     (r".*mlp\.(weights_in|gate_proj)\.weight", "a Dinov2 with SwiGLU of transformers", _BY_TRANSFORMERS),
-    (r"(.*\.)?embeddings\.distillation_token", "a distilled DeiT of transformers", _BY_TRANSFORMERS),
+    (r"(.*\.)?distillation_classifier\.weight", "a DeiT of transformers with two classifiers", _BY_TRANSFORMERS),
     (r"encoder\.layers\.0\.self_attn\.qkv\.weight", "BLIP", _BY_TRANSFORMERS),
     (r"pre_layernorm\.weight", "OWL-ViT", _BY_TRANSFORMERS),
     (r"layer1\.0\.conv1\.weight", "a ResNet", _ELSEWHERE),
@@ -427,7 +438,7 @@ _FAMILIES = (
     (r"(.*\.)?(dist_token|head_dist\..*)", "a distilled DeiT", _BY_TIMM),
 )
 # Model types of transformers with the names of a dialect.
-_TYPES = ("vit", "vit_mae", "vit_msn", "dinov2", "dinov2_with_registers", "clip", "clip_vision_model")
+_TYPES = ("vit", "deit", "vit_mae", "vit_msn", "dinov2", "dinov2_with_registers", "clip", "clip_vision_model")
 _TYPES += ("siglip", "siglip_vision_model", "")
 
 
@@ -456,6 +467,8 @@ def detect(tensors: Tensors) -> str | None:
         return None if "embeddings.class_embedding" in tensors else "hf_siglip"
     if "conv1.weight" in tensors and has(tensors, "transformer.resblocks.0."):
         return "open_clip"
+    if "embeddings.distillation_token" in tensors:
+        return "hf_deit"
     if "embeddings.patch_embeddings.projection.weight" in tensors:
         return "hf" if has(tensors, "encoder.layer.0.") else "hf_memory"
     if "embedding/kernel" in tensors and has(tensors, "Transformer/"):
@@ -518,7 +531,9 @@ def write(name: str, ours: Tensors, depth: int, heads: int) -> Tensors:
     if name == "big_vision":
         return {f"params/{key}": t for key, t in theirs.items()}
     if "classifier.weight" in theirs:
-        return {key if key.startswith("classifier.") else f"vit.{key}": t for key, t in theirs.items()}
+        return {
+            key if key.startswith("classifier.") else f"{dialect.prefix or 'vit.'}{key}": t for key, t in theirs.items()
+        }
     if name == "hf_siglip" and "attn_pool.latent" in ours:
         for leaf in ("weight", "bias"):
             parts = [theirs.pop(f"head.attention.{part}_proj.{leaf}") for part in "qkv"]

@@ -114,7 +114,8 @@ def _pos_embed(pos: torch.Tensor, config: ViTConfig, name: str, dialect: Dialect
         ValueError: a row that the dialect does not have is not zero.
     """
     have = config.pos_embed_len - config.num_patches
-    want = int(config.class_token) if dialect.prefix_rows.startswith("class") else 0
+    rows = {"all": config.num_prefix_tokens, "class": int(config.class_token), "none": 0}
+    want = rows[dialect.prefix_rows.split()[0]]
     prefix, patches = pos[:, :have], pos[:, have:]
     if prefix[:, want:].count_nonzero():
         fix = "make the model with no_embed_class=True"
