@@ -59,10 +59,11 @@ def load_pretrained(
       dropout rates of an existing model do not change.
     - ``interpolation``: see below.
 
-    Hugging Face's Dinov2, CLIP and SigLIP. ``forward`` returns the pooled features: of CLIP with ``visual_projection``
-    the image embedding, whose projection is the head with a bias of zero. ``forward_features`` returns
-    ``last_hidden_state``, but CLIP's after ``post_layernorm``; `forward_intermediates` returns the tokens before it. A
-    classifier that reads other features is left out, with a warning.
+    Hugging Face's DeiT, Dinov2, CLIP and SigLIP. DeiT's distillation token is a register. ``forward`` returns the
+    pooled features: of CLIP with ``visual_projection`` the image embedding, whose projection is the head with a bias of
+    zero. ``forward_features`` returns ``last_hidden_state``, but CLIP's after ``post_layernorm``;
+    `forward_intermediates` returns the tokens before it. A classifier that reads other features is left out, with a
+    warning.
 
     For timm, ``norm_eps`` and ``act_layer`` depend on the architecture. So named models, and existing models with
     ``pre_norm`` (CLIP), keep theirs. Other existing models get 1e-6 and erf GELU.
