@@ -352,7 +352,10 @@ def test_map_head_of_big_vision(tmp_path):
     """timm reads the same file; its reader takes `params/`."""
     timm = import_timm()
     generator = np.random.default_rng(0)
-    draw = lambda *shape: (generator.standard_normal(shape) * 0.3).astype(np.float32)  # noqa: E731
+
+    def draw(*shape):
+        return (generator.standard_normal(shape) * 0.3).astype(np.float32)
+
     params = {k: v for k, v in flax_params(True, cls=False).items() if not k.startswith("params/head")}
     prefix = "params/" if any(name.startswith("params/") for name in params) else ""
     dim = params[f"{prefix}embedding/bias"].shape[0]

@@ -346,12 +346,13 @@ _INSIDE = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_modul
 _COUNTERS = re.compile(r"(.*\.)?(n_averaged|num_batches_tracked)$")
 
 
-_RENAMED = {
-    r"^layers\.": "encoder.layer.", r"attention\.q_proj\.": "attention.attention.query.",
-    r"attention\.k_proj\.": "attention.attention.key.", r"attention\.v_proj\.": "attention.attention.value.",
-    r"attention\.o_proj\.": "attention.output.dense.", r"mlp\.fc1\.": "intermediate.dense.",
-    r"mlp\.fc2\.": "output.dense.",
-}  # fmt: skip
+# Names of transformers 5 in memory, and those on disk. Dinov2's MLP has one name.
+_ATTENTION = {
+    f"attention.{new}_proj.": f"attention.attention.{old}."
+    for new, old in zip("qkv", ("query", "key", "value"), strict=True)
+}
+_ATTENTION |= {"attention.o_proj.": "attention.output.dense."}
+_LAYER = {"layers.": "encoder.layer.", "mlp.fc1.": "intermediate.dense.", "mlp.fc2.": "output.dense."}
 
 
 def plain(tensors: Tensors) -> tuple[Tensors, list[str]]:
@@ -386,13 +387,10 @@ def plain(tensors: Tensors) -> tuple[Tensors, list[str]]:
             tensors = {n.removeprefix(prefix): t for n, t in tensors.items() if n not in outside}
     if any(re.match(r"blocks\.\d+\.\d+\.", name) for name in tensors):  # block_chunks > 0; the index is the second
         tensors = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): t for name, t in tensors.items()}
-    if "embeddings.distillation_token" in tensors:  # transformers 5 has other names in memory
-        for new, old in _RENAMED.items():
-            tensors = {re.sub(new, old, name): t for name, t in tensors.items()}
-    if "encoder.layer.0.layer_scale1.lambda1" in tensors:
-        for new, old in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")):
-            tensors = {n.replace(f".attention.{new}.", f".attention.attention.{old}."): t for n, t in tensors.items()}
-        tensors = {n.replace(".attention.o_proj.", ".attention.output.dense."): t for n, t in tensors.items()}
+    deit = "embeddings.distillation_token" in tensors
+    if deit or "encoder.layer.0.layer_scale1.lambda1" in tensors:
+        for new, old in (_ATTENTION | _LAYER if deit else _ATTENTION).items():
+            tensors = {name.replace(new, old): t for name, t in tensors.items()}
     if "head.attention.in_proj_weight" in tensors:  # SigLIP of transformers
         for leaf in ("weight", "bias"):
             packed = tensors.pop(f"head.attention.in_proj_{leaf}", None)
